@@ -1,0 +1,59 @@
+"""fxprune: make a trained network physically smaller.
+
+`compile(model, example_inputs, Budget(macs=0.5))` traces a network, finds which channels hang together across branches
+and heads, chooses what stays, and emits a slimmer `GraphModule` that is proved equal to the masked original.
+"""
+
+from fxprune import methods
+from fxprune.budgets import Budget
+from fxprune.compiling import compile  # noqa: A004
+from fxprune.constraining import Constraints
+from fxprune.coupling import Coupling, couple
+from fxprune.errors import (
+    ArtifactError,
+    CouplingError,
+    FxPruneError,
+    PlanError,
+    RewriteError,
+    TraceError,
+    VerificationError,
+)
+from fxprune.planning import Plan, plan
+from fxprune.reporting import Report, report
+from fxprune.rewriting import rewrite
+from fxprune.saving import load, save
+from fxprune.tasks import Task
+from fxprune.tracing import Traced, trace
+from fxprune.transferring import transfer
+from fxprune.verifying import Verification, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArtifactError",
+    "Budget",
+    "Constraints",
+    "Coupling",
+    "CouplingError",
+    "FxPruneError",
+    "Plan",
+    "PlanError",
+    "Report",
+    "RewriteError",
+    "Task",
+    "TraceError",
+    "Traced",
+    "Verification",
+    "VerificationError",
+    "compile",
+    "couple",
+    "load",
+    "methods",
+    "plan",
+    "report",
+    "rewrite",
+    "save",
+    "trace",
+    "transfer",
+    "verify",
+]

@@ -1,0 +1,159 @@
+"""From scores to widths: in which order all groups shrink, and where to stop so that the budget is met."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from fxprune.constraining import Constraints
+from fxprune.coupling import Coupling
+from fxprune.costs import Costs
+from fxprune.errors import PlanError
+from fxprune.grouping import Group
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one group gives up at once.
+
+    Attributes:
+        group: index of the group.
+        choices: channels chosen to go; their members follow.
+        key: steps of all groups are taken in the order of their keys.
+    """
+
+    group: int
+    choices: np.ndarray
+    key: float
+
+
+def steps_of(group: Group, score: np.ndarray, scope: str, constraints: Constraints) -> list[Step]:
+    """Return a group's removal path, bundled so that every width in between respects the constraints."""
+    path = group.path(score)
+    width, per_step = group.width, sum(group.takes)
+    limit = min(width - max(constraints.min_width, per_step), int(constraints.max_ratio * width + 1e-9))
+    total = np.array([score[choices].sum() for choices in path])
+    mean = total.mean() if len(total) and total.mean() > 0 else 1.0
+    steps: list[Step] = []
+    bundle: list[np.ndarray] = []
+    worst = -np.inf
+    for i, choices in enumerate(path):
+        gone = (i + 1) * per_step
+        if gone > limit:
+            break
+        bundle.append(choices)
+        worst = max(worst, total[i] / mean)
+        if (width - gone) % constraints.multiple_of and constraints.multiple_of > 1:
+            continue
+        share = 1 - (1 - gone / width) ** group.overlap
+        steps.append(Step(group.index, np.concatenate(bundle), share if scope == "uniform" else worst))
+        bundle = []
+    return steps
+
+
+class Allocation:
+    """All steps of all groups in order; any of them can be switched on or off."""
+
+    def __init__(self, coupling: Coupling, steps: list[Step]) -> None:
+        """Sort the steps and look up which channels go with each."""
+        self.coupling = coupling
+        self.steps = sorted(steps, key=lambda s: (s.key, s.group))
+        members = coupling.members
+        channels, owner = [], []
+        for i, step in enumerate(self.steps):
+            start = np.searchsorted(members.choice, step.choices, "left")
+            end = np.searchsorted(members.choice, step.choices, "right")
+            if (end - start == 1).all():
+                found = members.channel[start]
+            else:
+                found = np.concatenate([members.channel[a:b] for a, b in zip(start, end, strict=True)])
+            channels.append(found)
+            owner.append(np.full(len(found), i))
+        empty = np.empty(0, dtype=np.int64)
+        self._channels = np.concatenate(channels or [empty])
+        self._owner = np.concatenate(owner or [empty])
+
+    def keep(self, taken: np.ndarray) -> np.ndarray:
+        """Return the kept channels when the steps `taken` (steps,) bool are done."""
+        keep = np.ones(self.coupling.num_channels, dtype=bool)
+        keep[self._channels[taken[self._owner]]] = False
+        return self.coupling.settle(keep)
+
+    def meet(self, fits: Callable[[np.ndarray], bool]) -> np.ndarray | None:
+        """Return which steps to take: the fewest from the start that fit, less those that can be given back.
+
+        Args:
+            fits: whether kept channels (channels,) meet the budget; removing more never stops fitting.
+
+        Returns:
+            (steps,) bool, or None when even all steps together do not fit.
+        """
+        count = len(self.steps)
+        order = np.arange(count)
+        low, high = 0, count
+        if not fits(self.keep(order < count)):
+            return None
+        while low < high:
+            middle = (low + high) // 2
+            if fits(self.keep(order < middle)):
+                high = middle
+            else:
+                low = middle + 1
+        taken = order < low
+        last: dict[int, int] = {}
+        for i in range(low):
+            last[self.steps[i].group] = i
+        for i in sorted(last.values(), reverse=True):
+            taken[i] = False
+            if not fits(self.keep(taken)):
+                taken[i] = True
+        return taken
+
+
+def allocate(coupling: Coupling, score: np.ndarray, scope: str, constraints: Constraints, bounds: dict[str, float]) -> np.ndarray:
+    """Return the kept channels (channels,) of the widest network within the bounds, in the order of the scores.
+
+    Args:
+        coupling: the coupled network.
+        score: (channels,) one score per channel; a choice's score is the sum over its members.
+        scope: "uniform" (every group loses the same share) or "global" (scores relative to their group's mean compete).
+        constraints: limits on widths.
+        bounds: resource -> absolute bound.
+
+    Raises:
+        PlanError: the bounds cannot be met.
+    """
+    total = coupling.members.total(score)
+    total[coupling.is_frozen] = np.inf
+    steps = [step for group in coupling.groups() for step in steps_of(group, total, scope, constraints)]
+    allocation = Allocation(coupling, steps)
+
+    def fits(keep: np.ndarray) -> bool:
+        costs = coupling.costs(keep)
+        return all(getattr(costs, name) <= bound for name, bound in bounds.items())
+
+    taken = allocation.meet(fits)
+    if taken is None:
+        least = coupling.costs(allocation.keep(np.ones(len(allocation.steps), dtype=bool)))
+        raise PlanError(_impossible(coupling, constraints, bounds, least))
+    return allocation.keep(taken)
+
+
+def _impossible(coupling: Coupling, constraints: Constraints, bounds: dict[str, float], least: Costs) -> str:
+    dense = coupling.costs(np.ones(coupling.num_channels, dtype=bool))
+    lines = [
+        f"{name}: at most {bound:,.0f} asked ({bound / getattr(dense, name):.1%} of the dense network), "
+        f"{getattr(least, name):,} ({getattr(least, name) / getattr(dense, name):.1%}) is the least possible"
+        for name, bound in bounds.items()
+        if getattr(least, name) > bound
+    ]
+    frozen = int((coupling.is_frozen & coupling.has_site).sum())
+    free = int((~coupling.is_frozen & coupling.has_site).sum())
+    binding = f"{frozen:,} of {frozen + free:,} channels are frozen, and {constraints} holds for {len(coupling.groups())} groups"
+    first = coupling.groups()[0].name if coupling.groups() else "name"
+    return (
+        "the budget cannot be met.\n  " + "\n  ".join(lines) + f"\n{binding}. Raise the budget, loosen the constraints, or ask "
+        f"`coupling.why_frozen({first!r})` what holds a layer."
+    )

@@ -1,0 +1,147 @@
+"""Atoms: the integers that label positions, and everything said about them while a graph is interpreted.
+
+An atom is one position of one dim at its birth. Interpreting a graph says four things of atoms: two of them live
+and die together (a *tie*), one must stay (*frozen*), one is a row of others (*any*: it stays while a member stays)
+and one is the crossing of a row and a column (*product*: it stays while both stay).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+FIXED = -1
+"""The label of a position that always stays and belongs to no channel."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowBatch:
+    """Rows that must keep equally many of their columns; `row[i]` stays while any of `columns[i]` stays."""
+
+    columns: np.ndarray
+    """(rows, width) atoms."""
+    row: np.ndarray
+    """(rows,) atoms."""
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProductBatch:
+    """Atoms that stay while both of their parents stay. All arrays: (n,)."""
+
+    atom: np.ndarray
+    row: np.ndarray
+    column: np.ndarray
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tie:
+    """Pairs of atoms that one node tied. All arrays: (n,)."""
+
+    a: np.ndarray
+    b: np.ndarray
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class Freeze:
+    """Atoms that must stay, with the node that says so and the reason. `atoms`: (n,)."""
+
+    atoms: np.ndarray
+    node: str
+    reason: str
+
+
+@dataclass(slots=True)
+class Ledger:
+    """The record of one interpretation. `node` is the node being interpreted: every entry is stamped with it."""
+
+    num_atoms: int = 0
+    node: str = ""
+    ties: list[Tie] = field(default_factory=list)
+    rows: list[RowBatch] = field(default_factory=list)
+    products: list[ProductBatch] = field(default_factory=list)
+    freezes: list[Freeze] = field(default_factory=list)
+    births: list[tuple[int, str]] = field(default_factory=list)
+    """(first atom, node) of every issue, ascending."""
+    _rows_seen: dict[tuple[bytes, int], np.ndarray] = field(default_factory=dict)
+    _products_seen: dict[bytes, np.ndarray] = field(default_factory=dict)
+    _parents: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def fresh(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Issue new atoms, numbered in order."""
+        n = int(np.prod(shape, dtype=np.int64))
+        atoms = np.arange(self.num_atoms, self.num_atoms + n, dtype=np.int64).reshape(shape)
+        self.births.append((self.num_atoms, self.node))
+        self.num_atoms += n
+        return atoms
+
+    def tie(self, a: np.ndarray, b: np.ndarray, reason: str = "is tied to positions that cannot go") -> None:
+        """Say that `a` and `b` (broadcast against each other) live and die together, position by position."""
+        if a is b:
+            return
+        if a.shape != b.shape:
+            a, b = np.broadcast_arrays(a, b)
+        a, b = a.ravel(), b.ravel()
+        differ = a != b
+        if not differ.all():
+            a, b = a[differ], b[differ]
+        if not a.size:
+            return
+        fixed = (a == FIXED) | (b == FIXED)
+        if fixed.any():
+            self.freeze(np.maximum(a, b)[fixed], reason)
+            a, b = a[~fixed], b[~fixed]
+        if a.size:
+            self.ties.append(Tie(a, b, self.node))
+
+    def freeze(self, atoms: np.ndarray, reason: str) -> None:
+        """Say that these atoms must stay."""
+        atoms = np.unique(atoms[atoms != FIXED])
+        if atoms.size:
+            self.freezes.append(Freeze(atoms, self.node, reason))
+
+    def any_along(self, ids: np.ndarray, dim: int) -> np.ndarray:
+        """Return the row atoms of `ids` over `dim` (kept with size 1); record that the rows are balanced."""
+        if ids.shape[dim] == 1:
+            return ids
+        moved = np.moveaxis(ids, dim, -1)
+        columns = np.ascontiguousarray(moved).reshape(-1, ids.shape[dim])
+        key = (columns.tobytes(), columns.shape[1])
+        row = self._rows_seen.get(key)
+        if row is None:
+            row = self.fresh((columns.shape[0],))
+            row[(columns == FIXED).any(1)] = FIXED
+            self._rows_seen[key] = row
+            self.rows.append(RowBatch(columns, row, self.node))
+        return np.expand_dims(row.reshape(moved.shape[:-1]), dim)
+
+    def product(self, row: np.ndarray, column: np.ndarray) -> np.ndarray:
+        """Return atoms that stay while both `row` and `column` (broadcast against each other) stay."""
+        row, column = np.broadcast_arrays(row, column)
+        result = np.where(row == FIXED, column, row)
+        real = (row != FIXED) & (column != FIXED) & (row != column)
+        if not real.any():
+            return result
+        pairs, inverse = np.unique(np.stack([row[real], column[real]], 1), axis=0, return_inverse=True)
+        key = pairs.tobytes()
+        atoms = self._products_seen.get(key)
+        if atoms is None:
+            atoms = self.fresh((len(pairs),))
+            self._products_seen[key] = atoms
+            self.products.append(ProductBatch(atoms, pairs[:, 0], pairs[:, 1], self.node))
+            self._parents.update(zip(atoms.tolist(), map(tuple, pairs.tolist()), strict=True))
+        result[real] = atoms[inverse.reshape(-1)]
+        return result
+
+    def parents(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return the row and column parents of every atom in `ids`, or None when some atom is no product."""
+        if not self._parents:
+            return None
+        flat = ids.ravel().tolist()
+        if flat[0] not in self._parents or any(atom not in self._parents for atom in flat):
+            return None
+        pairs = np.array([self._parents[atom] for atom in flat], dtype=np.int64)
+        return pairs[:, 0].reshape(ids.shape), pairs[:, 1].reshape(ids.shape)

@@ -1,0 +1,51 @@
+"""Budgets: upper bounds on what the slim network may cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fxprune.costs import RESOURCES, Costs
+from fxprune.errors import PlanError
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Upper bounds; at least one, several at once. A value up to 1.0 is a share of the dense network's cost.
+
+    Attributes:
+        macs: multiply-accumulates of one forward pass over the example inputs.
+        params: elements of all parameters.
+        latency: not yet: it needs a latency model.
+        memory: peak bytes of a forward pass: parameters, buffers, inputs and live activations.
+
+    Raises:
+        PlanError: a value that is not positive, none at all, or a latency.
+
+    Example:
+        >>> Budget(macs=0.5, params=2_000_000)
+        Budget(macs=0.5, params=2000000, latency=None, memory=None)
+    """
+
+    macs: float | None = None
+    params: float | None = None
+    latency: float | None = None
+    memory: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.latency is not None:
+            raise PlanError("Budget(latency=...) needs a latency model of the target, which this version does not have. Use `macs=`, `params=` or `memory=`.")
+        given = {name: getattr(self, name) for name in RESOURCES if getattr(self, name) is not None}
+        if not given:
+            raise PlanError("Budget() bounds nothing. Pass at least one of `macs=`, `params=`, `memory=`, such as `Budget(macs=0.5)`.")
+        for name, value in given.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise PlanError(f"Budget({name}={value!r}) is not a positive number. Pass a share such as 0.5, or an absolute bound above 1.")
+
+    def bounds(self, dense: Costs) -> dict[str, float]:
+        """Return the absolute bound of every resource that has one."""
+        given = {name: getattr(self, name) for name in RESOURCES if getattr(self, name) is not None}
+        return {name: value * getattr(dense, name) if value <= 1 else value for name, value in given.items()}
+
+    def to_dict(self) -> dict[str, float]:
+        """Return the bounds that were given, by name."""
+        return {name: getattr(self, name) for name in RESOURCES if getattr(self, name) is not None}

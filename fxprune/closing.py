@@ -1,0 +1,159 @@
+"""Close the record of an interpretation: which atoms are one channel, and which channels may not go.
+
+Union-find over ties, then congruence: equal rows, equal products and what follows from frozen ones, to a fixed point.
+All passes are vectorised; the work is near-linear in atoms and ties.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fxprune.atoms import FIXED, Ledger
+
+Pairs = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class Classes:
+    """The channels of one interpretation, numbered by their first atom.
+
+    Attributes:
+        of_atom: (atoms + 1,) channel of each atom; the last entry serves `FIXED`.
+        num_channels: how many channels there are.
+        frozen_by: (channels,) index into the ledger's freezes that says why a channel may not go, or -1.
+    """
+
+    of_atom: np.ndarray
+    num_channels: int
+    frozen_by: np.ndarray
+
+    def of(self, atoms: np.ndarray) -> np.ndarray:
+        """Return the channels of atoms; `FIXED` stays."""
+        return self.of_atom[atoms]
+
+
+def components(n: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return, for each of `n` nodes, the smallest node it is connected to by the edges (a[i], b[i])."""
+    parent = np.arange(n, dtype=np.int64)
+    while True:
+        a, b = parent[a], parent[b]
+        differ = a != b
+        if not differ.any():
+            return parent
+        a, b = a[differ], b[differ]
+        a, b = np.minimum(a, b), np.maximum(a, b)
+        np.minimum.at(parent, b, a)
+        while True:
+            up = parent[parent]
+            if np.array_equal(up, parent):
+                break
+            parent = up
+
+
+def close(ledger: Ledger) -> Classes:
+    """Find the channels of everything the ledger has recorded."""
+    n = ledger.num_atoms
+    empty = np.empty(0, dtype=np.int64)
+    a = np.concatenate([tie.a for tie in ledger.ties] or [empty])
+    b = np.concatenate([tie.b for tie in ledger.ties] or [empty])
+    root = components(n, a, b)
+    reason = np.full(n, -1, dtype=np.int64)
+    for index in reversed(range(len(ledger.freezes))):
+        reason[root[ledger.freezes[index].atoms]] = index
+    while True:
+        reason, spread = _spread_frozen(ledger, root, reason)
+        pairs = [*_equal_rows(ledger, root), *_equal_products(ledger, root, reason)]
+        a = np.concatenate([p[0] for p in pairs] or [empty])
+        b = np.concatenate([p[1] for p in pairs] or [empty])
+        if (a == b).all():
+            if not spread:
+                break
+            continue
+        joined = components(n, a, b)
+        reason = _joined_reasons(reason, joined)
+        root = joined[root]
+    roots, of_atom = np.unique(root, return_inverse=True)
+    return Classes(np.append(of_atom, FIXED), len(roots), reason[roots])
+
+
+def _joined_reasons(reason: np.ndarray, joined: np.ndarray) -> np.ndarray:
+    """Carry the earliest reason of each root over to the root it was joined into."""
+    late = np.iinfo(np.int64).max
+    merged = np.full(len(reason), late)
+    np.minimum.at(merged, joined, np.where(reason < 0, late, reason))
+    return np.where(merged == late, -1, merged)
+
+
+def _spread_frozen(ledger: Ledger, root: np.ndarray, reason: np.ndarray) -> tuple[np.ndarray, bool]:
+    """A row with a frozen member is frozen; a frozen product freezes both parents."""
+    before = (reason >= 0).sum()
+    for batch in ledger.rows:
+        real = batch.row != FIXED
+        member = reason[root[batch.columns[real]]]
+        row = root[batch.row[real]]
+        cause = member.max(axis=1, initial=-1)
+        reason[row] = np.where(reason[row] < 0, cause, reason[row])
+    for batch in ledger.products:
+        cause = reason[root[batch.atom]]
+        for parent in (root[batch.row], root[batch.column]):
+            hit = (cause >= 0) & (reason[parent] < 0)
+            reason[parent[hit]] = cause[hit]
+    return reason, bool((reason >= 0).sum() > before)
+
+
+def _equal_rows(ledger: Ledger, root: np.ndarray) -> list[Pairs]:
+    """Rows with the same members are one; a row with one distinct member is that member."""
+    pairs: list[Pairs] = []
+    by_width: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for batch in ledger.rows:
+        real = batch.row != FIXED
+        if real.any():
+            members = np.sort(root[batch.columns[real]], axis=1)
+            by_width.setdefault(members.shape[1], []).append((members, root[batch.row[real]]))
+    for batches in by_width.values():
+        members = np.concatenate([m for m, _ in batches])
+        rows = np.concatenate([r for _, r in batches])
+        single = members[:, 0] == members[:, -1]
+        pairs.append((rows[single], members[single, 0]))
+        _, first, inverse = np.unique(members, axis=0, return_index=True, return_inverse=True)
+        pairs.append((rows, rows[first[inverse.reshape(-1)]]))
+    return pairs
+
+
+def _equal_products(ledger: Ledger, root: np.ndarray, reason: np.ndarray) -> list[Pairs]:
+    """Products of equal parents are one, a frozen parent gives the other, r & s_1 ~ r & s_2 gives s_1 ~ s_2."""
+    if not ledger.products:
+        return []
+    atom = root[np.concatenate([p.atom for p in ledger.products])]
+    row = root[np.concatenate([p.row for p in ledger.products])]
+    column = root[np.concatenate([p.column for p in ledger.products])]
+    pairs: list[Pairs] = []
+    for mine, other in ((row, column), (column, row)):
+        certain = (reason[other] >= 0) | (mine == other)
+        pairs.append((atom[certain], mine[certain]))
+        proper = atom != mine
+        pairs.append(_same_key(np.stack([atom, mine], 1)[proper], other[proper]))
+    pairs.append(_same_key(np.sort(np.stack([row, column], 1), axis=1), atom))
+    pairs.extend(_absorbed(ledger, root, atom, row, column))
+    return pairs
+
+
+def _same_key(keys: np.ndarray, values: np.ndarray) -> Pairs:
+    _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    return values, values[first[inverse.reshape(-1)]]
+
+
+def _absorbed(ledger: Ledger, root: np.ndarray, atom: np.ndarray, row: np.ndarray, column: np.ndarray) -> list[Pairs]:
+    """A row and one of its own members cross in that member: any(.., s, ..) & s is s."""
+    members: dict[int, set[int]] = {}
+    for batch in ledger.rows:
+        for r, columns in zip(batch.row.tolist(), batch.columns, strict=True):
+            if r != FIXED:
+                members.setdefault(int(root[r]), set()).update(root[columns].tolist())
+    pairs: list[Pairs] = []
+    for r, s in ((row, column), (column, row)):
+        hit = np.array([b in members.get(a, ()) for a, b in zip(r.tolist(), s.tolist(), strict=True)], dtype=bool)
+        pairs.append((atom[hit], s[hit]))
+    return pairs

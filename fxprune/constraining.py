@@ -1,0 +1,117 @@
+"""Constraints: what a user wants kept, tied or rounded, whatever the criterion says."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import fx
+
+from fxprune.atoms import Ledger
+from fxprune.coupling import Coupling, close_record
+from fxprune.errors import PlanError
+from fxprune.labels import Labels, broadcast
+
+
+@dataclass(frozen=True, slots=True)
+class Constraints:
+    """Limits on what may be removed.
+
+    Patterns are shell patterns (`*`, `?`, `[..]`) on layer names as in `model.named_modules()`; a name stands for all
+    layers inside it.
+
+    Attributes:
+        keep_inputs: layers that keep all their input channels.
+        keep_outputs: layers that keep all their output channels.
+        min_width: how many channels every group keeps at least.
+        max_ratio: which share of a group's channels may go at most.
+        multiple_of: widths of groups are rounded up to multiples of this, where the dense width allows it.
+        tie: tuples of layer names whose outputs keep the same positions.
+    """
+
+    keep_inputs: Sequence[str] = ()
+    keep_outputs: Sequence[str] = ()
+    min_width: int = 1
+    max_ratio: float = 1.0
+    multiple_of: int = 1
+    tie: Sequence[Sequence[str]] = ()
+
+    def __post_init__(self) -> None:
+        for field in ("keep_inputs", "keep_outputs", "tie"):
+            if isinstance(getattr(self, field), str):
+                raise PlanError(f"Constraints({field}={getattr(self, field)!r}) is one string. Pass a list: `{field}=[...]`.")
+        if self.min_width < 1:
+            raise PlanError(f"Constraints(min_width={self.min_width}): every group keeps at least one channel. Pass 1 or more.")
+        if self.multiple_of < 1:
+            raise PlanError(f"Constraints(multiple_of={self.multiple_of}) is not a positive whole number. Pass 1, 8, 16, ..")
+        if not 0 <= self.max_ratio <= 1:
+            raise PlanError(f"Constraints(max_ratio={self.max_ratio}) is not a share. Pass a number from 0 to 1.")
+
+
+def layers(graph: fx.Graph) -> dict[str, list[fx.Node]]:
+    """Return layer name -> nodes that run it: the module a node calls, or whose parameters it reads."""
+    found: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        names = [str(node.target)] if node.op == "call_module" else []
+        if node.op not in ("call_module", "get_attr"):
+            names = [str(n.target).rpartition(".")[0] for n in node.all_input_nodes if n.op == "get_attr"]
+        for name in dict.fromkeys(n for n in names if n):
+            found.setdefault(name, []).append(node)
+    return found
+
+
+def matching(graph: fx.Graph, pattern: str, what: str) -> list[fx.Node]:
+    """Return the nodes of the layers that a pattern names.
+
+    Raises:
+        PlanError: there are none.
+    """
+    known = layers(graph)
+    nodes = [n for name, found in known.items() if fnmatch.fnmatchcase(name, pattern) or name.startswith(pattern + ".") for n in found]
+    if not nodes:
+        raise PlanError(f"Constraints({what}=...): {pattern!r} matches no layer. Layers are, for example: {', '.join(list(known)[:5])}.")
+    return nodes
+
+
+def constrain(coupling: Coupling, constraints: Constraints) -> Coupling:
+    """Return a coupling in which what the constraints keep is frozen, and what they tie is tied."""
+    if not (constraints.keep_inputs or constraints.keep_outputs or constraints.tie):
+        return coupling
+    old = coupling.record.ledger
+    ledger = Ledger(old.num_atoms, "", list(old.ties), list(old.rows), list(old.products), list(old.freezes), list(old.births))
+    graph = coupling.traced.module.graph
+    nodes = coupling.record.nodes
+    for field, inward in (("keep_inputs", True), ("keep_outputs", False)):
+        for pattern in getattr(constraints, field):
+            for node in matching(graph, pattern, field):
+                ledger.node = node.name
+                for source in node.all_input_nodes if inward else [node]:
+                    for t in nodes.get(source.name, []) if source.op != "get_attr" else []:
+                        _keep_all(ledger, t.labels, f"is kept by Constraints({field}={pattern!r})")
+    for names in constraints.tie:
+        _tie(ledger, coupling, [matching(graph, name, "tie")[0] for name in names])
+    return close_record(coupling.traced, replace(coupling.record, ledger=ledger))
+
+
+def _keep_all(ledger: Ledger, labels: Labels, reason: str) -> None:
+    for ids in labels:
+        if ids is not None:
+            ledger.freeze(ids, reason)
+
+
+def _tie(ledger: Ledger, coupling: Coupling, nodes: list[fx.Node]) -> None:
+    first = coupling.record.nodes[nodes[0].name][0]
+    for node in nodes[1:]:
+        other = coupling.record.nodes[node.name][0]
+        ledger.node = node.name
+        a, b = _channels(first.labels), _channels(other.labels)
+        if a.shape != b.shape:
+            raise PlanError(f"Constraints(tie=...): {nodes[0].name!r} has {a.size} output channels and {node.name!r} has {b.size}. Tie equal layers.")
+        broadcast(ledger, (a,), a.shape, (b,), b.shape)
+
+
+def _channels(labels: Labels) -> np.ndarray:
+    flat = [ids.ravel() for ids in labels if ids is not None]
+    return np.concatenate(flat) if flat else np.empty(0, dtype=np.int64)

@@ -1,0 +1,291 @@
+"""The channel-dependency graph of a traced network: which positions live and die together, which must stay, and why."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import networkx as nx
+import numpy as np
+
+from fxprune import explaining
+from fxprune.atoms import FIXED
+from fxprune.closing import Classes, close
+from fxprune.costs import CostModel
+from fxprune.errors import CouplingError
+from fxprune.grouping import Group, Members, Products, Rows, find_groups, mixed
+from fxprune.interpreting import Interpretation, Labelled, interpret, named_state
+from fxprune.labels import Labels, Shape, fix
+from fxprune.tracing import Traced
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One dim of one parameter or buffer.
+
+    Attributes:
+        name: qualified name of the parameter or buffer.
+        dim: which of its dims.
+        channels: int64, the channel at each position, -1 where it stays. Broadcastable to the parameter: its size is
+            the parameter's on `dim`, and 1 on the others unless the channels differ from row to row (the second dim of
+            a grouped convolution).
+        is_parameter: False for buffers.
+    """
+
+    name: str
+    dim: int
+    channels: np.ndarray
+    is_parameter: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """Channels that may not go.
+
+    Attributes:
+        channels: (n,) the channels.
+        node: the fx node that says so.
+        reason: why, in words.
+        source: the user's source line of that node, or "".
+    """
+
+    channels: np.ndarray
+    node: str
+    reason: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """All sites, groups and constraints of one traced model. Made by `couple`.
+
+    Attributes:
+        traced: the traced network.
+        sites: where channels are, parameter by parameter in graph order.
+        num_channels: channels are numbered from 0, in graph order.
+        frozen: what may not go, and why.
+        rows: rows of channels that must keep equally many.
+        products: channels that stay while both their parents stay.
+    """
+
+    traced: Traced
+    sites: tuple[Site, ...]
+    num_channels: int
+    frozen: tuple[Frozen, ...]
+    rows: tuple[Rows, ...]
+    products: Products
+    record: Interpretation = field(repr=False)
+    classes: Classes = field(repr=False)
+
+    def groups(self) -> tuple[Group, ...]:
+        """Return the groups: sets of channels with the same sites, ranked against each other."""
+        return self._grouped[0]
+
+    @property
+    def members(self) -> Members:
+        """The channels that go with each choice of a group."""
+        return self._grouped[1]
+
+    @cached_property
+    def is_frozen(self) -> np.ndarray:
+        """(channels,) which may not go."""
+        return self.classes.frozen_by >= 0
+
+    @cached_property
+    def has_site(self) -> np.ndarray:
+        """(channels,) which occur in a parameter or buffer."""
+        return self._site_key != 0
+
+    @cached_property
+    def _site_key(self) -> np.ndarray:
+        key = np.zeros(self.num_channels, dtype=np.uint64)
+        for index, site in enumerate(self.sites):
+            channels = np.unique(site.channels)
+            key[channels[channels != FIXED]] += mixed(np.array([index]))
+        return key
+
+    @cached_property
+    def _grouped(self) -> tuple[tuple[Group, ...], Members]:
+        first = np.full(self.num_channels, len(self.sites), dtype=np.int64)
+        for index in reversed(range(len(self.sites))):
+            channels = self.sites[index].channels
+            first[channels[channels != FIXED]] = index
+        names = [f"{site.name}" for site in self.sites]
+        return find_groups(self.num_channels, list(self.rows), self.products, self.is_frozen, self._site_key, names, first)
+
+    @cached_property
+    def costs(self) -> CostModel:
+        """Costs as a function of the kept channels."""
+        labelled = self.record.issued
+        rest = [(t, p) for name, t, p in named_state(self.traced.module) if name not in labelled]
+        elements = sum(t.numel() for t, is_parameter in rest if is_parameter)
+        return CostModel(self.record, self.classes.of, (elements, sum(t.numel() * t.element_size() for t, _ in rest)))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the sites and their channels: equal for equal networks, on every machine."""
+        digest = hashlib.sha256()
+        for site in self.sites:
+            digest.update(f"{site.name}:{site.dim}:{site.channels.shape}".encode())
+            digest.update(np.ascontiguousarray(site.channels).tobytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def graph(self) -> nx.Graph:
+        """The dependency graph for people: (parameter, dim) are vertices, edges know the fx node that tied them."""
+        return explaining.dependency_graph(self)
+
+    def explain(self, a: str | tuple[str, int], b: str | tuple[str, int]) -> str:
+        """Say in words why two parameters are coupled: the shortest chain of ties between them.
+
+        Args:
+            a: a parameter name, or (name, dim).
+            b: another.
+
+        Raises:
+            CouplingError: a name that the network does not have.
+        """
+        return explaining.explain(self, a, b)
+
+    def why_frozen(self, name: str | tuple[str, int]) -> str:
+        """Say in words which channels of a parameter may not go, where in the graph that comes from, and why.
+
+        Raises:
+            CouplingError: a name that the network does not have.
+        """
+        return explaining.why_frozen(self, name)
+
+    def settle(self, keep: np.ndarray) -> np.ndarray:
+        """Let everything that follows from removed channels go too: rows without columns, columns without their row.
+
+        Args:
+            keep: (channels,) bool.
+
+        Returns:
+            A new array that keeps at most as much.
+        """
+        keep = np.append(keep, True)
+        while True:
+            before = keep.sum()
+            for batch in self.rows:
+                real = batch.row != FIXED
+                row = batch.row[real]
+                alive = keep[batch.columns[real]].any(axis=1)
+                np.logical_and.at(keep, row, alive)
+                keep[batch.columns[real][~keep[row]]] = False
+                keep[FIXED] = True
+            np.logical_and.at(keep, self.products.channel, keep[self.products.row] & keep[self.products.column])
+            if keep.sum() == before:
+                return keep[:-1]
+
+    def violation(self, keep: np.ndarray) -> str | None:
+        """Return what is wrong with a choice of kept channels, or None: frozen ones gone, rows out of balance."""
+        if not keep[self.is_frozen].all():
+            return f"channel {int(np.flatnonzero(self.is_frozen & ~keep)[0])} is frozen and would go"
+        if not np.array_equal(self.settle(keep), keep):
+            return "a row and its columns, or a crossing and its parents, disagree"
+        keep = np.append(keep, True)
+        if not np.array_equal(keep[self.products.channel], keep[self.products.row] & keep[self.products.column]):
+            return "a crossing would go although both its parents stay"
+        for batch in self.rows:
+            count = keep[batch.columns].sum(axis=1)
+            uneven = [node for node in np.unique(batch.node) if len(np.unique(count[(batch.node == node) & (count > 0)])) > 1]
+            if uneven:
+                return f"the rows at node {uneven[0]!r} would keep unequally many channels"
+        return None
+
+    def to_channels(self, labels: Labels) -> Labels:
+        """Translate labels from atoms to channels."""
+        return tuple(None if ids is None else self.classes.of(ids) for ids in labels)
+
+    def tensors(self) -> Mapping[str, tuple[Shape, Labels]]:
+        """Return shape and channels of every parameter and buffer that has any."""
+        return {name: (shape, self.to_channels(labels)) for name, (shape, labels, _, _) in self.record.issued.items()}
+
+    def at(self, node: str) -> list[Labelled]:
+        """Return shape and channels of every tensor that a node returns."""
+        return [Labelled(t.shape, self.to_channels(t.labels), t.itemsize) for t in self.record.nodes.get(node, [])]
+
+
+def couple(traced: Traced, *, unknown: str = "freeze", freeze: Mapping[str, str] | None = None) -> Coupling:
+    """Find which channels of a traced network live and die together, and which may not go.
+
+    Args:
+        traced: from `trace`.
+        unknown: what to do about ops without a rule: "freeze" what reaches them, or "error".
+        freeze: fx node -> reason; nothing along the dims of what these nodes take and return may go.
+
+    Raises:
+        CouplingError: `unknown="error"` and there are such ops (all are listed), or a rule could not be applied.
+    """
+    if unknown not in ("freeze", "error"):
+        raise CouplingError(f"unknown={unknown!r} is neither 'freeze' nor 'error'. Pass one of the two.")
+    record = interpret(traced.module, traced.args, traced.kwargs)
+    if record.unknown and unknown == "error":
+        lines = [f"  {op} at node {node!r}{traced.where(node)}" for node, op in dict.fromkeys(record.unknown)]
+        raise CouplingError(
+            "these ops have no rule:\n" + "\n".join(lines) + "\nAdd a rule with `@fxprune.rules.rule(op)`, or pass `unknown=\"freeze\"`."
+        )
+    _freeze_nodes(record, traced, dict(freeze or {}))
+    return close_record(traced, record)
+
+
+def close_record(traced: Traced, record: Interpretation) -> Coupling:
+    """Find the channels, sites and constraints of an interpretation."""
+    classes = close(record.ledger)
+    sites = _sites(record, classes)
+    return Coupling(
+        traced, sites, classes.num_channels, _frozen(record, classes, traced), _rows(record, classes), _products(record, classes), record, classes
+    )
+
+
+def _freeze_nodes(record: Interpretation, traced: Traced, freeze: dict[str, str]) -> None:
+    nodes = {n.name: n for n in traced.module.graph.nodes}
+    for name, reason in freeze.items():
+        if name not in nodes:
+            raise CouplingError(f"freeze names node {name!r}, which the graph does not have. Its nodes are in `traced.module.graph`.")
+        record.ledger.node = name
+        for node in [nodes[name], *nodes[name].all_input_nodes]:
+            for t in record.nodes.get(node.name, []):
+                for d in range(len(t.shape)):
+                    fix(record.ledger, t.labels, d, reason)
+
+
+def _sites(record: Interpretation, classes: Classes) -> tuple[Site, ...]:
+    sites = []
+    for name, (_, labels, _, is_parameter) in record.issued.items():
+        for dim, ids in enumerate(labels):
+            if ids is not None:
+                sites.append(Site(name, dim, classes.of(ids), is_parameter))
+    return tuple(sites)
+
+
+def _frozen(record: Interpretation, classes: Classes, traced: Traced) -> tuple[Frozen, ...]:
+    order = np.argsort(classes.frozen_by, kind="stable")
+    order = order[classes.frozen_by[order] >= 0]
+    result = []
+    for channels in np.split(order, np.flatnonzero(np.diff(classes.frozen_by[order])) + 1) if len(order) else []:
+        freeze = record.ledger.freezes[classes.frozen_by[channels[0]]]
+        result.append(Frozen(channels, freeze.node, freeze.reason, traced.source(freeze.node)))
+    return tuple(result)
+
+
+def _rows(record: Interpretation, classes: Classes) -> tuple[Rows, ...]:
+    """Join batches of the same width; leave out those whose rows are all-or-nothing anyway."""
+    by_width: dict[int, list[tuple[np.ndarray, np.ndarray, str]]] = {}
+    for batch in record.ledger.rows:
+        columns, row = classes.of(batch.columns), classes.of(batch.row)
+        if not (columns == columns[:, :1]).all():
+            by_width.setdefault(columns.shape[1], []).append((columns, row, batch.node))
+    return tuple(Rows(columns, row, np.full(len(row), node)) for batches in by_width.values() for columns, row, node in batches)
+
+
+def _products(record: Interpretation, classes: Classes) -> Products:
+    def joined(which: str) -> np.ndarray:
+        return classes.of(np.concatenate([getattr(b, which) for b in record.ledger.products] or [np.empty(0, dtype=np.int64)]))
+
+    channel, row, column = joined("atom"), joined("row"), joined("column")
+    proper = (channel != row) & (channel != column)
+    return Products(channel[proper], row[proper], column[proper])

@@ -1,0 +1,271 @@
+"""From channels to groups: what the planner may remove, step by step, without breaking a balance.
+
+What can be decided upon is a *choice*: a plain channel, a column that several rows share, or a whole row (a group of a
+grouped convolution, a head). Its *members* are the channels that go with it. A choice that would leave some balanced
+row partly emptied must be matched in the other rows: choices that empty the same rows by the same amounts form a
+*cell*, and one step of a balanced group takes an equal share out of every cell. That keeps all rows equal, whichever
+positions each gives up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from math import gcd
+
+import numpy as np
+
+from fxprune.atoms import FIXED
+from fxprune.closing import components
+
+PLAIN, COLUMN, ROW = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Channels that are ranked against each other.
+
+    Attributes:
+        index: position in `coupling.groups()`.
+        name: the first parameter the group has a site on.
+        kind: "channels", "balanced" (a step takes from every row) or "rows" (a step takes a whole row).
+        cells: each an array of choices, named by their channel.
+        takes: how many choices one step takes out of each cell.
+        steps: how many steps there are when frozen choices stay; one step must always remain.
+        overlap: how many groups decide over the same parameters (rows and columns of one layer: 2).
+    """
+
+    index: int
+    name: str
+    kind: str
+    cells: tuple[np.ndarray, ...]
+    takes: tuple[int, ...]
+    steps: int
+    overlap: int
+
+    @property
+    def width(self) -> int:
+        """How many choices the group has."""
+        return sum(len(cell) for cell in self.cells)
+
+    @property
+    def levels(self) -> int:
+        """How many steps it would take to remove the whole group."""
+        return len(self.cells[0]) // self.takes[0]
+
+    def path(self, score: np.ndarray) -> list[np.ndarray]:
+        """Return the removal path: the choices that go in each step, lowest score first.
+
+        Args:
+            score: (channels,) saliency of each choice; choices that may not go have infinite saliency.
+        """
+        ranked = [cell[np.lexsort((cell, score[cell]))] for cell in self.cells]
+        return [
+            np.concatenate([cell[i * take : (i + 1) * take] for cell, take in zip(ranked, self.takes, strict=True)])
+            for i in range(self.steps)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Members:
+    """Which channels go with each choice: pairs (choice, channel), sorted by choice."""
+
+    choice: np.ndarray
+    channel: np.ndarray
+
+    def total(self, score: np.ndarray) -> np.ndarray:
+        """Add up a per-channel score over the members of every choice: (channels,) -> (channels,)."""
+        return np.bincount(self.choice, weights=score[self.channel], minlength=len(score))
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Balanced rows of one width, on channels: `row[i]` stays while any of `columns[i]` does."""
+
+    columns: np.ndarray
+    row: np.ndarray
+    node: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Products:
+    """Channels that stay while both parents do. All arrays: (n,)."""
+
+    channel: np.ndarray
+    row: np.ndarray
+    column: np.ndarray
+
+
+def find_members(num_channels: int, rows: list[Rows], products: Products) -> Members:
+    """Find what goes with each choice: a row takes its columns along, a parent its products."""
+    source, target = [products.row, products.column], [products.channel, products.channel]
+    for batch in rows:
+        row = np.broadcast_to(batch.row[:, None], batch.columns.shape)
+        real = (row != FIXED) & (batch.columns != FIXED)
+        source.append(row[real])
+        target.append(batch.columns[real])
+    edges = np.unique(np.concatenate(source) * num_channels + np.concatenate(target))
+    a, b = edges // num_channels, edges % num_channels
+    a, b = a[a != b], b[a != b]
+    known = np.arange(num_channels) * (num_channels + 1)
+    fresh = a * num_channels + b
+    while len(fresh):
+        known = np.union1d(known, fresh)
+        fresh = np.setdiff1d(_follow(fresh, a, b, num_channels), known)
+    return Members(known // num_channels, known % num_channels)
+
+
+def _follow(pairs: np.ndarray, a: np.ndarray, b: np.ndarray, n: int) -> np.ndarray:
+    """Extend pairs (choice, channel), coded as choice * n + channel, by the sorted edges a -> b."""
+    at = pairs % n
+    start, end = np.searchsorted(a, at, "left"), np.searchsorted(a, at, "right")
+    count = end - start
+    offset = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    return np.unique(np.repeat(pairs // n, count) * n + b[np.repeat(start, count) + offset])
+
+
+def mixed(numbers: np.ndarray) -> np.ndarray:
+    """Hash integers to 64 bits (splitmix64), the same on every machine."""
+    with np.errstate(over="ignore"):
+        z = numbers.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+@dataclass(frozen=True, slots=True)
+class _Losses:
+    """How many columns each row loses with each choice, where the row is not emptied. All arrays: (n,)."""
+
+    choice: np.ndarray
+    row: np.ndarray
+    count: np.ndarray
+    batch_of_row: np.ndarray
+
+
+def _losses(num_channels: int, rows: list[Rows], members: Members) -> _Losses:
+    channel, row, width, batch_of_row, first = [], [], [], [], 0
+    for index, batch in enumerate(rows):
+        n, w = batch.columns.shape
+        real = batch.columns != FIXED
+        channel.append(batch.columns[real])
+        row.append(np.broadcast_to(np.arange(first, first + n)[:, None], (n, w))[real])
+        width.append(np.full(n, w))
+        batch_of_row.append(np.full(n, index))
+        first += n
+    if not rows:
+        empty = np.empty(0, dtype=np.int64)
+        return _Losses(empty, empty, empty, empty)
+    x, r = np.concatenate(channel), np.concatenate(row)
+    order = np.argsort(x, kind="stable")
+    x, r = x[order], r[order]
+    start, end = np.searchsorted(x, members.channel, "left"), np.searchsorted(x, members.channel, "right")
+    count = end - start
+    offset = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    keys, lost = np.unique(
+        np.repeat(members.choice, count) * first + r[np.repeat(start, count) + offset], return_counts=True
+    )
+    partial = lost < np.concatenate(width)[keys % first]
+    return _Losses(keys[partial] // first, keys[partial] % first, lost[partial], np.concatenate(batch_of_row))
+
+
+def find_groups(
+    num_channels: int, rows: list[Rows], products: Products, frozen: np.ndarray, site_key: np.ndarray, names: list[str], first_site: np.ndarray
+) -> tuple[tuple[Group, ...], Members]:
+    """Find the groups and the members of every choice.
+
+    Args:
+        num_channels: how many channels there are.
+        rows: balanced rows.
+        products: channels that are crossings.
+        frozen: (channels,) which may not go.
+        site_key: (channels,) a hash of the sites of each channel, 0 where it has none.
+        names: name of each site.
+        first_site: (channels,) index of the first site of each channel, or -1.
+    """
+    members = find_members(num_channels, rows, products)
+    losses = _losses(num_channels, rows, members)
+    reaches = np.bincount(members.choice, weights=site_key[members.channel] != 0, minlength=num_channels) > 0
+    crossing = np.zeros(num_channels, dtype=bool)
+    crossing[products.channel] = True
+    crossing[products.row] = crossing[products.column] = False
+    role = np.zeros(num_channels, dtype=np.int64)
+    role[products.column] = COLUMN
+    role[products.row] = ROW
+    row_key = np.zeros(num_channels, dtype=np.uint64)
+    for index, batch in enumerate(rows):
+        real = np.unique(batch.row[batch.row != FIXED])
+        role[real] = ROW
+        row_key[real] += mixed(np.array([index]))
+    balanced = np.zeros(num_channels, dtype=bool)
+    balanced[losses.choice] = True
+    open_ = ~frozen & ~crossing & ~balanced & reaches
+    drafts = [("channels", (cell,), (1,), len(cell)) for cell in _by_key(np.flatnonzero(open_ & (role == PLAIN)), site_key)]
+    drafts += [("rows", (cell,), (1,), len(cell)) for cell in _by_key(np.flatnonzero(open_ & (role == ROW)), row_key)]
+    drafts += _balanced(losses, role, frozen | ~reaches, crossing, num_channels)
+    drafts.sort(key=lambda draft: min(int(cell.min()) for cell in draft[1]))
+    return _numbered(drafts, members, site_key, names, first_site), members
+
+
+_Draft = tuple[str, tuple[np.ndarray, ...], tuple[int, ...], int]
+
+
+def _by_key(choices: np.ndarray, key: np.ndarray) -> list[np.ndarray]:
+    """Split choices into runs of equal key, each in order."""
+    if not len(choices):
+        return []
+    order = np.argsort(key[choices], kind="stable")
+    ordered = choices[order]
+    return np.split(ordered, np.flatnonzero(np.diff(key[ordered])) + 1)
+
+
+def _balanced(losses: _Losses, role: np.ndarray, frozen: np.ndarray, crossing: np.ndarray, n: int) -> list[_Draft]:
+    """Form families of choices that empty the same rows, and the cells inside each."""
+    if not len(losses.choice):
+        return []
+    signature = np.zeros(n, dtype=np.uint64)
+    np.add.at(signature, losses.choice, mixed(losses.row) * losses.count.astype(np.uint64))
+    anchor = n + losses.batch_of_row[losses.row] * 3 + role[losses.choice]
+    family = components(n + 3 * (int(losses.batch_of_row.max()) + 1), losses.choice, anchor)
+    ours = ~crossing[losses.choice]
+    drafts = []
+    for choices in _by_key(np.unique(losses.choice[ours]), family):
+        cells = _by_key(choices, signature)
+        free = [cell for cell in cells if not frozen[cell].all()]
+        if not free:
+            continue
+        levels = reduce(gcd, [len(cell) for cell in free])
+        takes = [len(cell) // levels for cell in free]
+        steps = min(int((~frozen[cell]).sum()) // take for cell, take in zip(free, takes, strict=True))
+        if steps and levels > 1 and _even(losses, free, takes):
+            kind = "rows" if (role[free[0]] == ROW).all() else "balanced"
+            drafts.append((kind, tuple(free), tuple(takes), steps))
+    return drafts
+
+
+def _even(losses: _Losses, cells: list[np.ndarray], takes: list[int]) -> bool:
+    """Say whether one step takes equally many columns out of every row of the batches it touches."""
+    rate = np.zeros(int(max(losses.choice.max(), max(cell.max() for cell in cells))) + 1)
+    for cell, take in zip(cells, takes, strict=True):
+        rate[cell] = take / len(cell)
+    lost = np.bincount(losses.row, weights=losses.count * rate[losses.choice], minlength=len(losses.batch_of_row))
+    touched = np.unique(losses.batch_of_row[lost > 0])
+    return all(np.ptp(lost[losses.batch_of_row == batch]) < 1e-9 for batch in touched)
+
+
+def _numbered(drafts: list[_Draft], members: Members, site_key: np.ndarray, names: list[str], first_site: np.ndarray) -> tuple[Group, ...]:
+    group_of = np.full(len(site_key), -1)
+    for index, (_, cells, _, _) in enumerate(drafts):
+        for cell in cells:
+            group_of[cell] = index
+    real = (group_of[members.choice] >= 0) & (site_key[members.channel] != 0)
+    group, channel = group_of[members.choice[real]], members.channel[real]
+    pairs = np.unique(group * len(site_key) + channel)
+    shared = np.bincount(pairs % len(site_key), minlength=len(site_key))
+    overlap = np.ones(len(drafts), dtype=np.int64)
+    np.maximum.at(overlap, pairs // len(site_key), shared[pairs % len(site_key)])
+    first = np.full(len(drafts), len(names))
+    np.minimum.at(first, group, first_site[channel])
+    return tuple(
+        Group(i, names[first[i]], kind, cells, takes, steps, int(overlap[i])) for i, (kind, cells, takes, steps) in enumerate(drafts)
+    )

@@ -1,0 +1,310 @@
+"""Run a traced graph on meta tensors that carry labels instead of values.
+
+A `TorchDispatchMode` sees every ATen call, whatever composite function it came from, and asks the rule table what
+becomes of the labels. An fx interpreter around it says which node is running.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxprune import labels as algebra
+from fxprune.atoms import Ledger
+from fxprune.labels import Extent, Labels, Shape
+from fxprune.rules import Op, lookup
+
+MAX_CONSTANT = 1 << 22
+"""Integer constants of up to this many elements are computed, so that indexing with them can be followed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A tensor seen at a node: its shape, what its positions are called, and its element size in bytes."""
+
+    shape: Shape
+    labels: Labels
+    itemsize: int
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Multiply-accumulates at one node: `fixed` times the kept size of each labelled dim."""
+
+    node: str
+    fixed: int
+    dims: tuple[Extent, ...]
+
+
+@dataclass(slots=True)
+class Buffer:
+    """One allocation: the step that made it and the last that reads it. Dims without labels are in `fixed` bytes."""
+
+    fixed: int
+    dims: tuple[Extent, ...]
+    born: int
+    dies: int
+
+
+@dataclass(slots=True)
+class Interpretation:
+    """All that one run has recorded."""
+
+    ledger: Ledger
+    issued: dict[str, tuple[Shape, Labels, int, bool]] = field(default_factory=dict)
+    """Parameter or buffer -> shape, labels, bytes per element, is a parameter; in order of first use."""
+    nodes: dict[str, list[Labelled]] = field(default_factory=dict)
+    numbers: dict[str, Any] = field(default_factory=dict)
+    """Node -> what it returned, where that is no tensor."""
+    constants: dict[str, Any] = field(default_factory=dict)
+    """Node -> the values of the constant integer tensor that it returned."""
+    work: list[Work] = field(default_factory=list)
+    buffers: list[Buffer] = field(default_factory=list)
+    unknown: list[tuple[str, str]] = field(default_factory=list)
+    steps: int = 0
+
+
+def named_state(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """Yield (name, tensor, is a parameter) of every parameter, buffer and plain tensor attribute, shared ones once."""
+    seen: set[int] = set()
+    for prefix, child in module.named_modules():
+        own = [(k, v, True) for k, v in child._parameters.items()] + [(k, v, False) for k, v in child._buffers.items()]
+        own += [(k, v, False) for k, v in vars(child).items() if isinstance(v, torch.Tensor)]
+        for key, value, is_parameter in own:
+            if value is not None and id(value) not in seen:
+                seen.add(id(value))
+                yield f"{prefix}.{key}" if prefix else key, value, is_parameter
+
+
+def meta_twin(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[int, tuple[str, torch.Tensor, bool]]]:
+    """Copy a module with every tensor on the meta device. Returns it and id(meta tensor) -> (name, original, is a parameter)."""
+    memo: dict[int, Any] = {}
+    origin: dict[int, tuple[str, torch.Tensor, bool]] = {}
+    for name, value, is_parameter in named_state(module):
+        twin = torch.empty_like(value, device="meta", requires_grad=False)
+        twin = torch.nn.Parameter(twin, requires_grad=False) if is_parameter else twin
+        memo[id(value)] = twin
+        origin[id(twin)] = (name, value, is_parameter)
+    return copy.deepcopy(module, memo), origin
+
+
+class Labelling(TorchDispatchMode):
+    """Carry labels through every ATen call."""
+
+    def __init__(self, origin: dict[int, tuple[str, torch.Tensor, bool]]) -> None:
+        super().__init__()
+        self.record = Interpretation(Ledger())
+        self.ledger = self.record.ledger
+        self._origin = origin
+        self._touched: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one ATen call on meta tensors and label what comes out."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        results = [out] if isinstance(out, torch.Tensor) else [t for t in out or () if isinstance(t, torch.Tensor)] if isinstance(out, (tuple, list)) else []
+        inputs = [a for a in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(a, torch.Tensor)]
+        if results:
+            self._fold(func, args, kwargs, results, inputs)
+            self._label(Op(func, out, self), args, kwargs, results, inputs)
+            self._account(results, inputs)
+        return out
+
+    # what rules ask for
+
+    def labels(self, tensor: torch.Tensor) -> Labels:
+        """Return the labels of a tensor; issue fresh ones to a parameter that is met for the first time."""
+        found = getattr(tensor, "_labels", None)
+        if found is None:
+            found = self._issue(tensor)
+        return found
+
+    def _issue(self, tensor: torch.Tensor) -> Labels:
+        name, original, is_parameter = self._origin.get(id(tensor), ("", tensor, False))
+        if not name or not (tensor.is_floating_point() or tensor.is_complex()):
+            return algebra.blank(tensor.ndim)
+        labels = algebra.issue(self.ledger, tuple(tensor.shape))
+        self.record.issued[name] = (tuple(tensor.shape), labels, original.element_size(), is_parameter)
+        tensor._labels = labels  # pyright: ignore[reportAttributeAccessIssue]
+        return labels
+
+    def pristine(self, tensor: torch.Tensor) -> bool:
+        """Say whether this is a parameter about whose labels nothing has been said yet."""
+        return id(tensor) in self._origin and getattr(tensor, "_labels", None) is None
+
+    def relabel(self, tensor: torch.Tensor, labels: Labels) -> None:
+        """Replace the labels of a parameter nothing has been said about yet."""
+        name = self._origin[id(tensor)][0]
+        shape, _, itemsize, is_parameter = self.record.issued[name]
+        self.record.issued[name] = (shape, labels, itemsize, is_parameter)
+        tensor._labels = labels  # pyright: ignore[reportAttributeAccessIssue]
+
+    def count(self, fixed: int, dims: tuple[Extent, ...]) -> None:
+        """Record multiply-accumulates."""
+        self.record.work.append(Work(self.ledger.node, fixed, dims))
+
+    def value(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """Return the known value of a constant integer tensor."""
+        if tensor is None or tensor.is_floating_point() or tensor.is_complex():
+            return None
+        found = getattr(tensor, "_constant", None)
+        if found is None and id(tensor) in self._origin:
+            original = self._origin[id(tensor)][1]
+            found = original.detach().cpu() if original.device.type != "meta" else None
+        return found
+
+    # what happens at every call
+
+    def _fold(self, func: Any, args: Any, kwargs: Any, results: list[torch.Tensor], inputs: list[torch.Tensor]) -> None:
+        """Compute integer constants: ops on known integers only, and ops that make integers from nothing."""
+        if any(t.is_floating_point() or t.is_complex() or t.numel() > MAX_CONSTANT for t in results):
+            return
+        known = {id(t): self.value(t) for t in inputs}
+        if any(v is None for v in known.values()) or func._schema.is_mutable:
+            return
+        args, kwargs = pytree.tree_map(lambda a: known[id(a)] if isinstance(a, torch.Tensor) else a, (args, kwargs))
+        out = func(*args, **({**kwargs, "device": "cpu"} if "device" in kwargs else kwargs))
+        values = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+        for result, value in zip(results, values, strict=True):
+            if result.shape == value.shape and value.device.type == "cpu":
+                result._constant = value  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _label(self, op: Op, args: Any, kwargs: Any, results: list[torch.Tensor], inputs: list[torch.Tensor]) -> None:
+        rule = lookup(op.func)
+        if rule is None:
+            reached = [t for t in inputs if any(ids is not None for ids in self.labels(t))]
+            for t in reached:
+                for d in range(t.ndim):
+                    algebra.fix(self.ledger, self.labels(t), d, f"reaches {op.name}, which has no rule")
+            if reached:
+                self.record.unknown.append((self.ledger.node, op.name))
+            labels: list[Labels] = [algebra.blank(t.ndim) for t in results]
+        else:
+            found = rule(op, *args, **kwargs)
+            labels = found if isinstance(found, list) else [found]
+        for tensor, mine in zip(results, labels, strict=True):
+            if len(mine) != tensor.ndim or any(ids is not None and ids.shape[d] != tensor.shape[d] for d, ids in enumerate(mine)):
+                raise RuntimeError(f"the rule of {op.name} returned labels that do not fit shape {tuple(tensor.shape)}")
+            tensor._labels = mine  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _account(self, results: list[torch.Tensor], inputs: list[torch.Tensor]) -> None:
+        """Keep the books of memory: who was allocated when, who was read last when."""
+        step = self.record.steps = self.record.steps + 1
+        owners: dict[int, Buffer] = {}
+        for t in inputs:
+            buffer = getattr(t, "_buffer", None)
+            if buffer is not None:
+                buffer.dies = step
+                owners[t.untyped_storage()._cdata] = buffer
+            elif id(t) in self._origin:
+                owners[t.untyped_storage()._cdata] = _NO_BUFFER
+        for t in results:
+            self.own(t, owners.get(t.untyped_storage()._cdata))
+
+    def own(self, tensor: torch.Tensor, buffer: Buffer | None = None) -> None:
+        """Give a tensor its allocation: that of the tensor it is a view of, or a new one."""
+        if buffer is None:
+            labels = self.labels(tensor)
+            fixed = tensor.element_size()
+            for n, ids in zip(tensor.shape, labels, strict=True):
+                fixed *= n if ids is None else 1
+            buffer = Buffer(fixed, algebra.extents(labels), self.record.steps, self.record.steps)
+            self.record.buffers.append(buffer)
+        tensor._buffer = buffer  # pyright: ignore[reportAttributeAccessIssue]
+
+
+_NO_BUFFER = Buffer(0, (), 0, 0)
+"""Stands for the storage of parameters, which is counted apart."""
+
+
+class GraphRunner(fx.Interpreter):
+    """Run a graph under `Labelling`, node by node."""
+
+    def __init__(self, module: fx.GraphModule, mode: Labelling) -> None:
+        super().__init__(module)
+        self.mode = mode
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node and note what it returned."""
+        mode = self.mode
+        mode.ledger.node = n.name
+        value = super().run_node(n)
+        tensors = tensors_in(value)
+        if n.op == "output":
+            for t in tensors:
+                for d in range(t.ndim):
+                    algebra.fix(mode.ledger, mode.labels(t), d, "is an output of the network")
+        mode.record.nodes[n.name] = [Labelled(tuple(t.shape), mode.labels(t), t.element_size()) for t in tensors]
+        if not tensors:
+            mode.record.numbers[n.name] = value
+        elif len(tensors) == 1 and (constant := mode.value(tensors[0])) is not None:
+            mode.record.constants[n.name] = constant.numpy()
+        if n.op == "placeholder":
+            for t in tensors:
+                mode.own(t)
+        for node in [n, *n.all_input_nodes]:
+            for t in tensors_in(self.env.get(node, value if node is n else None)):
+                buffer = getattr(t, "_buffer", None)
+                if buffer is not None and buffer is not _NO_BUFFER:
+                    buffer.dies = mode.record.steps
+        return value
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Return the tensors in a value: containers and dataclasses included, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
+        return [t for name in value.__dataclass_fields__ for t in tensors_in(getattr(value, name))]
+    if isinstance(value, dict):
+        return [t for v in value.values() for t in tensors_in(v)]
+    if isinstance(value, (tuple, list)):
+        return [t for v in value for t in tensors_in(v)]
+    return []
+
+
+def to_meta(value: Any) -> Any:
+    """Copy example inputs to the meta device, remembering the values of small integer tensors."""
+
+    def move(t: Any) -> Any:
+        return torch.empty_like(t, device="meta", requires_grad=False) if isinstance(t, torch.Tensor) else t
+
+    return pytree.tree_map(move, value)
+
+
+def interpret(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interpretation:
+    """Run a traced module on labels.
+
+    Args:
+        module: the traced network; not touched.
+        args: positional example inputs.
+        kwargs: keyword example inputs.
+    """
+    twin, origin = meta_twin(module)
+    mode = Labelling(origin)
+    values = bind(module.graph, to_meta(args), to_meta(kwargs))
+    with torch.no_grad(), mode:
+        GraphRunner(twin, mode).run(*values, enable_io_processing=False)
+    return mode.record
+
+
+def bind(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Lay example inputs out in the order of the graph's placeholders, defaults included."""
+    values = []
+    for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder"):
+        if i < len(args):
+            values.append(args[i])
+        elif node.target in kwargs:
+            values.append(kwargs[node.target])
+        elif node.args:
+            values.append(node.args[0])
+        else:
+            raise TypeError(f"missing input {node.target!r}")
+    return values

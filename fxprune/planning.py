@@ -1,0 +1,286 @@
+"""What to keep: a plan is data, made once and applied to any checkpoint of the network it was made for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from tabulate import tabulate
+
+from fxprune.allocating import allocate
+from fxprune.atoms import FIXED
+from fxprune.budgets import Budget
+from fxprune.constraining import Constraints, constrain
+from fxprune.costs import RESOURCES, CostChange, Costs
+from fxprune.coupling import Coupling
+from fxprune.errors import ArtifactError, PlanError
+from fxprune.methods import Magnitude, Method
+from fxprune.tasks import Task
+
+SCHEMA = 1
+"""Version of the JSON form of a plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupWidth:
+    """What a plan does to one group: `before` and `after` count its channels, `sites` the dims it cuts."""
+
+    name: str
+    kind: str
+    sites: int
+    before: int
+    after: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which positions of every parameter and buffer stay. Made by `plan`, applied by `rewrite`.
+
+    Attributes:
+        kept: (parameter name, dim) -> ascending positions that stay, (n,). For the second dim of a grouped convolution,
+            whose groups choose their own inputs: (rows that stay, n).
+        sizes: (parameter name, dim) -> size in the dense network.
+        costs: before and after, exact.
+        groups: one entry per group, in graph order.
+        method: how the plan was made.
+        budget: what was asked.
+        fingerprint: of the coupling it was made for.
+    """
+
+    kept: Mapping[tuple[str, int], np.ndarray]
+    sizes: Mapping[tuple[str, int], int]
+    costs: CostChange
+    groups: tuple[GroupWidth, ...]
+    method: str
+    budget: Mapping[str, float] = field(default_factory=dict)
+    fingerprint: str = ""
+
+    def __str__(self) -> str:
+        rows = [[i, g.name, g.kind, g.sites, g.before, g.after, f"{g.after / g.before:.0%}"] for i, g in enumerate(self.groups)]
+        table = tabulate(rows, headers=["group", "first site", "kind", "sites", "before", "after", "kept"])
+        return f"{table}\n\n{costs_table(self.costs)}"
+
+    def cut(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """Cut a tensor of the shape of a dense parameter (its momentum, its average) as the plan cuts the parameter.
+
+        Args:
+            name: of the parameter or buffer.
+            value: the tensor.
+
+        Returns:
+            A new tensor.
+        """
+        value = value.detach().clone()
+        ragged = {d: k for (n, d), k in self.kept.items() if n == name and k.ndim > 1}
+        plain = {d: k for (n, d), k in self.kept.items() if n == name and k.ndim == 1}
+        for dim, positions in plain.items():
+            value = value.index_select(dim, torch.from_numpy(positions.copy()).to(value.device))
+        for dim, positions in ragged.items():
+            index = torch.from_numpy(positions.copy()).to(value.device)
+            wide = index.reshape(len(positions), *[positions.shape[1] if d == dim else 1 for d in range(1, value.ndim)])
+            sizes = [positions.shape[1] if d == dim else n for d, n in enumerate(value.shape)]
+            value = value.gather(dim, wide.expand(sizes))
+        return value
+
+    def to_json(self) -> str:
+        """Return the plan as JSON, with a schema version."""
+        sites = [
+            {"name": name, "dim": dim, "size": self.sizes[name, dim], "kept": positions.tolist()}
+            for (name, dim), positions in self.kept.items()
+        ]
+        data = {
+            "schema": SCHEMA, "fingerprint": self.fingerprint, "method": self.method, "budget": dict(self.budget),
+            "costs": {"before": self.costs.before.to_dict(), "after": self.costs.after.to_dict()},
+            "groups": [asdict(g) for g in self.groups], "sites": sites,
+        }  # fmt: skip
+        return json.dumps(data)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Read a plan.
+
+        Raises:
+            ArtifactError: not the JSON of a plan, or of another schema version.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise ArtifactError(f"not a plan: the JSON breaks off or is damaged ({error}). Save the plan again.") from error
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+            raise ArtifactError(f"the plan has schema {found!r}, this version reads schema {SCHEMA}. Save it again with this version.")
+        try:
+            sites = data["sites"]
+            return Plan(
+                {(s["name"], s["dim"]): frozen(np.array(s["kept"], dtype=np.int64)) for s in sites},
+                {(s["name"], s["dim"]): s["size"] for s in sites},
+                CostChange(Costs(**data["costs"]["before"]), Costs(**data["costs"]["after"])),
+                tuple(GroupWidth(**g) for g in data["groups"]),
+                data["method"],
+                data["budget"],
+                data["fingerprint"],
+            )
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(f"the plan lacks a field or has one too many: {error}. Save it again with this version.") from error
+
+
+def frozen(array: np.ndarray) -> np.ndarray:
+    """Make an array read-only and return it."""
+    array.setflags(write=False)
+    return array
+
+
+def costs_table(costs: CostChange) -> str:
+    """Return macs, params and memory before and after, as text."""
+    rows = [
+        [name, f"{getattr(costs.before, name):,}", f"{getattr(costs.after, name):,}", f"{costs.share(name):.1%}"] for name in RESOURCES
+    ]
+    return tabulate(rows, headers=["cost", "before", "after", "share"], disable_numparse=True, colalign=("left", "right", "right", "right"))
+
+
+def plan(
+    coupling: Coupling,
+    budget: Budget,
+    *,
+    method: Method | None = None,
+    calibration: Iterable[Any] | None = None,
+    tasks: Mapping[str, Task] | None = None,
+    constraints: Constraints | None = None,
+) -> Plan:
+    """Choose what to keep.
+
+    Args:
+        coupling: from `couple`.
+        budget: upper bounds.
+        method: how channels are ranked; default `methods.Magnitude()`.
+        calibration: batches, for methods that need data.
+        tasks: name -> Task, for methods that need losses.
+        constraints: what must stay whatever the method says.
+
+    Raises:
+        PlanError: the budget cannot be met, a pattern matches nothing, or the method lacks its data.
+    """
+    if not isinstance(budget, Budget):
+        raise PlanError(f"the budget is {budget!r}. Pass `fxprune.Budget(macs=0.5)`.")
+    method = method or Magnitude()
+    constraints = constraints or Constraints()
+    bound = constrain(coupling, constraints)
+    dense = bound.costs(np.ones(bound.num_channels, dtype=bool))
+    score = np.asarray(method.scores(bound, calibration, tasks), dtype=np.float64)
+    if score.shape != (bound.num_channels,) or np.isnan(score).any():
+        raise PlanError(f"{method} returned scores of shape {score.shape}, or NaN. Return one finite number for each of {bound.num_channels} channels.")
+    keep = allocate(bound, score, method.scope, constraints, budget.bounds(dense))
+    return plan_of(bound, keep, method=repr(method), budget=budget.to_dict())
+
+
+def plan_of(coupling: Coupling, keep: np.ndarray, *, method: str = "by hand", budget: Mapping[str, float] | None = None) -> Plan:
+    """Return the plan that keeps exactly the channels `keep` (channels,) bool.
+
+    Raises:
+        PlanError: the choice breaks the coupling: a frozen channel would go, or rows would lose their balance.
+    """
+    problem = coupling.violation(keep)
+    if problem:
+        raise PlanError(f"these channels cannot be kept: {problem}. Start from `coupling.groups()`, and call `coupling.settle(keep)`.")
+    dense = coupling.costs(np.ones(coupling.num_channels, dtype=bool))
+    kept, sizes = _kept(coupling, keep)
+    counts = _sites_per_channel(coupling)
+    groups = []
+    for group in coupling.groups():
+        choices = np.concatenate(group.cells)
+        groups.append(GroupWidth(group.name, group.kind, int(counts[choices].max()), len(choices), int(keep[choices].sum())))
+    return Plan(kept, sizes, CostChange(dense, coupling.costs(keep)), tuple(groups), method, dict(budget or {}), coupling.fingerprint)
+
+
+def _sites_per_channel(coupling: Coupling) -> np.ndarray:
+    per_channel = np.zeros(coupling.num_channels + 1)
+    for site in coupling.sites:
+        per_channel[np.unique(site.channels)] += 1
+    return coupling.members.total(per_channel[:-1])
+
+
+def _kept(coupling: Coupling, keep: np.ndarray) -> tuple[dict[tuple[str, int], np.ndarray], dict[tuple[str, int], int]]:
+    kept, sizes = {}, {}
+    keep = np.append(keep, True)
+    for name, (shape, labels) in coupling.tensors().items():
+        for dim, ids in enumerate(labels):
+            if ids is None or _stays_whole(coupling, ids):
+                continue
+            sizes[name, dim] = shape[dim]
+            flags = keep[ids]
+            if ids.size == shape[dim]:
+                kept[name, dim] = frozen(np.flatnonzero(flags))
+                continue
+            rows = np.moveaxis(flags, dim, -1)
+            stay = np.ones(rows.shape[:-1], dtype=bool)
+            for other, owner in enumerate(labels):
+                if other != dim and owner is not None and not _stays_whole(coupling, owner):
+                    stay &= np.moveaxis(keep[owner], dim, -1)[..., 0]
+            kept[name, dim] = frozen(np.stack([np.flatnonzero(row) for row in rows[stay]]))
+    return kept, sizes
+
+
+def _stays_whole(coupling: Coupling, ids: np.ndarray) -> bool:
+    """Say whether nothing along these labels may ever go."""
+    return bool(coupling.is_frozen[ids[ids != FIXED]].all())
+
+
+def keep_of(coupling: Coupling, plan: Plan) -> np.ndarray:
+    """Return the kept channels (channels,) that a plan means on a coupling.
+
+    Raises:
+        ArtifactError: the plan is of another network: which parameter, what was expected and what found.
+    """
+    tensors = coupling.tensors()
+    keep = np.ones(coupling.num_channels + 1, dtype=bool)
+    for (name, dim), positions in plan.kept.items():
+        if name not in tensors or dim >= len(tensors[name][0]):
+            raise ArtifactError(f"the plan cuts {name!r} along dim {dim}, and this network has no such parameter. Use the model class the plan was made for.")
+        shape, labels = tensors[name]
+        if shape[dim] != plan.sizes[name, dim]:
+            raise ArtifactError(f"{name!r}: the plan expects size {plan.sizes[name, dim]} along dim {dim}, found {shape[dim]}. Use the model the plan was made for.")
+        if positions.size and not 0 <= positions.min() <= positions.max() < shape[dim]:
+            raise ArtifactError(f"{name!r}: the plan keeps position {positions.max()} along dim {dim}, which has size {shape[dim]}. The plan is damaged.")
+        ids = labels[dim]
+        if ids is None or positions.ndim > 1:
+            continue
+        gone = np.ones(shape[dim], dtype=bool)
+        gone[positions] = False
+        keep[ids.ravel()[gone]] = False
+    keep = _rows_of(plan, tensors, keep)
+    keep[FIXED] = True
+    return _checked(coupling, plan, keep[:-1])
+
+
+def _rows_of(plan: Plan, tensors: Mapping[str, Any], keep: np.ndarray) -> np.ndarray:
+    """Read off what the rows of grouped parameters keep."""
+    for (name, dim), positions in plan.kept.items():
+        if positions.ndim < 2:
+            continue
+        shape, labels = tensors[name]
+        ids = np.moveaxis(labels[dim], dim, -1).reshape(-1, shape[dim])
+        first = plan.kept.get((name, 0))
+        rows = range(len(ids)) if first is None else first
+        for row, stays in zip(rows, positions, strict=False):
+            gone = np.ones(shape[dim], dtype=bool)
+            gone[stays] = False
+            keep[ids[row][gone]] = False
+    return keep
+
+
+def _checked(coupling: Coupling, plan: Plan, keep: np.ndarray) -> np.ndarray:
+    keep = coupling.settle(keep)
+    found, _ = _kept(coupling, keep)
+    for (name, dim), positions in plan.kept.items():
+        mine = found.get((name, dim))
+        if mine is None or not np.array_equal(mine, positions):
+            have = "all positions" if mine is None else f"{mine.shape[-1]} positions"
+            raise ArtifactError(
+                f"{name!r}: the plan keeps {positions.shape[-1]} positions along dim {dim}, but the channels coupled to them leave {have}. "
+                "The plan is damaged, or of another network."
+            )
+    return keep

@@ -1,0 +1,148 @@
+"""What a compilation did, as data that prints, renders in a notebook and goes to JSON."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tabulate import tabulate
+from torch import nn
+
+from fxprune.coupling import Coupling
+from fxprune.costs import RESOURCES, CostChange
+from fxprune.errors import FxPruneError
+from fxprune.planning import GroupWidth, Plan, costs_table
+from fxprune.verifying import Verification
+
+META = "fxprune"
+"""Key of the compilation's record in `slim.meta`."""
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenRow:
+    """Channels that stayed for one reason: how many, at which node, in which source line, why."""
+
+    channels: int
+    node: str
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The account of one compilation. `fxprune.report(slim)` returns it.
+
+    Attributes:
+        costs: macs, params and memory before and after.
+        groups: what every group kept.
+        frozen: what could not go, most channels first.
+        verification: slim against masked original, or None if it was switched off.
+        method: how channels were ranked.
+        budget: what was asked.
+        frontend: how the model was traced.
+        notes: what else a user should know.
+    """
+
+    costs: CostChange
+    groups: tuple[GroupWidth, ...]
+    frozen: tuple[FrozenRow, ...]
+    verification: Verification | None
+    method: str
+    budget: Mapping[str, float]
+    frontend: str
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        asked = ", ".join(f"{name}={value:g}" for name, value in self.budget.items())
+        parts = [
+            f"fxprune: {self.method}, budget {asked}, traced by {self.frontend}",
+            costs_table(self.costs),
+            self._groups_line(),
+            str(self.verification) if self.verification else "not verified: `verify=False`",
+        ]
+        if self.frozen:
+            parts.insert(3, "what could not go:\n" + tabulate(self._frozen_rows(), headers=["channels", "node", "reason", "line"]))
+        return "\n\n".join([*parts, *(f"note: {note}" for note in self.notes)])
+
+    def _groups_line(self) -> str:
+        before, after = sum(g.before for g in self.groups), sum(g.after for g in self.groups)
+        return f"{len(self.groups)} groups keep {after:,} of {before:,} channels"
+
+    def _frozen_rows(self) -> list[list[Any]]:
+        return [[f.channels, f.node, f.reason, f.source] for f in self.frozen]
+
+    def _repr_html_(self) -> str:
+        groups = [[g.name, g.kind, g.sites, g.before, g.after] for g in self.groups]
+        costs = [[n, f"{getattr(self.costs.before, n):,}", f"{getattr(self.costs.after, n):,}", f"{self.costs.share(n):.1%}"] for n in RESOURCES]
+        tables = [
+            tabulate(costs, headers=["cost", "before", "after", "share"], tablefmt="html", disable_numparse=True),
+            tabulate(groups, headers=["first site", "kind", "sites", "before", "after"], tablefmt="html"),
+            tabulate(self._frozen_rows(), headers=["frozen channels", "node", "reason", "line"], tablefmt="html"),
+        ]
+        verdict = html.escape(str(self.verification) if self.verification else "not verified")
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+        return f"<h4>fxprune: {html.escape(self.method)}</h4>{tables[0]}<pre>{verdict}</pre>{notes}<details><summary>groups and frozen channels</summary>{tables[1]}{tables[2]}</details>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {
+            "method": self.method,
+            "budget": dict(self.budget),
+            "frontend": self.frontend,
+            "costs": {"before": self.costs.before.to_dict(), "after": self.costs.after.to_dict()},
+            "groups": [asdict(g) for g in self.groups],
+            "frozen": [asdict(f) for f in self.frozen],
+            "verification": self.verification.to_dict() if self.verification else None,
+            "notes": list(self.notes),
+        }
+
+    def to_json(self) -> str:
+        """Return the report as JSON."""
+        return json.dumps(self.to_dict())
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What travels with a slim network: its plan and its report, and how to trace the original again."""
+
+    plan: Plan
+    report: Report
+    inputs: Any
+    unknown: str = "freeze"
+    freeze: Mapping[str, str] = field(default_factory=dict)
+
+
+def make_report(coupling: Coupling, plan: Plan, verification: Verification | None, notes: tuple[str, ...] = ()) -> Report:
+    """Put a report together."""
+    frozen = []
+    for f in coupling.frozen:
+        count = int(coupling.has_site[f.channels].sum())
+        if count:
+            frozen.append(FrozenRow(count, f.node, f.source, f.reason))
+    frozen.sort(key=lambda f: -f.channels)
+    traced = coupling.traced
+    return Report(plan.costs, plan.groups, tuple(frozen), verification, plan.method, plan.budget, traced.frontend, (*traced.notes, *notes))
+
+
+def compiled(slim: nn.Module) -> Compiled:
+    """Return what travels with a slim network.
+
+    Raises:
+        FxPruneError: the module did not come from fxprune.
+    """
+    found = getattr(slim, "meta", {}).get(META) if isinstance(getattr(slim, "meta", None), dict) else None
+    if found is None:
+        raise FxPruneError(f"this {type(slim).__name__} carries no record of fxprune. Pass what `fxprune.compile` or `fxprune.load` returned.")
+    return found
+
+
+def report(slim: nn.Module) -> Report:
+    """Return the report that travels with a slim network.
+
+    Raises:
+        FxPruneError: the module did not come from fxprune.
+    """
+    return compiled(slim).report

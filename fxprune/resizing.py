@@ -1,0 +1,112 @@
+"""Modules whose attributes repeat the sizes of their parameters: read them again from the sliced ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fxprune.labels import Shape
+
+RESIZERS: dict[type[nn.Module], Callable[..., None]] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """How a module is called in the slim network.
+
+    Attributes:
+        inputs: predicted shape of each tensor that goes in.
+        outputs: predicted shape of each tensor that comes out.
+        rows: `(dim, count) -> int`: how many of `count` equal rows of the first input's dim stay.
+    """
+
+    inputs: list[Shape]
+    outputs: list[Shape]
+    rows: Callable[[int, int], int]
+
+
+def resizes(*kinds: type[nn.Module]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register how modules of these classes (and their subclasses) are resized."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        for kind in kinds:
+            if kind in RESIZERS:
+                raise ValueError(f"{kind.__name__} has two resizers")
+            RESIZERS[kind] = function
+        return function
+
+    return register
+
+
+def resize(module: nn.Module, call: Call) -> None:
+    """Set the size attributes of a module to what its parameters and its call now say."""
+    for kind in type(module).__mro__:
+        if kind in RESIZERS:
+            RESIZERS[kind](module, call)
+            return
+
+
+@resizes(nn.Linear)
+def linear(module: Any, call: Call) -> None:
+    """weight: (out, in)."""
+    module.out_features, module.in_features = module.weight.shape
+
+
+@resizes(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def convolution(module: Any, call: Call) -> None:
+    """weight: (out, in / groups, *kernel)."""
+    module.in_channels = call.inputs[0][-len(module.kernel_size) - 1]
+    module.out_channels = module.weight.shape[0]
+    module.groups = module.in_channels // module.weight.shape[1]
+
+
+@resizes(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+def transposed_convolution(module: Any, call: Call) -> None:
+    """weight: (in, out / groups, *kernel)."""
+    module.in_channels = module.weight.shape[0]
+    module.out_channels = call.outputs[0][-len(module.kernel_size) - 1]
+    module.groups = module.out_channels // module.weight.shape[1]
+
+
+@resizes(nn.modules.batchnorm._NormBase)
+def batch_norm(module: Any, call: Call) -> None:
+    """weight: (channels,)."""
+    state = module.weight if module.weight is not None else module.running_mean
+    shape = call.inputs[0]
+    module.num_features = shape[1] if state is None else state.shape[0]
+
+
+@resizes(nn.LayerNorm, nn.RMSNorm)
+def layer_norm(module: Any, call: Call) -> None:
+    """weight: (*normalized_shape,)."""
+    module.normalized_shape = tuple(call.inputs[0][-len(module.normalized_shape) :])
+
+
+@resizes(nn.GroupNorm)
+def group_norm(module: Any, call: Call) -> None:
+    """weight: (channels,)."""
+    module.num_groups = call.rows(1, module.num_groups)
+    module.num_channels = call.inputs[0][1]
+
+
+@resizes(nn.Embedding)
+def embedding(module: Any, call: Call) -> None:
+    """weight: (entries, d)."""
+    module.num_embeddings, module.embedding_dim = module.weight.shape
+
+
+@resizes(nn.PReLU)
+def prelu(module: Any, call: Call) -> None:
+    """weight: (channels,) or (1,)."""
+    module.num_parameters = module.weight.shape[0]
+
+
+@resizes(nn.Unflatten)
+def unflatten(module: Any, call: Call) -> None:
+    """Splits one dim into several."""
+    at = module.dim % len(call.inputs[0])
+    count = len(module.unflattened_size)
+    module.unflattened_size = tuple(call.outputs[0][at : at + count])

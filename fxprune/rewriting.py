@@ -1,0 +1,201 @@
+"""From a plan to a slim network: sliced parameters, resized modules, re-derived literals, every shape as predicted."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from fxprune.coupling import Coupling
+from fxprune.errors import RewriteError
+from fxprune.interpreting import Labelled, bind, meta_twin, named_state, tensors_in, to_meta
+from fxprune.labels import Labels, Shape
+from fxprune.literals import FIXERS, CannotRewriteError, plain_name
+from fxprune.planning import Plan, keep_of
+from fxprune.resizing import Call, resize
+from fxprune.slicing import kept_size, sliced_like
+
+
+def rewrite(coupling: Coupling, plan: Plan) -> fx.GraphModule:
+    """Build the slim network of a plan.
+
+    Args:
+        coupling: of the network to cut: the one planned on, or another checkpoint of the same class.
+        plan: what stays.
+
+    Returns:
+        A module with the same forward signature, outputs and parameter names, that shares no memory with the model.
+
+    Raises:
+        ArtifactError: the plan does not fit this network.
+        RewriteError: the graph holds sizes that cannot be rewritten; its `nodes` say where and why.
+    """
+    keep = np.append(keep_of(coupling, plan), True)
+    prediction = Prediction(coupling, keep)
+    slim = _sliced(coupling, keep)
+    _resize_modules(slim, prediction)
+    _fix_literals(coupling, slim, prediction)
+    slim.graph.lint()
+    slim.recompile()
+    return slim
+
+
+class Prediction:
+    """Shapes and kept positions at every node of the slim network."""
+
+    def __init__(self, coupling: Coupling, keep: np.ndarray) -> None:
+        """Remember what stays: `keep` is (channels + 1,) bool, the last entry for fixed positions."""
+        self.coupling = coupling
+        self.keep = keep
+        self._sizes: dict[tuple[int, int], int] = {}
+
+    def shapes(self, node: str) -> list[Shape]:
+        """Return the predicted shape of every tensor that a node returns."""
+        return [self._shape(t) for t in self.coupling.record.nodes.get(node, [])]
+
+    def _shape(self, t: Labelled) -> Shape:
+        return tuple(n if ids is None else self._size(ids, d) for d, (n, ids) in enumerate(zip(t.shape, t.labels, strict=True)))
+
+    def _size(self, ids: np.ndarray, dim: int) -> int:
+        found = self._sizes.get((id(ids), dim))
+        if found is None:
+            found = self._sizes[id(ids), dim] = kept_size(self.coupling.classes.of(ids), dim, self.keep)
+        return found
+
+    def kept(self, node: str, dim: int) -> np.ndarray | None:
+        """Return (rows, size) bool: what stays along a dim of a node's tensor, in every row that stays; None if unlabelled."""
+        t = self.coupling.record.nodes[node][0]
+        labels = self.coupling.to_channels(t.labels)
+        ids = labels[dim]
+        if ids is None:
+            return None
+        rows = np.moveaxis(self.keep[ids], dim, -1).reshape(-1, t.shape[dim])
+        return rows[rows.any(axis=1)]
+
+    def rows(self, node: str, dim: int, count: int) -> int:
+        """Return how many of `count` equal rows of a dim keep anything."""
+        kept = self.kept(node, dim)
+        return count if kept is None else int(kept[0].reshape(count, -1).any(axis=1).sum())
+
+
+def _sliced(coupling: Coupling, keep: np.ndarray) -> fx.GraphModule:
+    """Copy the traced module with sliced parameters and buffers; tied ones stay tied."""
+    tensors = coupling.tensors()
+    labels: Mapping[str, Labels] = {name: ls for name, (_, ls) in tensors.items()}
+    module = coupling.traced.module
+    memo = {id(t): sliced_like(t, labels.get(name), keep) for name, t, _ in named_state(module)}
+    return copy.deepcopy(module, memo)
+
+
+def _resize_modules(slim: fx.GraphModule, prediction: Prediction) -> None:
+    for node in slim.graph.nodes:
+        if node.op == "call_module":
+            inputs = [shape for source in node.all_input_nodes for shape in prediction.shapes(source.name)]
+            first = node.all_input_nodes[0].name if node.all_input_nodes else ""
+
+            def rows(dim: int, count: int, first: str = first) -> int:
+                return prediction.rows(first, dim, count)
+
+            resize(slim.get_submodule(str(node.target)), Call(inputs, prediction.shapes(node.name), rows))
+
+
+def _fix_literals(coupling: Coupling, slim: fx.GraphModule, prediction: Prediction) -> None:
+    """Run the slim graph on meta tensors, fixing each node before it runs and checking its shapes after."""
+    twin, _ = meta_twin(slim)
+    traced = coupling.traced
+    values = bind(slim.graph, to_meta(traced.args), to_meta(traced.kwargs))
+    fixer = _Fixer(twin, slim.graph, prediction)
+    with torch.no_grad():
+        fixer.run(*values, enable_io_processing=False)
+    if fixer.failed:
+        lines = [f"  node {node!r}{traced.where(node)}: {reason}" for node, reason in fixer.failed.items()]
+        raise RewriteError(
+            "sizes in the graph cannot be rewritten:\n" + "\n".join(lines) + "\nFreeze them with "
+            f"`couple(traced, freeze={dict.fromkeys(fixer.failed, 'cannot be rewritten')!r})` and plan again; `compile` does so by itself.",
+            nodes=fixer.failed,
+        )
+
+
+class _Fixer(fx.Interpreter):
+    """Runs the slim graph on meta modules; is the `Context` that fixers ask."""
+
+    def __init__(self, twin: fx.GraphModule, graph: fx.Graph, prediction: Prediction) -> None:
+        super().__init__(twin, graph=graph)
+        self.prediction = prediction
+        self.record = prediction.coupling.record
+        self.failed: dict[str, str] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Fix a node, run it and compare its shapes with the prediction."""
+        predicted = self.prediction.shapes(n.name)
+        try:
+            self._fix(n)
+            value = super().run_node(n)
+        except Exception as error:
+            self.failed[n.name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            return self._stand_in(n, predicted)
+        found = [tuple(t.shape) for t in tensors_in(value)]
+        if found != predicted:
+            self.failed[n.name] = f"shape {found} after the rewrite, {predicted} predicted"
+            return self._stand_in(n, predicted)
+        return value
+
+    def _fix(self, n: fx.Node) -> None:
+        if n.op in ("call_function", "call_method"):
+            fixer = FIXERS.get(plain_name(n))
+            if fixer is not None:
+                fixer(self, n)
+            elif self.prediction.shapes(n.name):
+                self._pin_numbers(n)
+
+    def _pin_numbers(self, n: fx.Node) -> None:
+        """Keep numbers that were computed from a size, and now would differ, at their dense value."""
+
+        def pin(arg: Any) -> Any:
+            if isinstance(arg, fx.Node) and isinstance(self.env.get(arg), (int, float)):
+                before = self.record.numbers[arg.name]
+                return arg if before == self.env[arg] else before
+            return arg
+
+        n.args, n.kwargs = fx.node.map_aggregate((n.args, n.kwargs), pin)
+
+    def _stand_in(self, n: fx.Node, predicted: list[Shape]) -> Any:
+        tensors = [torch.empty(shape, device="meta") for shape in predicted]
+        return tensors[0] if len(tensors) == 1 else tuple(tensors)
+
+    # what fixers ask
+
+    def value(self, arg: Any) -> Any:
+        """Return what an argument evaluates to in the slim network."""
+        return pytree.tree_map(lambda a: self.env[a] if isinstance(a, fx.Node) else a, arg)
+
+    def dense(self, arg: Any) -> Any:
+        """Return what a number or constant was in the dense network; None for tensors whose values are not known."""
+        if not isinstance(arg, fx.Node):
+            return arg
+        if arg.name in self.record.numbers:
+            return self.record.numbers[arg.name]
+        return self.record.constants.get(arg.name)
+
+    def shapes(self, node: fx.Node) -> list[Shape]:
+        """Return the predicted shapes of what a node returns."""
+        return self.prediction.shapes(node.name)
+
+    def dense_shape(self, node: fx.Node) -> Shape:
+        """Return the dense shape of the tensor that a node returns."""
+        return self.record.nodes[node.name][0].shape
+
+    def kept(self, node: fx.Node, dim: int) -> np.ndarray | None:
+        """Return what stays along a dim, in every row that stays."""
+        shape = self.dense_shape(node)
+        return self.prediction.kept(node.name, dim % len(shape))
+
+    def rows(self, node: fx.Node, dim: int, count: int) -> int:
+        """Return how many of `count` equal rows of a dim stay."""
+        return self.prediction.rows(node.name, dim, count)
+

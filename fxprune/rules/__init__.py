@@ -1,0 +1,148 @@
+"""The rule table: how each ATen op moves labels from its operands to its results.
+
+One file per family. A rule is a small function `(op, *args, **kwargs) -> Labels`, registered with `@rule(aten.name)`
+for all overloads of an op and its in-place form. It sees the op's own arguments (tensors on the meta device, so shapes
+are at hand) and the verbs of `Op`; it returns the labels of the result, or a list of them for several results.
+Every op without a rule freezes what reaches it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from fxprune import labels as algebra
+from fxprune.atoms import Ledger
+from fxprune.labels import Extent, Labels, Shape
+
+Rule = Callable[..., Any]
+RULES: dict[Any, Rule] = {}
+
+
+class Labeller(Protocol):
+    """Whatever knows the labels of tensors."""
+
+    ledger: Ledger
+
+    def labels(self, tensor: torch.Tensor) -> Labels:
+        """Return the labels of a tensor; a parameter met for the first time is issued fresh ones."""
+        ...
+
+    def relabel(self, tensor: torch.Tensor, labels: Labels) -> None:
+        """Replace the labels of a parameter nothing has been said about yet."""
+        ...
+
+    def pristine(self, tensor: torch.Tensor) -> bool:
+        """Say whether this is a parameter about whose labels nothing has been said yet."""
+        ...
+
+    def count(self, fixed: int, dims: tuple[Extent, ...]) -> None:
+        """Record multiply-accumulates: `fixed` times the kept size of each labelled dim."""
+        ...
+
+    def value(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Return the known value of a constant integer tensor."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One ATen call, as a rule sees it.
+
+    Attributes:
+        func: the overload that was called.
+        out: its result on the meta device.
+        host: the interpretation it is part of.
+    """
+
+    func: Any
+    out: Any
+    host: Labeller
+
+    @property
+    def name(self) -> str:
+        """The op's name without overload: `aten.addmm`."""
+        return str(self.func.overloadpacket)
+
+    @property
+    def ledger(self) -> Ledger:
+        """The record that ties, rows and freezes go to."""
+        return self.host.ledger
+
+    def labels(self, tensor: torch.Tensor) -> Labels:
+        """Return the labels of a tensor."""
+        return self.host.labels(tensor)
+
+    def broadcast(self, *tensors: torch.Tensor) -> Labels:
+        """Tie operands dim by dim and return the labels of the pointwise result."""
+        labels, shape = self.labels(tensors[0]), tuple(tensors[0].shape)
+        for other in tensors[1:]:
+            labels, shape = algebra.broadcast(self.ledger, labels, shape, self.labels(other), tuple(other.shape))
+        return labels
+
+    def fix(self, labels: Labels, dims: Iterable[int], reason: str | None = None) -> Labels:
+        """Freeze everything along `dims`."""
+        for d in dims:
+            labels = algebra.fix(self.ledger, labels, d, reason or f"runs along a dim that {self.name} cannot shorten")
+        return labels
+
+    def freeze(self, *tensors: torch.Tensor) -> Labels:
+        """Freeze everything that reaches an op which cannot be followed; nothing along its result's dims can go."""
+        for x in tensors:
+            self.fix(self.labels(x), range(x.ndim))
+        return algebra.blank(self.out.ndim)
+
+    def pick(self, labels: Labels, dim: int, positions: np.ndarray) -> Labels:
+        """Keep some positions of a dim, in the given order."""
+        return algebra.pick(self.ledger, labels, dim, positions)
+
+    def reduce(self, labels: Labels, dims: Iterable[int], keepdim: bool = False) -> Labels:
+        """Let dims disappear (or keep them with size one)."""
+        return algebra.reduce(self.ledger, labels, dims, keepdim)
+
+    def mix(self, labels: Labels, dims: Iterable[int]) -> Labels:
+        """Say that values are mixed along `dims`."""
+        return algebra.mix(self.ledger, labels, dims)
+
+    def reshape(self, labels: Labels, shape: Shape, new: Shape) -> Labels:
+        """Follow a view."""
+        return algebra.reshape(self.ledger, labels, shape, new)
+
+    def contract(self, x: Labels, x_shape: Shape, w: Labels, w_shape: Shape, dims: Iterable[int], each: int = 1) -> Labels:
+        """Multiply two operands pointwise and sum over `dims`; `each` more macs are spent at every position."""
+        labels, shape = algebra.broadcast(self.ledger, x, x_shape, w, w_shape)
+        fixed = math.prod(n for n, ids in zip(shape, labels, strict=True) if ids is None)
+        self.host.count(fixed * each, algebra.extents(labels))
+        return self.reduce(labels, dims)
+
+
+def rule(*packets: Any) -> Callable[[Rule], Rule]:
+    """Register a rule for all overloads of these ATen ops."""
+
+    def register(function: Rule) -> Rule:
+        for packet in packets:
+            if packet in RULES:
+                raise ValueError(f"{packet} has two rules: {RULES[packet].__qualname__} and {function.__qualname__}")
+            RULES[packet] = function
+        return function
+
+    return register
+
+
+def lookup(func: Any) -> Rule | None:
+    """Return the rule of an overload, or None."""
+    packet = func.overloadpacket
+    found = RULES.get(packet)
+    if found is None and packet.__name__.endswith("_"):
+        found = RULES.get(getattr(torch.ops.aten, packet.__name__.rstrip("_"), None))
+    if found is None and torch.Tag.pointwise in func.tags:
+        found = RULES[torch.ops.aten.add]
+    return found
+
+
+from fxprune.rules import contraction, creation, movement, normalization, pointwise, pooling  # noqa: E402, F401 (fills RULES)

@@ -1,0 +1,50 @@
+"""Pooling, upsampling and spatial padding: channels pass, nothing along the spatial dims may go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fxprune import labels as algebra
+from fxprune.labels import Labels
+from fxprune.rules import Op, rule
+
+aten = torch.ops.aten
+
+
+def spatial(rank: int) -> Any:
+    """Return the rule of an op over the last `rank` dims of its first operand."""
+
+    def run(op: Op, x: torch.Tensor, *args: Any, **kwargs: Any) -> Labels | list[Labels]:
+        """x: (.., *space) with `rank` spatial dims; each channel on its own."""
+        space = range(x.ndim - rank, x.ndim)
+        labels = op.mix(op.fix(op.labels(x), space), space)
+        return labels if isinstance(op.out, torch.Tensor) else [labels] * len(op.out)
+
+    return run
+
+
+rule(
+    aten.max_pool1d, aten.avg_pool1d, aten.adaptive_avg_pool1d, aten.adaptive_max_pool1d, aten.upsample_nearest1d,
+    aten.upsample_linear1d, aten.reflection_pad1d, aten.replication_pad1d, aten._upsample_nearest_exact1d,
+)(spatial(1))  # fmt: skip
+rule(
+    aten.max_pool2d_with_indices, aten.max_pool2d, aten.avg_pool2d, aten._adaptive_avg_pool2d, aten.adaptive_avg_pool2d,
+    aten.adaptive_max_pool2d, aten.fractional_max_pool2d, aten.upsample_nearest2d, aten.upsample_bilinear2d,
+    aten.upsample_bicubic2d, aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa, aten._upsample_nearest_exact2d,
+    aten.reflection_pad2d, aten.replication_pad2d,
+)(spatial(2))  # fmt: skip
+rule(
+    aten.max_pool3d_with_indices, aten.max_pool3d, aten.avg_pool3d, aten._adaptive_avg_pool3d, aten.adaptive_avg_pool3d,
+    aten.adaptive_max_pool3d, aten.upsample_nearest3d, aten.upsample_trilinear3d, aten._upsample_nearest_exact3d,
+    aten.reflection_pad3d, aten.replication_pad3d,
+)(spatial(3))  # fmt: skip
+
+
+@rule(aten.grid_sampler_2d)
+def grid_sampler_2d(op: Op, x: torch.Tensor, grid: torch.Tensor, *args: Any) -> Labels:
+    """x: (b, c, h, w), grid: (b, h', w', 2) -> (b, c, h', w'). Channels pass."""
+    op.freeze(grid)
+    labels = op.mix(op.fix(op.labels(x), [2, 3]), [2, 3])
+    return (*labels[:2], *algebra.blank(2))

@@ -1,0 +1,115 @@
+"""Keep a slim network: a plan as JSON and weights as safetensors, in one folder. No pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import fx, nn
+
+from fxprune.coupling import couple
+from fxprune.errors import ArtifactError
+from fxprune.planning import Plan
+from fxprune.reporting import META, Compiled, compiled, make_report
+from fxprune.rewriting import rewrite
+from fxprune.tracing import trace
+
+PLAN, WEIGHTS = "plan.json", "weights.safetensors"
+
+
+def describe_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """Describe example inputs as JSON-able data, or return None when they are more than tensors and plain values."""
+    try:
+        described = {"args": [_describe(a) for a in args], "kwargs": {k: _describe(v) for k, v in kwargs.items()}}
+    except TypeError:
+        return None
+    return described
+
+
+def _describe(value: Any) -> dict[str, Any]:
+    if isinstance(value, torch.Tensor):
+        return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return {"value": value}
+    if isinstance(value, (list, tuple)):
+        return {"sequence": [_describe(v) for v in value]}
+    raise TypeError(type(value).__name__)
+
+
+def _example(description: dict[str, Any]) -> Any:
+    if "shape" in description:
+        return torch.zeros(description["shape"], dtype=getattr(torch, description["dtype"]))
+    if "sequence" in description:
+        return tuple(_example(v) for v in description["sequence"])
+    return description["value"]
+
+
+def save(slim: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Save a slim network into a folder: `plan.json` and `weights.safetensors`.
+
+    Args:
+        slim: from `compile` or `load`, trained further or not.
+        path: the folder; made if it does not exist.
+
+    Raises:
+        FxPruneError: the module did not come from fxprune.
+        ArtifactError: the path is a file.
+    """
+    record = compiled(slim)
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"{folder} is a file. Pass the path of a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    data = {"plan": json.loads(record.plan.to_json()), "inputs": record.inputs, "freeze": dict(record.freeze)}
+    save_model(slim, str(folder / WEIGHTS))
+    (folder / PLAN).write_text(json.dumps(data))
+
+
+def load(path: str | os.PathLike[str], model: nn.Module, *, example_inputs: Any = None) -> fx.GraphModule:
+    """Load a slim network: cut a fresh model of the class the same way and fill it with the saved weights.
+
+    Args:
+        path: the folder that `save` wrote.
+        model: a model of the class that was compiled, with any weights. It is not touched.
+        example_inputs: only needed where those of `compile` could not be saved (the error says so).
+
+    Raises:
+        ArtifactError: a file is missing or damaged, or the plan does not fit the model.
+    """
+    folder = Path(path)
+    data = _read_plan(folder / PLAN)
+    plan = Plan.from_json(json.dumps(data["plan"]))
+    if example_inputs is None:
+        if data["inputs"] is None:
+            raise ArtifactError("the example inputs of this network could not be saved. Pass `example_inputs=` as to `compile`.")
+        args = tuple(_example(a) for a in data["inputs"]["args"])
+        example_inputs = args or {k: _example(v) for k, v in data["inputs"]["kwargs"].items()}
+    traced = trace(model, example_inputs)
+    coupling = couple(traced, freeze=data["freeze"])
+    slim = rewrite(coupling, plan)
+    weights = folder / WEIGHTS
+    try:
+        load_model(slim, str(weights))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise ArtifactError(f"{weights} does not fit or is damaged: {error}. Save the network again.") from error
+    slim.meta[META] = Compiled(plan, make_report(coupling, plan, None, ("loaded from a file",)), data["inputs"], "freeze", data["freeze"])
+    return slim
+
+
+def _read_plan(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}. Pass the folder that `fxprune.save` wrote.") from error
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise ArtifactError(f"{path} breaks off or is damaged ({error}). Save the network again.") from error
+    if not isinstance(data, dict) or not {"plan", "inputs", "freeze"} <= data.keys():
+        raise ArtifactError(f"{path} is not a saved plan. Pass the folder that `fxprune.save` wrote.")
+    return data

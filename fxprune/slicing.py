@@ -1,0 +1,60 @@
+"""Cut parameters and buffers down to the channels that stay."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fxprune.labels import Labels
+
+
+def slice_tensor(value: torch.Tensor, labels: Labels, keep: np.ndarray) -> torch.Tensor:
+    """Return the kept positions of a tensor, a new tensor in the same memory format.
+
+    Args:
+        value: any shape.
+        labels: its channels, dim by dim.
+        keep: (channels + 1,) bool; the last entry serves fixed positions.
+    """
+    value = value.detach()
+    result = value
+    ragged = any(ids is not None and ids.size != value.shape[d] for d, ids in enumerate(labels))
+    if ragged:
+        result = _by_mask(value, labels, keep)
+    else:
+        for d, ids in enumerate(labels):
+            flags = None if ids is None else keep[ids].ravel()
+            if flags is not None and not flags.all():
+                index = torch.from_numpy(np.flatnonzero(flags)).to(value.device)
+                result = result.index_select(d, index)
+    if result is value:
+        return value.clone()
+    if value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last) and not value.is_contiguous():
+        result = result.contiguous(memory_format=torch.channels_last)
+    return result
+
+
+def _by_mask(value: torch.Tensor, labels: Labels, keep: np.ndarray) -> torch.Tensor:
+    """Cut a tensor whose rows keep different positions: kept positions are in row order, rows are equally long."""
+    mask = np.ones(value.shape, dtype=bool)
+    for ids in labels:
+        if ids is not None:
+            mask &= keep[ids]
+    sizes = [n if ids is None else kept_size(ids, d, keep) for d, (n, ids) in enumerate(zip(value.shape, labels, strict=True))]
+    return value[torch.from_numpy(mask).to(value.device)].reshape(sizes)
+
+
+def kept_size(ids: np.ndarray, dim: int, keep: np.ndarray) -> int:
+    """Return how many positions of a labelled dim stay (in every row that stays at all)."""
+    return int(keep[ids].sum(axis=dim).max(initial=0))
+
+
+def sliced_like(value: torch.Tensor, labels: Labels | None, keep: np.ndarray) -> torch.Tensor:
+    """Return a sliced copy of a parameter or buffer that is a parameter where the original is."""
+    result = value.detach().clone() if labels is None else slice_tensor(value, labels, keep)
+    if isinstance(value, torch.nn.Parameter):
+        result = torch.nn.Parameter(result, requires_grad=value.requires_grad)
+    for key, attribute in vars(value).items():
+        if not hasattr(result, key):
+            setattr(result, key, attribute)
+    return result

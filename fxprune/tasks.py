@@ -1,0 +1,49 @@
+"""Tasks: what each head of a network is judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fxprune.errors import PlanError
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One head's loss.
+
+    Attributes:
+        loss: `(outputs, batch) -> scalar tensor`, lower is better. `outputs` is what the network returns, `batch` is a
+            calibration batch as it came.
+        tolerance: how much the loss may get worse, relative (0.01 is one percent); None for no bound. Kept with the
+            plan; the methods here do not enforce it.
+    """
+
+    loss: Callable[[Any, Any], torch.Tensor]
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.loss):
+            raise PlanError(f"Task(loss={self.loss!r}) cannot be called. Pass a function `(outputs, batch) -> scalar tensor`.")
+        if self.tolerance is not None and self.tolerance < 0:
+            raise PlanError(f"Task(tolerance={self.tolerance}) is negative. Pass a share such as 0.01, or None.")
+
+
+def run_batch(module: torch.nn.Module, batch: Any, tasks: Mapping[str, Task]) -> dict[str, torch.Tensor]:
+    """Run a batch and return each task's loss.
+
+    A batch is the inputs, or a pair `(inputs, targets)`; inputs are a tensor, a tuple of positional inputs or a dict of
+    keyword inputs.
+    """
+    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+    outputs = module(*inputs) if isinstance(inputs, (tuple, list)) else module(**inputs) if isinstance(inputs, dict) else module(inputs)
+    losses = {}
+    for name, task in tasks.items():
+        loss = task.loss(outputs, batch)
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            raise PlanError(f"the loss of task {name!r} returned {type(loss).__name__}, not a scalar tensor. Return `loss.mean()`.")
+        losses[name] = loss.reshape(())
+    return losses

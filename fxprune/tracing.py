@@ -1,0 +1,330 @@
+"""From a module to an fx graph that behaves like it: signature, train and eval mode, dynamic sizes, source lines."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import linecache
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from fxprune.errors import TraceError
+from fxprune.interpreting import named_state
+
+TRAINING = "fxprune_training"
+"""Name of the submodule that answers whether the network is in training mode."""
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_HERE = os.path.dirname(__file__) + os.sep
+
+
+class TrainingFlag(nn.Module):
+    """Returns whether it is in training mode: stands for `self.training` in a traced graph."""
+
+    def forward(self) -> bool:
+        """Return `self.training`."""
+        return self.training
+
+
+class Expect(nn.Module):
+    """Raises when an argument that was fixed at tracing time is given another value."""
+
+    def __init__(self, name: str, value: Any) -> None:
+        super().__init__()
+        self.name, self.value = name, value
+
+    def forward(self, given: Any) -> None:
+        """Compare the value given with the one traced."""
+        if given is not self.value and given != self.value:
+            raise ValueError(
+                f"argument {self.name!r} was fixed to {self.value!r} when the network was traced, and is now {given!r}. "
+                f"Trace it with an example of {self.name!r} instead."
+            )
+
+
+class _Flag(int):
+    """A bool that remembers that it was asked: `self.training` while a module is traced."""
+
+    asked: list[str]
+
+    def __bool__(self) -> bool:
+        self.asked.append(_user_line(sys._getframe(1)))
+        return int(self) != 0
+
+
+def _user_line(frame: Any) -> str:
+    """Return `file:line` of the innermost frame that is neither torch's nor ours."""
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith((_TORCH, _HERE, "<")):
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """A network as a graph.
+
+    Attributes:
+        model: the model it was traced from.
+        module: computes what the model computes and shares its parameters and buffers.
+        args: positional example inputs.
+        kwargs: keyword example inputs.
+        frontend: "symbolic_trace" or "export".
+        notes: what a user should know about this trace.
+    """
+
+    model: nn.Module
+    module: fx.GraphModule
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    frontend: str
+    notes: tuple[str, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    def source(self, node: str) -> str:
+        """Return the user's source line of a node: `file.py:12: code`, or ""."""
+        path, _, line = self.sources.get(node, "").rpartition(":")
+        if not path:
+            return ""
+        return f"{os.path.basename(path)}:{line}: {linecache.getline(path, int(line)).strip()}"
+
+    def where(self, node: str) -> str:
+        """Return the source line in brackets, ready to follow a node's name."""
+        line = self.source(node)
+        return f" ({line})" if line else ""
+
+
+class Tracer(fx.Tracer):
+    """Symbolic tracer that keeps default arguments, source lines, and what depends on training mode."""
+
+    def __init__(self, fixed: Mapping[str, Any], training: bool) -> None:
+        super().__init__()
+        self.fixed = fixed
+        self.flag = _Flag(training)
+        self.flag.asked = []
+        self.sources: dict[str, str] = {}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Keep modules of torch.nn whole, and stateless ones whose forward asks for `self.training` (drop-path)."""
+        if super().is_leaf_module(m, module_qualified_name):
+            return True
+        stateless = not any(True for _ in m.parameters()) and not any(True for _ in m.children())
+        code = getattr(type(m).forward, "__code__", None)
+        return stateless and code is not None and "training" in code.co_names
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Note the source line of each node."""
+        node = super().create_node(*args, **kwargs)
+        self.sources[node.name] = _user_line(sys._getframe(1))
+        return node
+
+    def create_arg(self, a: Any) -> Any:
+        """Turn `self.training`, handed to a function, into a node that asks for it."""
+        if isinstance(a, _Flag):
+            return self.create_node("call_module", TRAINING, (), {})
+        return super().create_arg(a)
+
+    def _proxy_placeholder(self, name: str, concrete_args: Any, sig: Any, fn_for_analysis: Any) -> Any:
+        proxy = super()._proxy_placeholder(name, concrete_args, sig, fn_for_analysis)
+        if name.lstrip("*") not in self.fixed:
+            return proxy
+        value = self.fixed[name]
+        target = f"fxprune_expect_{name}"
+        self.root.add_module(target, Expect(name, value))
+        self.create_node("call_module", target, (proxy.node,), {})
+        return value
+
+
+def trace(model: nn.Module, example_inputs: Any) -> Traced:
+    """Trace a model into an fx graph.
+
+    `torch.fx.symbolic_trace` is tried first, on a copy that shares the parameters; where it fails (Python that depends
+    on data), `torch.export`. Arguments of `forward` that the examples leave at their default are fixed to it.
+
+    Args:
+        model: any module. It is neither run nor changed.
+        example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+
+    Raises:
+        TraceError: no example inputs, inputs that do not fit the signature, or neither front end can trace the model.
+    """
+    args, kwargs = _inputs(model, example_inputs)
+    try:
+        graph_module, sources, notes = _symbolic(model, args, kwargs)
+        return Traced(model, graph_module, args, kwargs, "symbolic_trace", notes, sources)
+    except Exception as symbolic_error:
+        first = symbolic_error
+    try:
+        graph_module, sources, notes = _exported(model, args, kwargs)
+    except Exception as export_error:
+        raise TraceError(
+            f"{type(model).__name__} cannot be traced.\n"
+            f"  torch.fx.symbolic_trace: {type(first).__name__}: {_first_line(first)}\n"
+            f"  torch.export: {type(export_error).__name__}: {_first_line(export_error)}\n"
+            "Check that `model(*example_inputs)` runs; mark functions that cannot be traced with `torch.fx.wrap`."
+        ) from export_error
+    return Traced(model, graph_module, args, kwargs, "export", notes, sources)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]
+
+
+def _inputs(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"the model is a {type(model).__name__}, not a torch.nn.Module. Pass the module itself.")
+    if isinstance(example_inputs, torch.Tensor):
+        args, kwargs = (example_inputs,), {}
+    elif isinstance(example_inputs, dict):
+        args, kwargs = (), dict(example_inputs)
+    elif isinstance(example_inputs, (tuple, list)):
+        args, kwargs = tuple(example_inputs), {}
+    else:
+        args, kwargs = (), {}
+    if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves((args, kwargs))):
+        raise TraceError(
+            f"no tensor in the example inputs ({type(example_inputs).__name__}). Pass a tensor, a tuple of positional "
+            "inputs or a dict of keyword inputs, such as `torch.randn(1, 3, 224, 224)`."
+        )
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TraceError(
+            f"the example inputs do not fit `{type(model).__name__}.forward{inspect.signature(model.forward)}`: {error}. "
+            "Pass one example for every argument without a default."
+        ) from error
+    return args, kwargs
+
+
+def shared_copy(model: nn.Module) -> Any:
+    """Copy a module's structure; parameters, buffers and tensor attributes are the model's own."""
+    return copy.deepcopy(model, {id(t): t for _, t, _ in named_state(model)})
+
+
+def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, dict[str, str], tuple[str, ...]]:
+    fixed = _fixed(model, args, kwargs)
+    root, graph, tracer = _trace_once(model, fixed, model.training)
+    notes = []
+    asked = list(dict.fromkeys(tracer.flag.asked))
+    if asked and not _merge_modes(graph, _trace_once(model, fixed, not model.training)[1]):
+        mode = "train" if model.training else "eval"
+        lines = ", ".join(f"{os.path.basename(line)}" for line in asked[:3])
+        notes.append(f"forward takes another path in the other mode ({lines}); the slim network follows the {mode}() path in both")
+    if any(n.op == "call_module" and n.target == TRAINING for n in graph.nodes):
+        root.add_module(TRAINING, TrainingFlag())
+    graph_module = fx.GraphModule(root, graph, type(model).__name__)
+    modes = {name: m.training for name, m in model.named_modules()}
+    for name, m in graph_module.named_modules():
+        m.training = modes.get(name, model.training)
+    return graph_module, tracer.sources, (*notes, *_unused(model, graph_module))
+
+
+def _fixed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of forward that the examples leave at a default, or give as something but tensors."""
+    signature = inspect.signature(model.forward)
+    given = signature.bind(*args, **kwargs).arguments
+    fixed = {}
+    for name, parameter in signature.parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        value = given.get(name, parameter.default)
+        if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value)):
+            fixed[name] = value
+    return fixed
+
+
+def _trace_once(model: nn.Module, fixed: Mapping[str, Any], training: bool) -> tuple[nn.Module, fx.Graph, Tracer]:
+    root = shared_copy(model)
+    tracer = Tracer(fixed, training)
+    for m in root.modules():
+        m.training = tracer.flag if m.training == model.training else m.training
+    return root, tracer.trace(root), tracer
+
+
+def _merge_modes(graph: fx.Graph, other: fx.Graph) -> bool:
+    """Let arguments that differ between train and eval ask for the mode. False if the graphs differ otherwise."""
+    pairs = list(zip(graph.nodes, other.nodes, strict=False))
+    twin = {b: a for a, b in pairs}
+    changes = []
+    if len(graph.nodes) != len(other.nodes):
+        return False
+    for a, b in pairs:
+        mine, spec = pytree.tree_flatten((list(a.args), dict(a.kwargs)))
+        theirs, other_spec = pytree.tree_flatten((list(b.args), dict(b.kwargs)))
+        theirs = [twin.get(v, v) if isinstance(v, fx.Node) else v for v in theirs]
+        if (a.op, a.target, spec) != (b.op, b.target, other_spec):
+            return False
+        differ = [i for i, (v, w) in enumerate(zip(mine, theirs, strict=True)) if type(v) is not type(w) or v != w]
+        if any(not isinstance(mine[i], (bool, _Flag)) for i in differ):
+            return False
+        if differ:
+            changes.append((a, mine, spec, differ))
+    for node, values, spec, differ in changes:
+        with graph.inserting_before(node):
+            flag = graph.call_module(TRAINING)
+        args, kwargs = pytree.tree_unflatten([flag if i in differ else v for i, v in enumerate(values)], spec)
+        node.args, node.kwargs = tuple(args), kwargs
+    return True
+
+
+def _unused(model: nn.Module, graph_module: fx.GraphModule) -> list[str]:
+    used = {id(t) for _, t, _ in named_state(graph_module)}
+    left = [name for name, t, is_parameter in named_state(model) if id(t) not in used and is_parameter]
+    if not left:
+        return []
+    shown = ", ".join(left[:4]) + (", .." if len(left) > 4 else "")
+    return [f"{len(left)} parameters take no part in forward and are left out: {shown}"]
+
+
+def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, dict[str, str], tuple[str, ...]]:
+    root = shared_copy(model)
+    auto = pytree.tree_map(lambda v: {d: torch.export.Dim.AUTO for d in range(v.ndim)} if isinstance(v, torch.Tensor) else None, (args, kwargs))
+    try:
+        program = torch.export.export(root, args, kwargs, dynamic_shapes=(*auto[0], *auto[1].values()), strict=False)
+        notes = ["traced by torch.export"]
+    except Exception:
+        program = torch.export.export(root, args, kwargs, strict=False)
+        notes = ["traced by torch.export with the sizes of the example inputs: other sizes are not supported"]
+    module = program.module()
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.op == "call_module" and "_guards_fn" in str(node.target):
+            graph.erase_node(node)
+    _ask_for_mode(graph)
+    own = {name: t for name, t, _ in named_state(model)}
+    module.add_module(TRAINING, TrainingFlag())
+    graph_module = fx.GraphModule(module, graph, type(model).__name__)
+    for name, _, _ in list(named_state(graph_module)):
+        if name in own:
+            holder, _, key = name.rpartition(".")
+            setattr(graph_module.get_submodule(holder), key, own[name])
+    graph_module.train(model.training)
+    sources = {n.name: line for n in graph.nodes if (line := _line_of(n.stack_trace))}
+    return graph_module, sources, (*notes, *_unused(model, graph_module))
+
+
+def _ask_for_mode(graph: fx.Graph) -> None:
+    """Let dropout and batch norm of an exported graph ask for the mode instead of the one they were exported in."""
+    for node in list(graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None:
+            continue
+        for i, argument in enumerate(schema.arguments):
+            if argument.name in ("train", "training") and i < len(node.args) and isinstance(node.args[i], bool):
+                with graph.inserting_before(node):
+                    node.update_arg(i, graph.call_module(TRAINING))
+
+
+def _line_of(stack_trace: str | None) -> str:
+    found = re.findall(r'File "([^"]+)", line (\d+)', stack_trace or "")
+    mine = [(path, line) for path, line in found if not path.startswith(_TORCH)]
+    return ":".join((mine or found)[-1]) if found else ""

@@ -1,0 +1,67 @@
+"""Carry an optimizer over to the slim network, so that training goes on with the momenta it had."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxprune.errors import ArtifactError
+from fxprune.planning import Plan
+from fxprune.reporting import compiled
+
+
+def transfer(optimizer: torch.optim.Optimizer, slim: nn.Module, *, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    """Return an optimizer of the same class, settings and parameter groups for the slim network, with sliced state.
+
+    Args:
+        optimizer: over the parameters of the original model. It is not touched.
+        slim: from `compile` or `load`.
+        model: the original model, which says which parameter has which name. Without it, the parameters are taken to be
+            in the order of `model.parameters()`, all of them, as `Adam(model.parameters())` has them.
+
+    Raises:
+        ArtifactError: the optimizer's parameters are not those of the original model.
+    """
+    plan = compiled(slim).plan
+    named = _names(optimizer, slim, model)
+    targets = dict(slim.named_parameters())
+    groups = []
+    for group in optimizer.param_groups:
+        params = [targets[named[id(p)]] for p in group["params"] if named.get(id(p)) in targets]
+        groups.append({**{k: v for k, v in group.items() if k != "params"}, "params": params})
+    fresh = type(optimizer)([g for g in groups if g["params"]], **optimizer.defaults)
+    for p, state in optimizer.state.items():
+        name = named.get(id(p))
+        if name in targets:
+            fresh.state[targets[name]] = {k: _cut(plan, name, p, v) for k, v in state.items()}
+    return fresh
+
+
+def _names(optimizer: torch.optim.Optimizer, slim: nn.Module, model: nn.Module | None) -> dict[int, str]:
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if model is not None:
+        names = {id(p): name for name, p in model.named_parameters()}
+        unknown = [p for p in params if id(p) not in names]
+        if unknown:
+            raise ArtifactError(f"{len(unknown)} of the optimizer's {len(params)} parameters are not in `model`. Pass the model it was made for.")
+        return names
+    targets = list(slim.named_parameters())
+    if len(params) != len(targets):
+        raise ArtifactError(
+            f"the optimizer has {len(params)} parameters, the slim network {len(targets)}: which is which cannot be told. Pass `model=` too."
+        )
+    plan = compiled(slim).plan
+    for p, (name, q) in zip(params, targets, strict=True):
+        expected = tuple(plan.sizes.get((name, d), n) for d, n in enumerate(q.shape))
+        if tuple(p.shape) != expected:
+            raise ArtifactError(f"{name!r}: expected the optimizer's parameter of shape {expected}, found {tuple(p.shape)}. Pass `model=` too.")
+    return {id(p): name for p, (name, _) in zip(params, targets, strict=True)}
+
+
+def _cut(plan: Plan, name: str, p: torch.Tensor, value: Any) -> Any:
+    """Cut one entry of an optimizer's state, if it has the shape of the parameter."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return plan.cut(name, value) if value.shape == p.shape else value.clone()

@@ -1,0 +1,337 @@
+"""The theorem, checked: the slim network computes what the original does when removed channels contribute nothing.
+
+The reference knows nothing of graphs, labels or rewriting. It runs the original module in float64 with every removed
+position of every parameter and buffer set to NaN, which stands for *absent*, under a dispatch mode with three rules:
+a contraction sums over what is present, a statistic is taken over what is present, and everything else lets NaN pass,
+as arithmetic does by itself. What comes out, without the absent positions, is what the slim network must return.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxprune.coupling import Coupling
+from fxprune.errors import VerificationError
+from fxprune.interpreting import bind, named_state, tensors_in
+from fxprune.planning import Plan
+
+TOLERANCE = 1e-9
+"""Largest relative error, in float64, that counts as equal."""
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """How far the slim network is from the masked original.
+
+    Attributes:
+        errors: output -> max |slim - masked| / max |masked|, in float64. Outputs are named by their place.
+        tolerance: what counts as equal.
+    """
+
+    errors: Mapping[str, float]
+    tolerance: float = TOLERANCE
+
+    @property
+    def worst(self) -> float:
+        """The largest error of any output."""
+        return max(self.errors.values(), default=0.0)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every output is equal to within the tolerance."""
+        return self.worst <= self.tolerance
+
+    def __str__(self) -> str:
+        verdict = "equal" if self.passed else "DIFFERENT"
+        lines = [f"slim(x) against masked(x) in float64: {verdict}, worst relative error {self.worst:.1e}"]
+        return "\n".join(lines + [f"  {name}: {error:.1e}" for name, error in self.errors.items()])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {"passed": self.passed, "worst": self.worst, "tolerance": self.tolerance, "errors": dict(self.errors)}
+
+
+Reference = Callable[..., Any]
+_REFERENCE: dict[Any, Reference] = {}
+
+
+def _absent_aware(*packets: Any) -> Callable[[Reference], Reference]:
+    def register(function: Reference) -> Reference:
+        for packet in packets:
+            _REFERENCE[packet] = function
+        return function
+
+    return register
+
+
+def _present(t: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
+    return torch.where(t.isnan(), fill, t)
+
+
+def _mark(out: torch.Tensor, absent: torch.Tensor) -> torch.Tensor:
+    return torch.where(absent, torch.nan, out)
+
+
+@_absent_aware(aten.mm, aten.bmm)
+def _mm(func: Any, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    absent = x.isnan().all(-1, keepdim=True) | w.isnan().all(-2, keepdim=True)
+    return _mark(func(_present(x), _present(w)), absent)
+
+
+@_absent_aware(aten.addmm, aten.baddbmm)
+def _addmm(func: Any, bias: torch.Tensor, x: torch.Tensor, w: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    absent = x.isnan().all(-1, keepdim=True) | w.isnan().all(-2, keepdim=True)
+    return _mark(func(bias, _present(x), _present(w), **kwargs), absent)
+
+
+@_absent_aware(aten.mv, aten.dot)
+def _mv(func: Any, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    out = func(_present(x), _present(w))
+    return _mark(out, x.isnan().all(-1) | w.isnan().all(-1))
+
+
+@_absent_aware(aten.convolution)
+def _convolution(func: Any, x: torch.Tensor, w: torch.Tensor, b: Any, *args: Any) -> torch.Tensor:
+    transposed, groups = args[3], args[5]
+    gone = w.isnan().flatten(2).all(2)
+    if transposed:
+        absent = gone.reshape(groups, -1, w.shape[1]).all(1).reshape(-1)
+    else:
+        absent = gone.all(1)
+    out = func(_present(x), _present(w), None if b is None else _present(b), *args)
+    return _mark(out, absent.reshape(1, -1, *[1] * (out.ndim - 2)))
+
+
+def _dims(dim: Any, x: torch.Tensor) -> list[int]:
+    if dim is None or dim == [] or dim == ():
+        return list(range(x.ndim))
+    return [dim] if isinstance(dim, int) else list(dim)
+
+
+def _moments(x: torch.Tensor, dims: list[int], correction: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    here = ~x.isnan()
+    count = here.sum(dims, keepdim=True)
+    mean = torch.where(here, x, 0.0).sum(dims, keepdim=True) / count
+    var = torch.where(here, (x - mean) ** 2, 0.0).sum(dims, keepdim=True) / (count - correction)
+    return mean, var
+
+
+def _normalized(x: torch.Tensor, dims: list[int], eps: float) -> torch.Tensor:
+    mean, var = _moments(x, dims)
+    return (x - mean) / (var + eps).sqrt()
+
+
+@_absent_aware(aten.native_layer_norm)
+def _layer_norm(func: Any, x: torch.Tensor, shape: Any, w: Any, b: Any, eps: float) -> Any:
+    out = _normalized(x, list(range(x.ndim - len(shape), x.ndim)), eps)
+    out = out if w is None else out * w
+    return (out if b is None else out + b), x.new_empty(0), x.new_empty(0)
+
+
+@_absent_aware(aten.native_group_norm)
+def _group_norm(func: Any, x: torch.Tensor, w: Any, b: Any, n: int, c: int, hw: int, groups: int, eps: float) -> Any:
+    out = _normalized(x.reshape(n, groups, -1), [2], eps).reshape(x.shape)
+    wide = (1, c, *[1] * (x.ndim - 2))
+    out = out if w is None else out * w.reshape(wide)
+    return (out if b is None else out + b.reshape(wide)), x.new_empty(0), x.new_empty(0)
+
+
+@_absent_aware(aten.mean)
+def _mean(func: Any, x: torch.Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> torch.Tensor:
+    mean = _moments(x, _dims(dim, x))[0]
+    return mean if keepdim else mean.squeeze(tuple(_dims(dim, x)))
+
+
+@_absent_aware(aten.var, aten.std)
+def _var(func: Any, x: torch.Tensor, dim: Any = None, *args: Any, correction: Any = None, keepdim: bool = False, **kwargs: Any) -> torch.Tensor:
+    var = _moments(x, _dims(dim, x), 1 if correction is None else correction)[1]
+    var = var.sqrt() if func.overloadpacket is aten.std else var
+    return var if keepdim else var.squeeze(tuple(_dims(dim, x)))
+
+
+@_absent_aware(aten.var_mean)
+def _var_mean(func: Any, x: torch.Tensor, dim: Any = None, *args: Any, correction: Any = None, keepdim: bool = False) -> Any:
+    mean, var = _moments(x, _dims(dim, x), 1 if correction is None else correction)
+    return (var, mean) if keepdim else (var.squeeze(tuple(_dims(dim, x))), mean.squeeze(tuple(_dims(dim, x))))
+
+
+_NEUTRAL = {aten.sum: 0.0, aten.prod: 1.0, aten.amax: -torch.inf, aten.amin: torch.inf, aten.logsumexp: -torch.inf, aten.linalg_vector_norm: 0.0}
+
+
+@_absent_aware(*_NEUTRAL)
+def _reduction(func: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    out = func(_present(x, _NEUTRAL[func.overloadpacket]), *args, **kwargs)
+    if func.overloadpacket is aten.linalg_vector_norm:
+        args = args[1:] if args else args
+    dims = _dims(args[0] if args else kwargs.get("dim"), x)
+    absent = x.isnan().all(tuple(dims), keepdim=True) if dims else x.isnan()
+    return _mark(out, absent.reshape(out.shape))
+
+
+@_absent_aware(aten._softmax, aten._log_softmax, aten._safe_softmax)
+def _softmax(func: Any, x: torch.Tensor, dim: int, *args: Any) -> torch.Tensor:
+    return _mark(func(_present(x, -torch.inf), dim, *args), x.isnan())
+
+
+class AbsentIsNaN(TorchDispatchMode):
+    """Run a module whose parameters hold NaN at removed positions, as if those positions were not there."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Use the absent-aware form of an op where it has one and NaN is about."""
+        kwargs = kwargs or {}
+        reference = _REFERENCE.get(func.overloadpacket)
+        if reference is not None and any(
+            isinstance(a, torch.Tensor) and a.is_floating_point() and bool(a.isnan().any()) for a in args
+        ):
+            return reference(func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _to_double(value: Any) -> Any:
+    return pytree.tree_map(lambda t: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t, value)
+
+
+def _double_copy(module: nn.Module) -> nn.Module:
+    """Return a float64 copy in eval mode, on the same devices."""
+    memo = {}
+    for _, t, is_parameter in named_state(module):
+        fresh = t.detach().to(torch.complex128 if t.is_complex() else torch.float64 if t.is_floating_point() else t.dtype, copy=True)
+        memo[id(t)] = nn.Parameter(fresh, requires_grad=False) if is_parameter else fresh
+    return copy.deepcopy(module, memo).eval()
+
+
+def masked_copy(module: nn.Module, plan: Plan) -> nn.Module:
+    """Return a float64 copy of a module, in eval mode, with NaN at every position the plan removes."""
+    masked = _double_copy(module)
+    state = {name: t for name, t, _ in named_state(masked)}
+    with torch.no_grad():
+        for (name, dim), positions in plan.kept.items():
+            value = state[name]
+            if positions.ndim == 1:
+                gone = np.setdiff1d(np.arange(value.shape[dim]), positions)
+                value.index_fill_(dim, torch.from_numpy(gone).to(value.device), torch.nan)
+            else:
+                rows = plan.kept.get((name, 0), np.arange(value.shape[0]))
+                for row, stays in zip(rows.tolist(), positions, strict=True):
+                    gone = np.setdiff1d(np.arange(value.shape[dim]), stays)
+                    value[row].index_fill_(dim - 1, torch.from_numpy(gone).to(value.device), torch.nan)
+    return masked
+
+
+def run_masked(module: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Run a masked copy on float64 inputs."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), AbsentIsNaN():
+            return module(*args, **kwargs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+def _named_outputs(value: Any) -> dict[str, torch.Tensor]:
+    """Return output name -> tensor: keys of dicts, fields of dataclasses, positions of tuples."""
+    if isinstance(value, torch.Tensor):
+        return {"output": value}
+    if hasattr(value, "__dataclass_fields__"):
+        items = {k: getattr(value, k) for k in value.__dataclass_fields__}
+    elif isinstance(value, dict):
+        items = value
+    else:
+        items = dict(enumerate(value)) if isinstance(value, (tuple, list)) else {}
+    found = {}
+    for key, item in items.items():
+        for name, t in _named_outputs(item).items():
+            found[str(key) if name == "output" else f"{key}.{name}"] = t
+    return found
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return max |found - expected| / max |expected|; infinite where shapes differ or one is finite and the other not."""
+    if found.shape != expected.shape:
+        return float("inf")
+    if not found.numel():
+        return 0.0
+    if not found.is_floating_point():
+        return 0.0 if torch.equal(found, expected) else float("inf")
+    if not torch.equal(found.isfinite(), expected.isfinite()):
+        return float("inf")
+    here = expected.isfinite()
+    if not here.any():
+        return 0.0
+    scale = expected[here].abs().max().item()
+    return (found[here] - expected[here]).abs().max().item() / (scale or 1.0)
+
+
+def verify(coupling: Coupling, plan: Plan, slim: fx.GraphModule) -> Verification:
+    """Compare the slim network with the masked original on the example inputs, in float64 and eval mode.
+
+    Args:
+        coupling: of the original network.
+        plan: what the slim network keeps.
+        slim: from `rewrite`, before any of its weights were changed.
+
+    Raises:
+        VerificationError: an output differs: which, by how much, and the first node that does.
+    """
+    traced = coupling.traced
+    args, kwargs = _to_double((traced.args, traced.kwargs))
+    masked = _named_outputs(run_masked(masked_copy(traced.model, plan), copy.deepcopy(args), copy.deepcopy(kwargs)))
+    with torch.no_grad():
+        found = _named_outputs(_double_copy(slim)(*copy.deepcopy(args), **copy.deepcopy(kwargs)))
+    errors = {name: relative_error(found[name], masked[name]) if name in found else float("inf") for name in masked}
+    result = Verification(errors)
+    if not result.passed:
+        name = max(errors, key=errors.__getitem__)
+        raise VerificationError(
+            f"output {name!r} of the slim network differs from the masked original by {errors[name]:.1e} (relative, float64). "
+            f"{_first_difference(coupling, plan, slim)} This is a bug in fxprune or in a custom rule: please report it; "
+            "`Constraints(keep_outputs=[...])` on that layer is a way around it."
+        )
+    return result
+
+
+class _Recorder(fx.Interpreter):
+    """Keeps what every node returns."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.values: dict[str, list[torch.Tensor]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node and keep its tensors."""
+        value = super().run_node(n)
+        self.values[n.name] = [t.clone() for t in tensors_in(value)]
+        return value
+
+
+def _first_difference(coupling: Coupling, plan: Plan, slim: fx.GraphModule) -> str:
+    """Say at which node the two networks part."""
+    traced = coupling.traced
+    values = bind(traced.module.graph, *_to_double((traced.args, traced.kwargs)))
+    dense = _Recorder(masked_copy(traced.module, plan))  # pyright: ignore[reportArgumentType]
+    with torch.no_grad(), AbsentIsNaN():
+        dense.run(*copy.deepcopy(values), enable_io_processing=False)
+    short = _Recorder(_double_copy(slim))  # pyright: ignore[reportArgumentType]
+    with torch.no_grad():
+        short.run(*copy.deepcopy(values), enable_io_processing=False)
+    for name, expected in dense.values.items():
+        for a, b in zip(short.values.get(name, []), expected, strict=False):
+            present = b[~b.isnan()] if b.is_floating_point() else b.reshape(-1)
+            error = relative_error(a.reshape(-1), present)
+            if error > TOLERANCE:
+                return f"The first node that differs is {name!r}{traced.where(name)}, by {error:.1e}."
+    return "No node of the traced graph differs: the trace itself does not compute what the model does."
