@@ -10,7 +10,7 @@ import numpy as np
 from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling
 from fxprune.costs import Costs
-from fxprune.errors import PlanError
+from fxprune.errors import CouplingError, PlanError
 from fxprune.grouping import Group
 
 
@@ -112,6 +112,34 @@ class Allocation:
         return taken
 
 
+def steps_of_all(coupling: Coupling, score: np.ndarray, scope: str, constraints: Constraints) -> Allocation:
+    """Return the steps of all groups such that even all of them together leave something of every dim.
+
+    Args:
+        coupling: the coupled network.
+        score: (channels,) one score per channel; a choice's score is the sum over its members.
+        scope: "uniform" or "global".
+        constraints: limits on widths.
+    """
+    members = coupling.members
+    total = members.total(score).astype(np.float64)
+    total[coupling.is_frozen] = np.inf
+    while True:
+        steps = [step for group in coupling.groups() for step in steps_of(group, total, scope, constraints)]
+        allocation = Allocation(coupling, steps)
+        keep = allocation.keep(np.ones(len(steps), dtype=bool))
+        emptied = [*coupling.costs.emptied(keep), *coupling.lost_rows(keep)]
+        if not emptied:
+            return allocation
+        best = [channels[np.argmax(score[channels])] for channels in emptied]
+        held = members.choice[np.isin(members.channel, best)]
+        if np.isinf(total[held]).all():
+            held = members.choice[np.isin(members.channel, np.concatenate(emptied))]
+            if np.isinf(total[held]).all():
+                raise CouplingError(f"nothing would be left of {len(emptied)} dims, whatever is held: a bug in fxprune, please report it.")
+        total[held] = np.inf
+
+
 def allocate(coupling: Coupling, score: np.ndarray, scope: str, constraints: Constraints, bounds: dict[str, float]) -> np.ndarray:
     """Return the kept channels (channels,) of the widest network within the bounds, in the order of the scores.
 
@@ -125,10 +153,7 @@ def allocate(coupling: Coupling, score: np.ndarray, scope: str, constraints: Con
     Raises:
         PlanError: the bounds cannot be met.
     """
-    total = coupling.members.total(score)
-    total[coupling.is_frozen] = np.inf
-    steps = [step for group in coupling.groups() for step in steps_of(group, total, scope, constraints)]
-    allocation = Allocation(coupling, steps)
+    allocation = steps_of_all(coupling, score, scope, constraints)
 
     def fits(keep: np.ndarray) -> bool:
         costs = coupling.costs(keep)

@@ -136,8 +136,20 @@ def _equal_products(ledger: Ledger, root: np.ndarray, reason: np.ndarray) -> lis
         proper = atom != mine
         pairs.append(_same_key(np.stack([atom, mine], 1)[proper], other[proper]))
     pairs.append(_same_key(np.sort(np.stack([row, column], 1), axis=1), atom))
+    pairs.extend(_one_crossing(atom, row, column))
     pairs.extend(_absorbed(ledger, root, atom, row, column))
     return pairs
+
+
+def _one_crossing(atom: np.ndarray, row: np.ndarray, column: np.ndarray) -> list[Pairs]:
+    """Let a channel that is two crossings at once be one: r & s ~ r' & s' gives r ~ r' and s ~ s'.
+
+    That is more than needed, but a channel must not go while the parents of another of its crossings stay.
+    """
+    _, first, inverse = np.unique(atom, return_index=True, return_inverse=True)
+    other_row, other_column = row[first[inverse]], column[first[inverse]]
+    proper = (atom != row) & (atom != column) & ((row != other_column) | (column != other_row))
+    return [(row[proper], other_row[proper]), (column[proper], other_column[proper])]
 
 
 def _same_key(keys: np.ndarray, values: np.ndarray) -> Pairs:

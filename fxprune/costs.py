@@ -57,7 +57,7 @@ class _Sizes:
         self._by_id: dict[tuple[int, int], int] = {}
         self._by_content: dict[tuple[bytes, int], int] = {}
         self._alive: list[np.ndarray] = []
-        self._rows: list[np.ndarray] = []
+        self.rows: list[np.ndarray] = []
 
     def index(self, extent: Extent) -> int:
         """Return the number of a labelled dim."""
@@ -67,21 +67,21 @@ class _Sizes:
             rows = np.moveaxis(self._to_channels(ids), dim, -1)
             rows = rows.reshape(-1, rows.shape[-1])
             key = (rows.tobytes(), rows.shape[1])
-            found = self._by_content.setdefault(key, len(self._rows))
-            if found == len(self._rows):
-                self._rows.append(rows)
+            found = self._by_content.setdefault(key, len(self.rows))
+            if found == len(self.rows):
+                self.rows.append(rows)
             self._by_id[id(ids), dim] = found
             self._alive.append(ids)
         return found
 
     def counter(self) -> Callable[[np.ndarray], np.ndarray]:
         """Return the function from `keep` (channels,) to the kept size of every labelled dim, and a last one of 1."""
-        if not self._rows:
+        if not self.rows:
             return lambda keep: np.ones(1, dtype=np.int64)
-        flat = np.concatenate([rows.ravel() for rows in self._rows])
-        widths = np.concatenate([np.full(len(rows), rows.shape[1]) for rows in self._rows])
+        flat = np.concatenate([rows.ravel() for rows in self.rows])
+        widths = np.concatenate([np.full(len(rows), rows.shape[1]) for rows in self.rows])
         row_starts = np.concatenate([[0], np.cumsum(widths)[:-1]])
-        starts = np.concatenate([[0], np.cumsum([len(rows) for rows in self._rows])[:-1]])
+        starts = np.concatenate([[0], np.cumsum([len(rows) for rows in self.rows])[:-1]])
 
         def count(keep: np.ndarray) -> np.ndarray:
             counts = np.add.reduceat(np.append(keep, True)[flat].astype(np.int64), row_starts)
@@ -114,6 +114,11 @@ class CostModel:
         self._steps = record.steps + 2
         self._unlabelled = unlabelled
         self._count = sizes.counter()
+        self._extents = sizes.rows
+
+    def emptied(self, keep: np.ndarray) -> list[np.ndarray]:
+        """Return the channels of every dim of a parameter or activation of which nothing stays."""
+        return [self._extents[i].ravel() for i in np.flatnonzero(self._count(keep)[:-1] == 0)]
 
     def __call__(self, keep: np.ndarray) -> Costs:
         """Return the costs when `keep` (channels,) says which channels stay."""

@@ -176,9 +176,28 @@ class Coupling:
                 np.logical_and.at(keep, row, alive)
                 keep[batch.columns[real][~keep[row]]] = False
                 keep[FIXED] = True
-            np.logical_and.at(keep, self.products.channel, keep[self.products.row] & keep[self.products.column])
+            self._settle_products(keep)
             if keep.sum() == before:
                 return keep[:-1]
+
+    def _settle_products(self, keep: np.ndarray) -> None:
+        """Remove crossings with a parent, and a parent of which no crossing is left."""
+        p = self.products
+        np.logical_and.at(keep, p.channel, keep[p.row] & keep[p.column])
+        for parent, other in ((p.row, p.column), (p.column, p.row)):
+            torn = ~keep[p.channel] & keep[parent] & keep[other]
+            if torn.any():
+                left = np.bincount(parent[keep[p.channel]], minlength=len(keep))
+                keep[parent[torn & (left[parent] == 0)]] = False
+
+    def lost_rows(self, keep: np.ndarray) -> list[np.ndarray]:
+        """Return the columns of every row that would be emptied although it is frozen."""
+        lost = []
+        for batch in self.rows:
+            real = np.flatnonzero(batch.row != FIXED)
+            row = batch.row[real]
+            lost += list(batch.columns[real[self.is_frozen[row] & ~keep[row]]])
+        return lost
 
     def violation(self, keep: np.ndarray) -> str | None:
         """Return what is wrong with a choice of kept channels, or None: frozen ones gone, rows out of balance."""

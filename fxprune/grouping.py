@@ -31,7 +31,6 @@ class Group:
         kind: "channels", "balanced" (a step takes from every row) or "rows" (a step takes a whole row).
         cells: each an array of choices, named by their channel.
         takes: how many choices one step takes out of each cell.
-        steps: how many steps there are when frozen choices stay; one step must always remain.
         overlap: how many groups decide over the same parameters (rows and columns of one layer: 2).
     """
 
@@ -40,7 +39,6 @@ class Group:
     kind: str
     cells: tuple[np.ndarray, ...]
     takes: tuple[int, ...]
-    steps: int
     overlap: int
 
     @property
@@ -57,12 +55,13 @@ class Group:
         """Return the removal path: the choices that go in each step, lowest score first.
 
         Args:
-            score: (channels,) saliency of each choice; choices that may not go have infinite saliency.
+            score: (channels,) saliency of each choice; those that may not go have infinite saliency.
         """
+        steps = min(int(np.isfinite(score[cell]).sum()) // take for cell, take in zip(self.cells, self.takes, strict=True))
         ranked = [cell[np.lexsort((cell, score[cell]))] for cell in self.cells]
         return [
             np.concatenate([cell[i * take : (i + 1) * take] for cell, take in zip(ranked, self.takes, strict=True)])
-            for i in range(self.steps)
+            for i in range(steps)
         ]
 
 
@@ -96,9 +95,16 @@ class Products:
     column: np.ndarray
 
 
-def find_members(num_channels: int, rows: list[Rows], products: Products) -> Members:
-    """Find what goes with each choice: a row takes its columns along, a parent its products."""
-    source, target = [products.row, products.column], [products.channel, products.channel]
+def find_members(num_channels: int, rows: list[Rows], products: Products, emptied: np.ndarray) -> Members:
+    """Find what goes with each choice: a row takes its columns along, a parent its products.
+
+    Args:
+        num_channels: how many channels there are.
+        rows: balanced rows.
+        products: channels that are crossings.
+        emptied: (n, 2) pairs (choice, row) of choices that empty a row, which then goes too.
+    """
+    source, target = [products.row, products.column, emptied[:, 0]], [products.channel, products.channel, emptied[:, 1]]
     for batch in rows:
         row = np.broadcast_to(batch.row[:, None], batch.columns.shape)
         real = (row != FIXED) & (batch.columns != FIXED)
@@ -141,6 +147,8 @@ class _Losses:
     row: np.ndarray
     count: np.ndarray
     batch_of_row: np.ndarray
+    emptied: np.ndarray
+    """(n, 2): choices that empty a row, and the channel of that row."""
 
 
 def _losses(num_channels: int, rows: list[Rows], members: Members) -> _Losses:
@@ -155,7 +163,7 @@ def _losses(num_channels: int, rows: list[Rows], members: Members) -> _Losses:
         first += n
     if not rows:
         empty = np.empty(0, dtype=np.int64)
-        return _Losses(empty, empty, empty, empty)
+        return _Losses(empty, empty, empty, empty, empty.reshape(0, 2))
     x, r = np.concatenate(channel), np.concatenate(row)
     order = np.argsort(x, kind="stable")
     x, r = x[order], r[order]
@@ -165,8 +173,58 @@ def _losses(num_channels: int, rows: list[Rows], members: Members) -> _Losses:
     keys, lost = np.unique(
         np.repeat(members.choice, count) * first + r[np.repeat(start, count) + offset], return_counts=True
     )
-    partial = lost < np.concatenate(width)[keys % first]
-    return _Losses(keys[partial] // first, keys[partial] % first, lost[partial], np.concatenate(batch_of_row))
+    choice, row = keys // first, keys % first
+    partial = lost < np.concatenate(width)[row]
+    emptied = np.stack([choice, np.concatenate([batch.row for batch in rows])[row]], 1)[~partial]
+    return _Losses(choice[partial], row[partial], lost[partial], np.concatenate(batch_of_row), emptied[emptied[:, 1] != FIXED])
+
+
+def _members_and_losses(num_channels: int, rows: list[Rows], products: Products) -> tuple[Members, _Losses]:
+    """Follow what goes with each choice until no further row is emptied."""
+    emptied = np.empty((0, 2), dtype=np.int64)
+    while True:
+        members = find_members(num_channels, rows, products, emptied)
+        losses = _losses(num_channels, rows, members)
+        found = np.unique(np.concatenate([losses.emptied, _bereft_parents(members, products, num_channels)]), axis=0)
+        if len(found) == len(emptied):
+            return members, losses
+        emptied = found
+
+
+def _matches(members: Members, channel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return all (choice, i) such that channel[i] is a member of the choice."""
+    order = np.argsort(members.channel, kind="stable")
+    start = np.searchsorted(members.channel[order], channel, "left")
+    count = np.searchsorted(members.channel[order], channel, "right") - start
+    offset = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    return members.choice[order[np.repeat(start, count) + offset]], np.repeat(np.arange(len(channel)), count)
+
+
+def _bereft_parents(members: Members, products: Products, n: int) -> np.ndarray:
+    """Return (choice, parent) where the choice takes all crossings of the parent: the parent goes too."""
+    if not len(products.channel):
+        return np.empty((0, 2), dtype=np.int64)
+    found = []
+    choice, which = _matches(members, products.channel)
+    for parent in (products.row, products.column):
+        pairs = np.unique(np.stack([choice * n + parent[which], products.channel[which]], 1), axis=0)
+        keys, taken = np.unique(pairs[:, 0], return_counts=True)
+        all_of = np.unique(np.stack([parent, products.channel], 1), axis=0)
+        total = np.bincount(all_of[:, 0], minlength=n)
+        complete = keys[taken == total[keys % n]]
+        found.append(np.stack([complete // n, complete % n], 1))
+    return np.concatenate(found)
+
+
+def _torn(members: Members, products: Products, n: int) -> np.ndarray:
+    """Return (channels,) which choices take a crossing without either of its parents: no choice on their own."""
+    torn = np.zeros(n, dtype=bool)
+    if len(products.channel):
+        choice, which = _matches(members, products.channel)
+        known = members.choice * n + members.channel
+        lonely = ~np.isin(choice * n + products.row[which], known) & ~np.isin(choice * n + products.column[which], known)
+        torn[choice[lonely]] = True
+    return torn
 
 
 def find_groups(
@@ -183,12 +241,11 @@ def find_groups(
         names: name of each site.
         first_site: (channels,) index of the first site of each channel, or -1.
     """
-    members = find_members(num_channels, rows, products)
-    losses = _losses(num_channels, rows, members)
+    members, losses = _members_and_losses(num_channels, rows, products)
+    frozen = np.bincount(members.choice, weights=frozen[members.channel], minlength=num_channels) > 0
+    crossing = _torn(members, products, num_channels)
     reaches = np.bincount(members.choice, weights=site_key[members.channel] != 0, minlength=num_channels) > 0
-    crossing = np.zeros(num_channels, dtype=bool)
     crossing[products.channel] = True
-    crossing[products.row] = crossing[products.column] = False
     role = np.zeros(num_channels, dtype=np.int64)
     role[products.column] = COLUMN
     role[products.row] = ROW
@@ -200,14 +257,14 @@ def find_groups(
     balanced = np.zeros(num_channels, dtype=bool)
     balanced[losses.choice] = True
     open_ = ~frozen & ~crossing & ~balanced & reaches
-    drafts = [("channels", (cell,), (1,), len(cell)) for cell in _by_key(np.flatnonzero(open_ & (role == PLAIN)), site_key)]
-    drafts += [("rows", (cell,), (1,), len(cell)) for cell in _by_key(np.flatnonzero(open_ & (role == ROW)), row_key)]
+    drafts = [("channels", (cell,), (1,)) for cell in _by_key(np.flatnonzero(open_ & (role == PLAIN)), site_key)]
+    drafts += [("rows", (cell,), (1,)) for cell in _by_key(np.flatnonzero(open_ & (role == ROW)), row_key)]
     drafts += _balanced(losses, role, frozen | ~reaches, crossing, num_channels)
     drafts.sort(key=lambda draft: min(int(cell.min()) for cell in draft[1]))
     return _numbered(drafts, members, site_key, names, first_site), members
 
 
-_Draft = tuple[str, tuple[np.ndarray, ...], tuple[int, ...], int]
+_Draft = tuple[str, tuple[np.ndarray, ...], tuple[int, ...]]
 
 
 def _by_key(choices: np.ndarray, key: np.ndarray) -> list[np.ndarray]:
@@ -239,7 +296,7 @@ def _balanced(losses: _Losses, role: np.ndarray, frozen: np.ndarray, crossing: n
         steps = min(int((~frozen[cell]).sum()) // take for cell, take in zip(free, takes, strict=True))
         if steps and levels > 1 and _even(losses, free, takes):
             kind = "rows" if (role[free[0]] == ROW).all() else "balanced"
-            drafts.append((kind, tuple(free), tuple(takes), steps))
+            drafts.append((kind, tuple(free), tuple(takes)))
     return drafts
 
 
@@ -255,7 +312,7 @@ def _even(losses: _Losses, cells: list[np.ndarray], takes: list[int]) -> bool:
 
 def _numbered(drafts: list[_Draft], members: Members, site_key: np.ndarray, names: list[str], first_site: np.ndarray) -> tuple[Group, ...]:
     group_of = np.full(len(site_key), -1)
-    for index, (_, cells, _, _) in enumerate(drafts):
+    for index, (_, cells, _) in enumerate(drafts):
         for cell in cells:
             group_of[cell] = index
     real = (group_of[members.choice] >= 0) & (site_key[members.channel] != 0)
@@ -267,5 +324,5 @@ def _numbered(drafts: list[_Draft], members: Members, site_key: np.ndarray, name
     first = np.full(len(drafts), len(names))
     np.minimum.at(first, group, first_site[channel])
     return tuple(
-        Group(i, names[first[i]], kind, cells, takes, steps, int(overlap[i])) for i, (kind, cells, takes, steps) in enumerate(drafts)
+        Group(i, names[first[i]], kind, cells, takes, int(overlap[i])) for i, (kind, cells, takes) in enumerate(drafts)
     )

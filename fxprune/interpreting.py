@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
@@ -103,7 +104,7 @@ class Labelling(TorchDispatchMode):
         self.record = Interpretation(Ledger())
         self.ledger = self.record.ledger
         self._origin = origin
-        self._touched: set[str] = set()
+        self._constants: list[tuple[int, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one ATen call on meta tensors and label what comes out."""
@@ -145,6 +146,20 @@ class Labelling(TorchDispatchMode):
         shape, _, itemsize, is_parameter = self.record.issued[name]
         self.record.issued[name] = (shape, labels, itemsize, is_parameter)
         tensor._labels = labels  # pyright: ignore[reportAttributeAccessIssue]
+
+    def constant(self, shape: Shape) -> np.ndarray:
+        """Issue fresh atoms for channels made of a constant, which can be cut anywhere."""
+        atoms = self.ledger.fresh(shape)
+        if atoms.size:
+            self._constants.append((int(atoms.flat[0]), self.ledger.num_atoms))
+        return atoms
+
+    def is_constant(self, atoms: np.ndarray) -> np.ndarray:
+        """Return which atoms were issued for constants."""
+        found = np.zeros(atoms.shape, dtype=bool)
+        for start, stop in self._constants:
+            found |= (atoms >= start) & (atoms < stop)
+        return found
 
     def count(self, fixed: int, dims: tuple[Extent, ...]) -> None:
         """Record multiply-accumulates."""

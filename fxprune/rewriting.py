@@ -93,8 +93,10 @@ def _sliced(coupling: Coupling, keep: np.ndarray) -> fx.GraphModule:
 
 
 def _resize_modules(slim: fx.GraphModule, prediction: Prediction) -> None:
+    seen: set[str] = set()
     for node in slim.graph.nodes:
-        if node.op == "call_module":
+        if node.op == "call_module" and node.target not in seen:
+            seen.add(str(node.target))
             inputs = [shape for source in node.all_input_nodes for shape in prediction.shapes(source.name)]
             first = node.all_input_nodes[0].name if node.all_input_nodes else ""
 

@@ -147,6 +147,16 @@ def _group_norm(func: Any, x: torch.Tensor, w: Any, b: Any, n: int, c: int, hw: 
     return (out if b is None else out + b.reshape(wide)), x.new_empty(0), x.new_empty(0)
 
 
+@_absent_aware(aten.constant_pad_nd)
+def _pad(func: Any, x: torch.Tensor, pad: Any, *args: Any) -> torch.Tensor:
+    """Padding of what is absent is absent: along each padded dim, a line that holds nothing gets nothing."""
+    for i in range(len(pad) // 2):
+        dim = x.ndim - 1 - i
+        out = func(x, [*[0] * (2 * i), *pad[2 * i : 2 * i + 2]], *args)
+        x = _mark(out, x.isnan().all(dim, keepdim=True))
+    return x
+
+
 @_absent_aware(aten.mean)
 def _mean(func: Any, x: torch.Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> torch.Tensor:
     mean = _moments(x, _dims(dim, x))[0]

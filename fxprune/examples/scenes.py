@@ -79,8 +79,8 @@ class Splits:
 
 def split_digits() -> tuple[Digits, Digits, Digits]:
     """Split the scans into train, calibration and test digits."""
-    scans = load_digits(as_frame=False)
-    images, labels = np.asarray(scans["images"]), np.asarray(scans["target"])
+    pixels, labels = map(np.asarray, load_digits(return_X_y=True))
+    images = pixels.reshape(-1, 8, 8)
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(labels))
     parts = np.split(order, [int(end * len(order)) for end in _SPLIT_ENDS])
     train, calibration, test = (

@@ -41,6 +41,14 @@ class Labeller(Protocol):
         """Say whether this is a parameter about whose labels nothing has been said yet."""
         ...
 
+    def constant(self, shape: Shape) -> np.ndarray:
+        """Issue fresh atoms for channels made of a constant, which can be cut anywhere."""
+        ...
+
+    def is_constant(self, atoms: np.ndarray) -> np.ndarray:
+        """Return which atoms were issued for constants."""
+        ...
+
     def count(self, fixed: int, dims: tuple[Extent, ...]) -> None:
         """Record multiply-accumulates: `fixed` times the kept size of each labelled dim."""
         ...
@@ -102,12 +110,21 @@ class Op:
         return algebra.pick(self.ledger, labels, dim, positions)
 
     def reduce(self, labels: Labels, dims: Iterable[int], keepdim: bool = False) -> Labels:
-        """Let dims disappear (or keep them with size one)."""
+        """Let dims disappear (or keep them with size one), as a statistic does."""
+        self._hold_constants(labels, dims)
         return algebra.reduce(self.ledger, labels, dims, keepdim)
 
     def mix(self, labels: Labels, dims: Iterable[int]) -> Labels:
-        """Say that values are mixed along `dims`."""
+        """Say that a statistic is taken along `dims`."""
+        self._hold_constants(labels, dims)
         return algebra.mix(self.ledger, labels, dims)
+
+    def _hold_constants(self, labels: Labels, dims: Iterable[int]) -> None:
+        """Freeze channels made of a constant where a statistic takes them in: without them it would be another."""
+        for d in dims:
+            ids = labels[d]
+            if ids is not None:
+                self.ledger.freeze(ids[self.host.is_constant(ids)], f"is a constant that {self.name} takes a statistic over")
 
     def reshape(self, labels: Labels, shape: Shape, new: Shape) -> Labels:
         """Follow a view."""
@@ -118,7 +135,7 @@ class Op:
         labels, shape = algebra.broadcast(self.ledger, x, x_shape, w, w_shape)
         fixed = math.prod(n for n, ids in zip(shape, labels, strict=True) if ids is None)
         self.host.count(fixed * each, algebra.extents(labels))
-        return self.reduce(labels, dims)
+        return algebra.reduce(self.ledger, labels, dims)
 
 
 def rule(*packets: Any) -> Callable[[Rule], Rule]:

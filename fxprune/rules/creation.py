@@ -19,7 +19,8 @@ aten = torch.ops.aten
 )  # fmt: skip
 def homogeneous(op: Op, *args: Any, **kwargs: Any) -> Labels:
     """Any shape, every position alike: fresh labels."""
-    return algebra.issue(op.ledger, tuple(op.out.shape))
+    shape = op.out.shape
+    return tuple(algebra.along(op.host.constant((n,)), d, len(shape)) if n > 1 else None for d, n in enumerate(shape))
 
 
 @rule(aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.rand_like, aten.randn_like)

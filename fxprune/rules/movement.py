@@ -164,7 +164,7 @@ def expand(op: Op, x: torch.Tensor, size: Sequence[int], **kwargs: Any) -> Label
         labels = algebra.insert(labels, 0)
     shape = (1,) * (op.out.ndim - x.ndim) + tuple(x.shape)
     return tuple(
-        algebra.along(op.ledger.fresh((n,)), d, op.out.ndim) if shape[d] == 1 < n else labels[d]
+        algebra.along(op.host.constant((n,)), d, op.out.ndim) if shape[d] == 1 < n else labels[d]
         for d, n in enumerate(op.out.shape)
     )
 
@@ -180,7 +180,7 @@ def repeat(op: Op, x: torch.Tensor, repeats: Sequence[int]) -> Labels:
         if k > 1 and n > 1:
             labels = op.pick(labels, d, np.tile(np.arange(n), k))
         elif k > 1:
-            labels = (*labels[:d], algebra.along(op.ledger.fresh((k,)), d, len(repeats)), *labels[d + 1 :])
+            labels = (*labels[:d], algebra.along(op.host.constant((k,)), d, len(repeats)), *labels[d + 1 :])
     return labels
 
 
@@ -230,7 +230,7 @@ def _padded(op: Op, ids: np.ndarray | None, dim: int, positions: np.ndarray, ins
     picked = ids.take(np.clip(positions, 0, ids.shape[dim] - 1), axis=dim)
     if own:
         outside = algebra.along(~inside, dim, ids.ndim)
-        fresh = algebra.along(op.ledger.fresh((len(positions),)), dim, ids.ndim)
+        fresh = algebra.along(op.host.constant((len(positions),)), dim, ids.ndim)
         picked = np.where(outside, fresh, picked)
     return picked
 

@@ -1,0 +1,55 @@
+"""Random legal plans: every one keeps what must stay and leaves balanced rows equally long."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from torch import fx, nn
+
+import fxprune
+from fxprune.allocating import steps_of_all
+from fxprune.constraining import Constraints
+from fxprune.coupling import Coupling
+from fxprune.planning import Plan, plan_of
+
+
+def random_keep(coupling: Coupling, seed: int) -> np.ndarray:
+    """Return kept channels (channels,): every group gives up a random number of steps of a random order."""
+    rng = np.random.default_rng(seed)
+    allocation = steps_of_all(coupling, rng.random(coupling.num_channels), "uniform", Constraints())
+    total = Counter(step.group for step in allocation.steps)
+    limit = {group: rng.integers(0, steps + 1) for group, steps in sorted(total.items())}
+    count: Counter[int] = Counter()
+    taken = np.zeros(len(allocation.steps), dtype=bool)
+    for i, step in enumerate(allocation.steps):
+        taken[i] = count[step.group] < limit[step.group]
+        count[step.group] += 1
+    return allocation.keep(taken)
+
+
+def random_plan(coupling: Coupling, seed: int) -> Plan:
+    """Return a random legal plan; the same for the same seed."""
+    return plan_of(coupling, random_keep(coupling, seed))
+
+
+def all_kept(coupling: Coupling) -> Plan:
+    """Return the plan that removes nothing."""
+    return plan_of(coupling, np.ones(coupling.num_channels, dtype=bool))
+
+
+def cut(model: nn.Module, inputs: Any, seed: int | None) -> tuple[Coupling, Plan, fx.GraphModule]:
+    """Trace, couple and rewrite by a random plan (None: keep all); nodes that cannot be rewritten are frozen, as `compile` does."""
+    traced = fxprune.trace(model, inputs)
+    freeze: dict[str, str] = {}
+    while True:
+        coupling = fxprune.couple(traced, freeze=freeze)
+        plan = all_kept(coupling) if seed is None else random_plan(coupling, seed)
+        try:
+            return coupling, plan, fxprune.rewrite(coupling, plan)
+        except fxprune.RewriteError as error:
+            fresh = {node: reason for node, reason in error.nodes.items() if node not in freeze}
+            if not fresh:
+                raise
+            freeze |= fresh

@@ -1,0 +1,77 @@
+"""Small networks that several test files share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def settled(model: nn.Module) -> nn.Module:
+    """Give every norm statistics and scales of its own, so that no channel is like another; return it in eval mode."""
+    generator = torch.Generator().manual_seed(1)
+    for name, t in [*model.named_parameters(), *model.named_buffers()]:
+        if t.is_floating_point() and (name.endswith("running_var") or t.ndim < 2):
+            t.data.copy_(0.5 + torch.rand(t.shape, generator=generator))
+    return model.eval()
+
+
+class Chain(nn.Module):
+    """Convolution, norm, convolution, pool, classifier."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1)
+        self.bn = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, 2 * width, 3, padding=1, bias=False)
+        self.head = nn.Linear(2 * width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.conv1(x)))
+        x = F.relu(self.conv2(x))
+        return self.head(x.mean((2, 3)))
+
+
+class Residual(nn.Module):
+    """A stem and two residual blocks, one of them grouped."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.a1, self.a2 = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.b1, self.b2 = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 3, padding=1, groups=4)
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.a2(F.relu(self.a1(x)))
+        x = x + self.b2(F.relu(self.b1(x)))
+        return self.head(x.mean((2, 3)))
+
+
+@dataclass
+class Heads:
+    """What `Multitask` returns."""
+
+    labels: Tensor
+    depth: Tensor
+
+
+class Multitask(nn.Module):
+    """A shared trunk with three heads; returns a dict."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+        )  # fmt: skip
+        self.seg = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 4, 1))
+        self.depth = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 1, 1))
+        self.present = nn.Linear(width, 6)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.trunk(x)
+        return {"seg": self.seg(x), "depth": self.depth(x), "present": self.present(x.mean((2, 3)))}

@@ -1,0 +1,177 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from matplotlib.collections import PathCollection
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from torch import nn
+
+from fxprune import Budget, FxPruneError, couple, layering, plan, trace
+from fxprune.boxes import find_boxes
+from fxprune.drawing import COLORS, STAYS, draw_groups
+from fxprune.layering import lay_out
+
+
+class Small(nn.Module):
+    """A residual block, a concat, two heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.inner = nn.Conv2d(8, 12, 3, padding=1)
+        self.outer = nn.Conv2d(12, 8, 3, padding=1)
+        self.left, self.right = nn.Conv2d(8, 5, 1), nn.Conv2d(20, 7, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        inner = self.inner(x)
+        x = torch.relu(x + self.outer(inner))
+        return {"left": self.left(x), "right": self.right(torch.cat([x, inner], 1))}
+
+
+@pytest.fixture(scope="module")
+def coupling():
+    return couple(trace(Small(), torch.zeros(1, 3, 8, 8)))
+
+
+def patches(figure):
+    return {p.get_gid(): p for p in figure.axes[0].patches if p.get_gid()}
+
+
+def test_every_layer_join_input_and_output_has_a_patch(coupling):
+    found = {gid for gid in patches(draw_groups(coupling)) if ":" not in gid or gid.startswith("output:")}
+    layers = {"stem_0", "inner", "outer", "left", "right"}
+    assert found == layers | {"add", "cat", "x", "output:left", "output:right"}
+
+
+def test_there_is_a_curve_for_every_edge(coupling):
+    (edges,) = [c for c in draw_groups(coupling).axes[0].collections if isinstance(c, PathCollection)]
+    assert len(edges.get_paths()) == 11
+
+
+def test_what_stays_is_grey_and_hatched_and_nothing_else_is(coupling):
+    found = {
+        gid: p for gid, p in patches(draw_groups(coupling)).items() if ":" in gid and not gid.startswith("output:")
+    }
+    hatched = {gid for gid, p in found.items() if p.get_hatch()}
+    assert hatched == {"left:None", "right:None"}
+    assert {to_hex(found[gid].get_facecolor()).upper() for gid in hatched} == {STAYS}
+
+
+def test_layers_of_one_group_share_a_colour_and_neighbouring_groups_do_not(coupling):
+    found = patches(draw_groups(coupling))
+    residual, inner = (g.index for g in coupling.groups())
+    colors = {gid: to_hex(found[gid].get_facecolor()).upper() for gid in found}
+    assert colors[f"stem_0:{residual}"] == colors[f"outer:{residual}"] == colors[f"add:{residual}"] in COLORS
+    assert colors[f"cat:{inner}"] == colors[f"inner:{inner}"] != colors[f"cat:{residual}"]
+
+
+def test_a_plan_shows_widths_before_and_after(coupling):
+    chosen = plan(coupling, Budget(macs=0.5))
+    figure = draw_groups(coupling, plan=chosen)
+    words = [text.get_text() for text in figure.axes[0].texts]
+    kept = len(chosen.kept["inner.weight", 0])
+    assert kept < 12
+    assert f"12→{kept}" in words
+    legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert any("inner" in text and f"12→{kept}" in text for text in legend)
+    inner = next(g.index for g in coupling.groups() if g.name == "inner.weight")
+    found = patches(figure)
+    share = found[f"inner:{inner}"].get_width() / found["inner"].get_width()
+    assert share == pytest.approx(kept / 12)
+
+
+def test_a_norm_belongs_to_the_layer_it_follows_unless_something_else_comes_between():
+    class PreActivation(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+            self.norm, self.last = nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.last(self.norm(x + self.second(x)))
+
+    boxes, graph = find_boxes(*_dense(PreActivation()))
+    assert boxes["norm"].kind == "layer"
+    assert list(graph.predecessors("norm")) == ["add"]
+
+
+def _dense(model):
+    coupling = couple(trace(model, torch.zeros(1, 3, 8, 8)))
+    return coupling, torch.ones(coupling.num_channels, dtype=torch.bool).numpy()
+
+
+def test_no_boxes_of_one_row_overlap(coupling):
+    _, graph = find_boxes(coupling, torch.ones(coupling.num_channels, dtype=torch.bool).numpy())
+    layers = lay_out(graph, dict.fromkeys(graph, 2.0), 0.5)
+    places = list(layers.at.values())
+    assert all(abs(x - y) >= 2 - 1e-9 for i, (x, r) in enumerate(places) for y, s in places[:i] if r == s)
+    assert all(layers.at[a][1] < layers.at[b][1] for a, b in graph.edges)
+    assert all([row for _, row in path] == list(range(path[0][1], path[-1][1] + 1)) for path in layers.paths.values())
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_the_picture_is_written(coupling, tmp_path, suffix):
+    path = tmp_path / "new" / f"groups.{suffix}"
+    assert isinstance(draw_groups(coupling, path), Figure)
+    assert path.stat().st_size > 1000
+
+
+def test_drawing_leaves_pyplot_alone(coupling, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    draw_groups(coupling)
+
+
+def test_an_unknown_kind_of_file_is_refused(coupling, tmp_path):
+    with pytest.raises(FxPruneError, match=r"cannot write .*groups\.xyz.*ends in \.png, \.svg or \.pdf"):
+        draw_groups(coupling, tmp_path / "groups.xyz")
+
+
+def test_without_matplotlib_the_error_says_what_to_install(coupling, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(FxPruneError, match=r'pip install "fxprune\[examples\]"'):
+        draw_groups(coupling)
+
+
+def test_the_layout_does_not_depend_on_hash_seeds(coupling):
+    _, graph = find_boxes(coupling, torch.ones(coupling.num_channels, dtype=torch.bool).numpy())
+    code = (  # the module by its path: without the package, and so without torch
+        "import importlib.util as u, json, sys; spec = u.spec_from_file_location('layering', sys.argv[1])\n"
+        "sys.modules['layering'] = layering = u.module_from_spec(spec); spec.loader.exec_module(layering)\n"
+        "graph = layering.nx.DiGraph(json.loads(sys.argv[2]))\n"
+        "print(sorted(layering.lay_out(graph, dict.fromkeys(graph, 2.0), 0.5).at.items()))"
+    )
+    command = [sys.executable, "-c", code, layering.__file__, json.dumps(list(graph.edges))]
+    found = [
+        subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True).stdout
+        for seed in ("1", "2")
+    ]
+    assert found[0] == found[1] != b""
+
+
+def test_exported_networks_show_the_same_layers():
+    class Exported(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+            self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            for _ in range(x.size(0) // 2):  # symbolic_trace cannot count these
+                x = self.a(x)
+                x = x + self.b(x)
+            x = x.mean((2, 3))
+            return self.head(x + self.norm(x))
+
+    coupling = couple(trace(Exported(), torch.zeros(2, 3, 8, 8)))
+    boxes, _ = find_boxes(coupling, torch.ones(coupling.num_channels, dtype=torch.bool).numpy())
+    assert coupling.traced.frontend == "export"
+    assert [box.name for box in boxes.values() if box.kind == "layer"] == ["a", "b", "norm", "head"]
+    assert [box.name for box in boxes.values() if box.kind == "output"] == ["output"]
