@@ -94,15 +94,19 @@ def find_boxes(coupling: Coupling, keep: np.ndarray) -> tuple[dict[str, Box], nx
         else:
             layer, flat = _layer(node, module)
             segments = _segments(coupling, node.name, groups, keep)
-            follows = [s for s in sources if boxes[s].kind == "layer" and boxes[s].segments == segments] == sources
             alone = all(len(n.users) == 1 for n in node.all_input_nodes if reach[n])
-            if layer and not (flat and follows and alone and len(sources) == 1):
+            if layer and not (flat and alone and _same(sources, boxes, segments)):
                 reach[node] = add(Box(node.name, "layer", short(layer), segments), sources)
             elif not layer and len(sources) > 1:
                 reach[node] = add(Box(node.name, "join", _operation(node), segments), sources)
             else:
                 reach[node] = sources
     return boxes, graph
+
+
+def _same(sources: list[str], boxes: dict[str, Box], segments: tuple[Segment, ...]) -> bool:
+    """Say whether a node only reads one layer, and returns that layer's channels."""
+    return len(sources) == 1 and boxes[sources[0]].kind == "layer" and boxes[sources[0]].segments == segments
 
 
 def _layer(node: fx.Node, module: nn.Module) -> tuple[str, bool]:

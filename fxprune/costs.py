@@ -109,6 +109,8 @@ class CostModel:
         self._itemsize = np.array([item for _, _, item, _ in tensors], dtype=np.int64)
         self._is_parameter = np.array([p for _, _, _, p in tensors], dtype=bool)
         self._buffers = _products(sizes, ((b.fixed, b.dims) for b in record.buffers))
+        for extent in (e for ts in record.nodes.values() for t in ts for e in extents(t.labels)):
+            sizes.index(extent)
         self._born = np.array([b.born for b in record.buffers], dtype=np.int64)
         self._dies = np.array([b.dies for b in record.buffers], dtype=np.int64)
         self._steps = record.steps + 2
