@@ -15,65 +15,75 @@ from fxprune.grouping import Group
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """What one group gives up at once.
+class Steps:
+    """A group's removal path, bundled so that every width in between respects the constraints.
 
     Attributes:
         group: index of the group.
-        choices: channels chosen to go; their members follow.
-        key: steps of all groups are taken in the order of their keys.
+        choices: (n,) what goes, in order.
+        step: (n,) in which step each choice goes.
+        keys: (steps,) ascending; steps of all groups are taken in the order of their keys.
     """
 
     group: int
     choices: np.ndarray
-    key: float
+    step: np.ndarray
+    keys: np.ndarray
 
 
-def steps_of(group: Group, score: np.ndarray, scope: str, constraints: Constraints) -> list[Step]:
-    """Return a group's removal path, bundled so that every width in between respects the constraints."""
+def steps_of(group: Group, score: np.ndarray, scope: str, constraints: Constraints) -> Steps:
+    """Return the steps of one group.
+
+    Args:
+        group: the group.
+        score: (channels,) of every choice; infinite where it may not go.
+        scope: "uniform" or "global".
+        constraints: limits on widths.
+    """
     path = group.path(score)
     width, per_step = group.width, sum(group.takes)
     limit = min(width - max(constraints.min_width, per_step), int(constraints.max_ratio * width + 1e-9))
-    total = np.array([score[choices].sum() for choices in path])
+    path = path[: max(limit, 0) // per_step]
+    left = width - per_step * np.arange(1, len(path) + 1)
+    stops = np.flatnonzero(left % constraints.multiple_of == 0) if constraints.multiple_of > 1 else np.arange(len(path))
+    path = path[: stops[-1] + 1 if len(stops) else 0]
+    total = score[path].sum(axis=1)
     mean = total.mean() if len(total) and total.mean() > 0 else 1.0
-    steps: list[Step] = []
-    bundle: list[np.ndarray] = []
-    worst = -np.inf
-    for i, choices in enumerate(path):
-        gone = (i + 1) * per_step
-        if gone > limit:
-            break
-        bundle.append(choices)
-        worst = max(worst, total[i] / mean)
-        if (width - gone) % constraints.multiple_of and constraints.multiple_of > 1:
-            continue
-        share = 1 - (1 - gone / width) ** group.overlap
-        steps.append(Step(group.index, np.concatenate(bundle), share if scope == "uniform" else worst))
-        bundle = []
-    return steps
+    share = 1 - (left[stops] / width) ** group.overlap
+    keys = share if scope == "uniform" else np.maximum.accumulate(total / mean)[stops]
+    step = np.searchsorted(stops, np.arange(len(path)), "left")
+    return Steps(group.index, path.ravel(), np.repeat(step, per_step), keys)
 
 
 class Allocation:
-    """All steps of all groups in order; any of them can be switched on or off."""
+    """All steps of all groups in the order of their keys; any of them can be switched on or off.
 
-    def __init__(self, coupling: Coupling, steps: list[Step]) -> None:
+    Attributes:
+        group: (steps,) index of the group that each step shrinks.
+    """
+
+    def __init__(self, coupling: Coupling, paths: list[Steps]) -> None:
         """Sort the steps and look up which channels go with each."""
         self.coupling = coupling
-        self.steps = sorted(steps, key=lambda s: (s.key, s.group))
-        members = coupling.members
-        channels, owner = [], []
-        for i, step in enumerate(self.steps):
-            start = np.searchsorted(members.choice, step.choices, "left")
-            end = np.searchsorted(members.choice, step.choices, "right")
-            if (end - start == 1).all():
-                found = members.channel[start]
-            else:
-                found = np.concatenate([members.channel[a:b] for a, b in zip(start, end, strict=True)])
-            channels.append(found)
-            owner.append(np.full(len(found), i))
         empty = np.empty(0, dtype=np.int64)
-        self._channels = np.concatenate(channels or [empty])
-        self._owner = np.concatenate(owner or [empty])
+        group = np.concatenate([np.full(len(p.keys), p.group) for p in paths] or [empty])
+        key = np.concatenate([p.keys for p in paths] or [empty])
+        order = np.lexsort((group, key))
+        self.group = group[order]
+        place = np.empty(len(order), dtype=np.int64)
+        place[order] = np.arange(len(order))
+        first = np.cumsum([0] + [len(p.keys) for p in paths])
+        step = np.concatenate([place[p.step + start] for p, start in zip(paths, first[:-1], strict=True)] or [empty])
+        choices = np.concatenate([p.choices for p in paths] or [empty])
+        members = coupling.members
+        start = np.searchsorted(members.choice, choices, "left")
+        count = np.searchsorted(members.choice, choices, "right") - start
+        offset = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+        self._channels = members.channel[np.repeat(start, count) + offset]
+        self._owner = np.repeat(step, count)
+
+    def __len__(self) -> int:
+        return len(self.group)
 
     def keep(self, taken: np.ndarray) -> np.ndarray:
         """Return the kept channels when the steps `taken` (steps,) bool are done."""
@@ -90,7 +100,7 @@ class Allocation:
         Returns:
             (steps,) bool, or None when even all steps together do not fit.
         """
-        count = len(self.steps)
+        count = len(self)
         order = np.arange(count)
         low, high = 0, count
         if not fits(self.keep(order < count)):
@@ -104,7 +114,7 @@ class Allocation:
         taken = order < low
         last: dict[int, int] = {}
         for i in range(low):
-            last[self.steps[i].group] = i
+            last[int(self.group[i])] = i
         for i in sorted(last.values(), reverse=True):
             taken[i] = False
             if not fits(self.keep(taken)):
@@ -125,9 +135,8 @@ def steps_of_all(coupling: Coupling, score: np.ndarray, scope: str, constraints:
     total = members.total(score).astype(np.float64)
     total[coupling.is_frozen] = np.inf
     while True:
-        steps = [step for group in coupling.groups() for step in steps_of(group, total, scope, constraints)]
-        allocation = Allocation(coupling, steps)
-        keep = allocation.keep(np.ones(len(steps), dtype=bool))
+        allocation = Allocation(coupling, [steps_of(group, total, scope, constraints) for group in coupling.groups()])
+        keep = allocation.keep(np.ones(len(allocation), dtype=bool))
         emptied = [*coupling.costs.emptied(keep), *coupling.lost_rows(keep)]
         if not emptied:
             return allocation
@@ -161,7 +170,7 @@ def allocate(coupling: Coupling, score: np.ndarray, scope: str, constraints: Con
 
     taken = allocation.meet(fits)
     if taken is None:
-        least = coupling.costs(allocation.keep(np.ones(len(allocation.steps), dtype=bool)))
+        least = coupling.costs(allocation.keep(np.ones(len(allocation), dtype=bool)))
         raise PlanError(_impossible(coupling, constraints, bounds, least))
     return allocation.keep(taken)
 

@@ -69,7 +69,7 @@ def find_boxes(coupling: Coupling, keep: np.ndarray) -> tuple[dict[str, Box], nx
         coupling: the coupled network.
         keep: (channels,) which stay.
     """
-    module = coupling.traced.module
+    module = coupling.traced.root
     groups = _group_of(coupling)
     boxes: dict[str, Box] = {}
     graph = nx.DiGraph()
@@ -81,7 +81,7 @@ def find_boxes(coupling: Coupling, keep: np.ndarray) -> tuple[dict[str, Box], nx
         graph.add_edges_from((source, box.node) for source in sources)
         return [box.node]
 
-    for node in module.graph.nodes:
+    for node in coupling.traced.graph.nodes:
         sources = list(dict.fromkeys(s for n in node.all_input_nodes for s in reach[n]))
         if node.op == "output":
             for name, leaf in _outputs(node).items():

@@ -81,7 +81,7 @@ def constrain(coupling: Coupling, constraints: Constraints) -> Coupling:
         return coupling
     old = coupling.record.ledger
     ledger = Ledger(old.num_atoms, "", list(old.ties), list(old.rows), list(old.products), list(old.freezes), list(old.births))
-    graph = coupling.traced.module.graph
+    graph = coupling.traced.graph
     nodes = coupling.record.nodes
     for field, inward in (("keep_inputs", True), ("keep_outputs", False)):
         for pattern in getattr(constraints, field):

@@ -14,9 +14,9 @@ from fxprune import explaining
 from fxprune.atoms import FIXED
 from fxprune.closing import Classes, close
 from fxprune.costs import CostModel
-from fxprune.errors import CouplingError
+from fxprune.errors import CouplingError, TraceError
 from fxprune.grouping import Group, Members, Products, Rows, find_groups, mixed
-from fxprune.interpreting import Interpretation, Labelled, interpret, named_state
+from fxprune.interpreting import Interpretation, InterpretationError, Labelled, interpret, tensors_in
 from fxprune.labels import Labels, Shape, fix
 from fxprune.tracing import Traced
 
@@ -119,7 +119,7 @@ class Coupling:
     def costs(self) -> CostModel:
         """Costs as a function of the kept channels."""
         labelled = self.record.issued
-        rest = [(t, p) for name, t, p in named_state(self.traced.module) if name not in labelled]
+        rest = [(t, p) for name, t, p in self.traced.state() if name not in labelled]
         elements = sum(t.numel() for t, is_parameter in rest if is_parameter)
         return CostModel(self.record, self.classes.of, (elements, sum(t.numel() * t.element_size() for t, _ in rest)))
 
@@ -225,7 +225,7 @@ class Coupling:
 
     def at(self, node: str) -> list[Labelled]:
         """Return shape and channels of every tensor that a node returns."""
-        return [Labelled(t.shape, self.to_channels(t.labels), t.itemsize) for t in self.record.nodes.get(node, [])]
+        return [Labelled(t.shape, self.to_channels(t.labels), t.dtype) for t in self.record.nodes.get(node, [])]
 
 
 def couple(traced: Traced, *, unknown: str = "freeze", freeze: Mapping[str, str] | None = None) -> Coupling:
@@ -237,11 +237,12 @@ def couple(traced: Traced, *, unknown: str = "freeze", freeze: Mapping[str, str]
         freeze: fx node -> reason; nothing along the dims of what these nodes take and return may go.
 
     Raises:
+        TraceError: the network does not run on the example inputs.
         CouplingError: `unknown="error"` and there are such ops (all are listed), or a rule could not be applied.
     """
     if unknown not in ("freeze", "error"):
         raise CouplingError(f"unknown={unknown!r} is neither 'freeze' nor 'error'. Pass one of the two.")
-    record = interpret(traced.module, traced.args, traced.kwargs)
+    record = _interpreted(traced)
     if record.unknown and unknown == "error":
         lines = [f"  {op} at node {node!r}{traced.where(node)}" for node, op in dict.fromkeys(record.unknown)]
         raise CouplingError(
@@ -249,6 +250,18 @@ def couple(traced: Traced, *, unknown: str = "freeze", freeze: Mapping[str, str]
         )
     _freeze_nodes(record, traced, dict(freeze or {}))
     return close_record(traced, record)
+
+
+def _interpreted(traced: Traced) -> Interpretation:
+    try:
+        return interpret(traced.root, traced.graph, traced.args, traced.kwargs)
+    except InterpretationError as error:
+        cause = error.__cause__
+        shapes = ", ".join(str(tuple(t.shape)) for t in tensors_in((traced.args, traced.kwargs)))
+        raise TraceError(
+            f"{type(traced.model).__name__} does not run on the example inputs of shape {shapes}: node {error.node!r}"
+            f"{traced.where(error.node)} raised {type(cause).__name__}: {cause}. Pass example inputs that `model(*example_inputs)` takes."
+        ) from cause
 
 
 def close_record(traced: Traced, record: Interpretation) -> Coupling:
@@ -261,10 +274,10 @@ def close_record(traced: Traced, record: Interpretation) -> Coupling:
 
 
 def _freeze_nodes(record: Interpretation, traced: Traced, freeze: dict[str, str]) -> None:
-    nodes = {n.name: n for n in traced.module.graph.nodes}
+    nodes = {n.name: n for n in traced.graph.nodes}
     for name, reason in freeze.items():
         if name not in nodes:
-            raise CouplingError(f"freeze names node {name!r}, which the graph does not have. Its nodes are in `traced.module.graph`.")
+            raise CouplingError(f"freeze names node {name!r}, which the graph does not have. Its nodes are in `traced.graph`.")
         record.ledger.node = name
         for node in [nodes[name], *nodes[name].all_input_nodes]:
             for t in record.nodes.get(node.name, []):

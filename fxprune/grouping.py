@@ -51,18 +51,17 @@ class Group:
         """How many steps it would take to remove the whole group."""
         return len(self.cells[0]) // self.takes[0]
 
-    def path(self, score: np.ndarray) -> list[np.ndarray]:
-        """Return the removal path: the choices that go in each step, lowest score first.
+    def path(self, score: np.ndarray) -> np.ndarray:
+        """Return the removal path: the choices that go in each step, lowest score first: (steps, choices per step).
 
         Args:
             score: (channels,) saliency of each choice; those that may not go have infinite saliency.
         """
         steps = min(int(np.isfinite(score[cell]).sum()) // take for cell, take in zip(self.cells, self.takes, strict=True))
         ranked = [cell[np.lexsort((cell, score[cell]))] for cell in self.cells]
-        return [
-            np.concatenate([cell[i * take : (i + 1) * take] for cell, take in zip(ranked, self.takes, strict=True)])
-            for i in range(steps)
-        ]
+        return np.concatenate(
+            [cell[: steps * take].reshape(steps, take) for cell, take in zip(ranked, self.takes, strict=True)], axis=1
+        )
 
 
 @dataclass(frozen=True, slots=True)

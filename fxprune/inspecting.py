@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,11 +10,10 @@ import numpy as np
 from tabulate import tabulate
 
 from fxprune.allocating import Allocation, steps_of_all
-from fxprune.atoms import FIXED
 from fxprune.constraining import Constraints
 from fxprune.costs import RESOURCES, Costs
-from fxprune.coupling import Coupling, Frozen
-from fxprune.reporting import FrozenRow
+from fxprune.coupling import Coupling
+from fxprune.reporting import FrozenRow, frozen_rows
 
 REASON_WIDTH = 46
 """Characters per line of a reason in the printed table."""
@@ -55,7 +53,6 @@ class Inspection:
         least: costs when every group keeps as little as it can: no budget below can be met.
         groups: in graph order.
         frozen: what may not go, most channels first.
-        kernel_positions: frozen positions that only run along kernels, which are not listed in `frozen`.
         notes: what else a user should know.
     """
 
@@ -65,7 +62,6 @@ class Inspection:
     least: Costs
     groups: tuple[GroupOutlook, ...]
     frozen: tuple[FrozenRow, ...]
-    kernel_positions: int
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -106,8 +102,6 @@ class Inspection:
         for f in self.frozen:
             rows.append([f"{f.channels:,}", f.node, textwrap.fill(f.reason, REASON_WIDTH), f.source or "-"])
         parts = [title, _table("rlll", ["channels", "node", "because it", "line"], rows) if rows else ""]
-        if self.kernel_positions:
-            parts.append(f"{self.kernel_positions} positions along kernels stay too: a kernel keeps its size.")
         return "\n\n".join(part for part in parts if part)
 
 
@@ -125,15 +119,13 @@ def inspect(coupling: Coupling) -> Inspection:
     """
     allocation = steps_of_all(coupling, np.ones(coupling.num_channels), "uniform", Constraints())
     traced = coupling.traced
-    kernels, frozen = _split(coupling)
     return Inspection(
         type(traced.model).__name__,
         traced.frontend,
         coupling.costs(np.ones(coupling.num_channels, dtype=bool)),
-        coupling.costs(allocation.keep(np.ones(len(allocation.steps), dtype=bool))),
+        coupling.costs(allocation.keep(np.ones(len(allocation), dtype=bool))),
         _groups(coupling, allocation),
-        _merged(coupling, frozen),
-        sum(len(f.channels) for f in kernels),
+        frozen_rows(coupling),
         traced.notes,
     )
 
@@ -145,35 +137,13 @@ def _groups(coupling: Coupling, allocation: Allocation) -> tuple[GroupOutlook, .
     for site in coupling.sites:
         per_channel[np.unique(site.channels)] += 1
     sites = coupling.members.total(per_channel[:-1])
-    owner = np.array([step.group for step in allocation.steps], dtype=np.int64)
-    size = np.array([len(step.choices) for step in allocation.steps], dtype=np.int64)
     outlooks = []
     for group in coupling.groups():
-        own = owner == group.index
-        half = coupling.costs(allocation.keep(own & (np.cumsum(size * own) <= group.width / 2)))
+        own = allocation.group == group.index
+        per_step = sum(group.takes)
+        half = coupling.costs(allocation.keep(own & (np.cumsum(own) * per_step <= group.width / 2)))
         saved = [1 - getattr(half, name) / max(getattr(dense, name), 1) for name in ("macs", "params")]
         choices = np.concatenate(group.cells)
-        count, least = int(sites[choices].max()), group.width - int(size[own].sum())
+        count, least = int(sites[choices].max()), group.width - int(own.sum()) * per_step
         outlooks.append(GroupOutlook(group.name, group.kind, count, group.width, least, *saved))
     return tuple(outlooks)
-
-
-def _split(coupling: Coupling) -> tuple[list[Frozen], list[Frozen]]:
-    """Tell what is frozen along kernels only (every site is a trailing dim of a weight) from real channels."""
-    leading = np.zeros(coupling.num_channels + 1, dtype=bool)
-    for site in coupling.sites:
-        if site.dim < 2 or site.channels.ndim < 3:
-            leading[site.channels] = True
-    leading[FIXED] = False
-    real = [f for f in coupling.frozen if coupling.has_site[f.channels].any()]
-    return [f for f in real if not leading[f.channels].any()], [f for f in real if leading[f.channels].any()]
-
-
-def _merged(coupling: Coupling, frozen: Iterable[Frozen]) -> tuple[FrozenRow, ...]:
-    """Make one row of all that one node froze for one reason."""
-    counts: dict[tuple[str, str, str], int] = {}
-    for f in frozen:
-        key = (f.node, f.source, f.reason)
-        counts[key] = counts.get(key, 0) + int(coupling.has_site[f.channels].sum())
-    rows = [FrozenRow(count, *key) for key, count in counts.items()]
-    return tuple(sorted(rows, key=lambda row: -row.channels))

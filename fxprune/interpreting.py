@@ -6,7 +6,7 @@ becomes of the labels. An fx interpreter around it says which node is running.
 
 from __future__ import annotations
 
-import copy
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune import labels as algebra
 from fxprune.atoms import Ledger
+from fxprune.cloning import clone
 from fxprune.labels import Extent, Labels, Shape
 from fxprune.rules import Op, lookup
 
@@ -28,11 +29,11 @@ MAX_CONSTANT = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """A tensor seen at a node: its shape, what its positions are called, and its element size in bytes."""
+    """A tensor seen at a node: its shape, what its positions are called, and its dtype."""
 
     shape: Shape
     labels: Labels
-    itemsize: int
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,16 +85,46 @@ def named_state(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, bo
                 yield f"{prefix}.{key}" if prefix else key, value, is_parameter
 
 
-def meta_twin(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[int, tuple[str, torch.Tensor, bool]]]:
+def meta_twin(root: torch.nn.Module) -> tuple[torch.nn.Module, dict[int, tuple[str, torch.Tensor, bool]]]:
     """Copy a module with every tensor on the meta device. Returns it and id(meta tensor) -> (name, original, is a parameter)."""
     memo: dict[int, Any] = {}
     origin: dict[int, tuple[str, torch.Tensor, bool]] = {}
-    for name, value, is_parameter in named_state(module):
+    for name, value, is_parameter in named_state(root):
         twin = torch.empty_like(value, device="meta", requires_grad=False)
-        twin = torch.nn.Parameter(twin, requires_grad=False) if is_parameter else twin
-        memo[id(value)] = twin
-        origin[id(twin)] = (name, value, is_parameter)
-    return copy.deepcopy(module, memo), origin
+        memo[id(value)] = torch.nn.Parameter(twin, requires_grad=False) if is_parameter else twin
+        origin[id(memo[id(value)])] = (name, value, is_parameter)
+    twin_root = clone(root, memo)
+    twin_root.__dict__["_tensors"] = list(memo.values())
+    return twin_root, origin
+
+
+@functools.cache
+def _returns_fresh(func: Any) -> bool:
+    """Say whether an op computes new tensors and touches none of its arguments."""
+    schema = func._schema
+    return (
+        not schema.is_mutable
+        and bool(schema.returns)
+        and all(r.alias_info is None and str(r.type) == "Tensor" for r in schema.returns)
+        and all(a.alias_info is None for a in schema.arguments)
+    )
+
+
+def _call_key(func: Any, args: Any) -> Any:
+    """Describe a call by what its result's shape depends on; None where that cannot be told cheaply."""
+    key: list[Any] = [func]
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            key += [a.shape, a.dtype]
+        elif isinstance(a, (int, float, bool, type(None))):
+            key.append(a)
+        elif isinstance(a, (list, tuple)) and all(type(v) in (int, bool) for v in a):
+            key.append(tuple(a))
+        else:
+            return None
+    if any(isinstance(a, torch.Tensor) and not a.is_contiguous() for a in args):
+        return None
+    return tuple(key)
 
 
 class Labelling(TorchDispatchMode):
@@ -105,11 +136,12 @@ class Labelling(TorchDispatchMode):
         self.ledger = self.record.ledger
         self._origin = origin
         self._constants: list[tuple[int, int]] = []
+        self._returned: dict[Any, tuple[bool, list[tuple[torch.Size, torch.dtype]]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one ATen call on meta tensors and label what comes out."""
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = self._run(func, args, kwargs)
         results = [out] if isinstance(out, torch.Tensor) else [t for t in out or () if isinstance(t, torch.Tensor)] if isinstance(out, (tuple, list)) else []
         inputs = [a for a in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(a, torch.Tensor)]
         if results:
@@ -117,6 +149,23 @@ class Labelling(TorchDispatchMode):
             self._label(Op(func, out, self), args, kwargs, results, inputs)
             self._account(results, inputs)
         return out
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an op on meta tensors, or remember what it returned for tensors of these shapes."""
+        key = None if kwargs or not _returns_fresh(func) else _call_key(func, args)
+        if key is None:
+            return func(*args, **kwargs)
+        known = self._returned.get(key)
+        if known is None:
+            out = func(*args)
+            if type(out) is torch.Tensor:
+                self._returned[key] = (False, [(out.shape, out.dtype)])
+            elif all(type(t) is torch.Tensor for t in out):
+                self._returned[key] = (True, [(t.shape, t.dtype) for t in out])
+            return out
+        several, described = known
+        made = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in described]
+        return tuple(made) if several else made[0]
 
     # what rules ask for
 
@@ -128,24 +177,20 @@ class Labelling(TorchDispatchMode):
         return found
 
     def _issue(self, tensor: torch.Tensor) -> Labels:
-        name, original, is_parameter = self._origin.get(id(tensor), ("", tensor, False))
-        if not name or not (tensor.is_floating_point() or tensor.is_complex()):
+        if id(tensor) not in self._origin or not (tensor.is_floating_point() or tensor.is_complex()):
             return algebra.blank(tensor.ndim)
-        labels = algebra.issue(self.ledger, tuple(tensor.shape))
-        self.record.issued[name] = (tuple(tensor.shape), labels, original.element_size(), is_parameter)
-        tensor._labels = labels  # pyright: ignore[reportAttributeAccessIssue]
-        return labels
+        return self.name(tensor, algebra.issue(self.ledger, tuple(tensor.shape)))
 
     def pristine(self, tensor: torch.Tensor) -> bool:
         """Say whether this is a parameter about whose labels nothing has been said yet."""
         return id(tensor) in self._origin and getattr(tensor, "_labels", None) is None
 
-    def relabel(self, tensor: torch.Tensor, labels: Labels) -> None:
-        """Replace the labels of a parameter nothing has been said about yet."""
-        name = self._origin[id(tensor)][0]
-        shape, _, itemsize, is_parameter = self.record.issued[name]
-        self.record.issued[name] = (shape, labels, itemsize, is_parameter)
+    def name(self, tensor: torch.Tensor, labels: Labels) -> Labels:
+        """Give a parameter nothing has been said about yet its labels, and return them."""
+        name, original, is_parameter = self._origin[id(tensor)]
+        self.record.issued[name] = (tuple(tensor.shape), labels, original.element_size(), is_parameter)
         tensor._labels = labels  # pyright: ignore[reportAttributeAccessIssue]
+        return labels
 
     def constant(self, shape: Shape) -> np.ndarray:
         """Issue fresh atoms for channels made of a constant, which can be cut anywhere."""
@@ -239,24 +284,35 @@ _NO_BUFFER = Buffer(0, (), 0, 0)
 """Stands for the storage of parameters, which is counted apart."""
 
 
+class InterpretationError(Exception):
+    """A node raised; `node` names it, the cause is what it raised."""
+
+    def __init__(self, node: str) -> None:
+        super().__init__(node)
+        self.node = node
+
+
 class GraphRunner(fx.Interpreter):
     """Run a graph under `Labelling`, node by node."""
 
-    def __init__(self, module: fx.GraphModule, mode: Labelling) -> None:
-        super().__init__(module)
+    def __init__(self, root: torch.nn.Module, graph: fx.Graph, mode: Labelling) -> None:
+        super().__init__(root, graph=graph)  # pyright: ignore[reportArgumentType]
         self.mode = mode
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node and note what it returned."""
         mode = self.mode
         mode.ledger.node = n.name
-        value = super().run_node(n)
+        try:
+            value = super().run_node(n)
+        except Exception as error:
+            raise InterpretationError(n.name) from error
         tensors = tensors_in(value)
         if n.op == "output":
             for t in tensors:
                 for d in range(t.ndim):
                     algebra.fix(mode.ledger, mode.labels(t), d, "is an output of the network")
-        mode.record.nodes[n.name] = [Labelled(tuple(t.shape), mode.labels(t), t.element_size()) for t in tensors]
+        mode.record.nodes[n.name] = [Labelled(tuple(t.shape), mode.labels(t), t.dtype) for t in tensors]
         if not tensors:
             mode.record.numbers[n.name] = value
         elif len(tensors) == 1 and (constant := mode.value(tensors[0])) is not None:
@@ -294,24 +350,27 @@ def to_meta(value: Any) -> Any:
     return pytree.tree_map(move, value)
 
 
-def interpret(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interpretation:
-    """Run a traced module on labels.
+def interpret(root: torch.nn.Module, graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interpretation:
+    """Run a graph on labels.
 
     Args:
-        module: the traced network; not touched.
+        root: the module that holds the graph's parameters; not touched.
+        graph: the graph.
         args: positional example inputs.
         kwargs: keyword example inputs.
     """
-    twin, origin = meta_twin(module)
+    twin, origin = meta_twin(root)
     mode = Labelling(origin)
-    values = bind(module.graph, to_meta(args), to_meta(kwargs))
+    values = bind(graph, to_meta(args), to_meta(kwargs))
     with torch.no_grad(), mode:
-        GraphRunner(twin, mode).run(*values, enable_io_processing=False)
+        GraphRunner(twin, graph, mode).run(*values, enable_io_processing=False)
     return mode.record
 
 
 def bind(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Lay example inputs out in the order of the graph's placeholders, defaults included."""
+    if isinstance(graph._codegen, fx.graph._PyTreeCodeGen):
+        return list(graph._codegen.process_inputs(*args, **kwargs))
     values = []
     for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder"):
         if i < len(args):

@@ -115,16 +115,23 @@ class Compiled:
     freeze: Mapping[str, str] = field(default_factory=dict)
 
 
-def make_report(coupling: Coupling, plan: Plan, verification: Verification | None, notes: tuple[str, ...] = ()) -> Report:
-    """Put a report together."""
-    frozen = []
+def frozen_rows(coupling: Coupling) -> tuple[FrozenRow, ...]:
+    """Return what may not go: a row for each node and reason, most channels first."""
+    counts: dict[tuple[str, str, str], int] = {}
     for f in coupling.frozen:
         count = int(coupling.has_site[f.channels].sum())
         if count:
-            frozen.append(FrozenRow(count, f.node, f.source, f.reason))
-    frozen.sort(key=lambda f: -f.channels)
+            key = (f.node, f.source, f.reason)
+            counts[key] = counts.get(key, 0) + count
+    rows = [FrozenRow(count, *key) for key, count in counts.items()]
+    return tuple(sorted(rows, key=lambda row: -row.channels))
+
+
+def make_report(coupling: Coupling, plan: Plan, verification: Verification | None, notes: tuple[str, ...] = ()) -> Report:
+    """Put a report together."""
     traced = coupling.traced
-    return Report(plan.costs, plan.groups, tuple(frozen), verification, plan.method, plan.budget, traced.frontend, (*traced.notes, *notes))
+    notes = (*traced.notes, *notes)
+    return Report(plan.costs, plan.groups, frozen_rows(coupling), verification, plan.method, plan.budget, traced.frontend, notes)
 
 
 def compiled(slim: nn.Module) -> Compiled:

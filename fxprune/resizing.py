@@ -49,6 +49,36 @@ def resize(module: nn.Module, call: Call) -> None:
             return
 
 
+_SHAPE_KEEPING = (
+    nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU, nn.ELU, nn.Identity,
+    nn.Dropout,
+)  # fmt: skip
+
+
+def fits(module: nn.Module, inputs: list[Shape], outputs: list[Shape]) -> bool:
+    """Say whether a resized module of a common kind returns the predicted shape; False where only running it tells.
+
+    Args:
+        module: the resized module.
+        inputs: shapes of the tensors that go in.
+        outputs: predicted shapes of what comes out.
+    """
+    if len(inputs) != 1 or len(outputs) != 1:
+        return False
+    (x,), (y,) = inputs, outputs
+    kind = type(module)
+    if kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        weight: Any = module.weight
+        at = len(x) - weight.ndim + 1
+        channels = (x[at], y[at]) == (module.in_channels, module.out_channels)
+        return channels and tuple(weight.shape[:2]) == (y[at], x[at] // module.groups) and not x[at] % module.groups  # pyright: ignore
+    if kind is nn.Linear:
+        return tuple(module.weight.shape) == (y[-1], x[-1]) and x[:-1] == y[:-1]  # pyright: ignore
+    if kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        return x == y and module.num_features == x[1]
+    return kind in _SHAPE_KEEPING and x == y
+
+
 @resizes(nn.Linear)
 def linear(module: Any, call: Call) -> None:
     """weight: (out, in)."""

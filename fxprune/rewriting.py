@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from fxprune.cloning import clone
 from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError
-from fxprune.interpreting import Labelled, bind, meta_twin, named_state, tensors_in, to_meta
+from fxprune.interpreting import Labelled, bind, meta_twin, tensors_in, to_meta
 from fxprune.labels import Labels, Shape
 from fxprune.literals import FIXERS, CannotRewriteError, plain_name
 from fxprune.planning import Plan, keep_of
-from fxprune.resizing import Call, resize
+from fxprune.resizing import Call, fits, resize
 from fxprune.slicing import kept_size, sliced_like
 
 
@@ -37,12 +37,15 @@ def rewrite(coupling: Coupling, plan: Plan) -> fx.GraphModule:
     """
     keep = np.append(keep_of(coupling, plan), True)
     prediction = Prediction(coupling, keep)
-    slim = _sliced(coupling, keep)
-    _resize_modules(slim, prediction)
-    _fix_literals(coupling, slim, prediction)
-    slim.graph.lint()
-    slim.recompile()
-    return slim
+    root = _sliced(coupling, keep)
+    graph = fx.Graph(tracer_cls=coupling.traced.graph._tracer_cls)
+    graph.set_codegen(coupling.traced.graph._codegen)
+    renamed: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(coupling.traced.graph, renamed))
+    _resize_modules(root, graph, prediction)
+    _fix_literals(coupling, root, graph, prediction)
+    graph.lint()
+    return fx.GraphModule(root, graph, type(coupling.traced.model).__name__)
 
 
 class Prediction:
@@ -83,37 +86,34 @@ class Prediction:
         return count if kept is None else int(kept[0].reshape(count, -1).any(axis=1).sum())
 
 
-def _sliced(coupling: Coupling, keep: np.ndarray) -> fx.GraphModule:
+def _sliced(coupling: Coupling, keep: np.ndarray) -> nn.Module:
     """Copy the traced module with sliced parameters and buffers; tied ones stay tied."""
-    tensors = coupling.tensors()
-    labels: Mapping[str, Labels] = {name: ls for name, (_, ls) in tensors.items()}
-    module = coupling.traced.module
-    memo = {id(t): sliced_like(t, labels.get(name), keep) for name, t, _ in named_state(module)}
-    return copy.deepcopy(module, memo)
+    labels: Mapping[str, Labels] = {name: ls for name, (_, ls) in coupling.tensors().items()}
+    sliced = {id(t): sliced_like(t, labels.get(name), keep) for name, t, _ in coupling.traced.state()}
+    return clone(coupling.traced.root, sliced)
 
 
-def _resize_modules(slim: fx.GraphModule, prediction: Prediction) -> None:
+def _resize_modules(root: nn.Module, graph: fx.Graph, prediction: Prediction) -> None:
     seen: set[str] = set()
-    for node in slim.graph.nodes:
+    for node in graph.nodes:
         if node.op == "call_module" and node.target not in seen:
-            seen.add(str(node.target))
+            seen.add(node.target)
             inputs = [shape for source in node.all_input_nodes for shape in prediction.shapes(source.name)]
             first = node.all_input_nodes[0].name if node.all_input_nodes else ""
 
             def rows(dim: int, count: int, first: str = first) -> int:
                 return prediction.rows(first, dim, count)
 
-            resize(slim.get_submodule(str(node.target)), Call(inputs, prediction.shapes(node.name), rows))
+            resize(root.get_submodule(node.target), Call(inputs, prediction.shapes(node.name), rows))
 
 
-def _fix_literals(coupling: Coupling, slim: fx.GraphModule, prediction: Prediction) -> None:
+def _fix_literals(coupling: Coupling, root: nn.Module, graph: fx.Graph, prediction: Prediction) -> None:
     """Run the slim graph on meta tensors, fixing each node before it runs and checking its shapes after."""
-    twin, _ = meta_twin(slim)
     traced = coupling.traced
-    values = bind(slim.graph, to_meta(traced.args), to_meta(traced.kwargs))
-    fixer = _Fixer(twin, slim.graph, prediction)
+    twin, _ = meta_twin(root)
+    fixer = _Fixer(twin, graph, prediction)
     with torch.no_grad():
-        fixer.run(*values, enable_io_processing=False)
+        fixer.run(*bind(graph, to_meta(traced.args), to_meta(traced.kwargs)), enable_io_processing=False)
     if fixer.failed:
         lines = [f"  node {node!r}{traced.where(node)}: {reason}" for node, reason in fixer.failed.items()]
         raise RewriteError(
@@ -126,8 +126,8 @@ def _fix_literals(coupling: Coupling, slim: fx.GraphModule, prediction: Predicti
 class _Fixer(fx.Interpreter):
     """Runs the slim graph on meta modules; is the `Context` that fixers ask."""
 
-    def __init__(self, twin: fx.GraphModule, graph: fx.Graph, prediction: Prediction) -> None:
-        super().__init__(twin, graph=graph)
+    def __init__(self, twin: nn.Module, graph: fx.Graph, prediction: Prediction) -> None:
+        super().__init__(twin, graph=graph)  # pyright: ignore[reportArgumentType]
         self.prediction = prediction
         self.record = prediction.coupling.record
         self.failed: dict[str, str] = {}
@@ -137,14 +137,16 @@ class _Fixer(fx.Interpreter):
         predicted = self.prediction.shapes(n.name)
         try:
             self._fix(n)
+            if n.op == "call_module" and fits(self.fetch_attr(str(n.target)), self._inputs(n), predicted):
+                return self._stand_in(n)
             value = super().run_node(n)
         except Exception as error:
             self.failed[n.name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-            return self._stand_in(n, predicted)
+            return self._stand_in(n)
         found = [tuple(t.shape) for t in tensors_in(value)]
         if found != predicted:
             self.failed[n.name] = f"shape {found} after the rewrite, {predicted} predicted"
-            return self._stand_in(n, predicted)
+            return self._stand_in(n)
         return value
 
     def _fix(self, n: fx.Node) -> None:
@@ -154,6 +156,9 @@ class _Fixer(fx.Interpreter):
                 fixer(self, n)
             elif self.prediction.shapes(n.name):
                 self._pin_numbers(n)
+
+    def _inputs(self, n: fx.Node) -> list[Shape]:
+        return [tuple(t.shape) for t in tensors_in(self.fetch_args_kwargs_from_env(n))]
 
     def _pin_numbers(self, n: fx.Node) -> None:
         """Keep numbers that were computed from a size, and now would differ, at their dense value."""
@@ -166,8 +171,11 @@ class _Fixer(fx.Interpreter):
 
         n.args, n.kwargs = fx.node.map_aggregate((n.args, n.kwargs), pin)
 
-    def _stand_in(self, n: fx.Node, predicted: list[Shape]) -> Any:
-        tensors = [torch.empty(shape, device="meta") for shape in predicted]
+    def _stand_in(self, n: fx.Node) -> Any:
+        """Return tensors of the predicted shapes."""
+        seen = self.record.nodes.get(n.name, [])
+        shapes = self.prediction.shapes(n.name)
+        tensors = [torch.empty(shape, dtype=t.dtype, device="meta") for shape, t in zip(shapes, seen, strict=True)]
         return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
     # what fixers ask

@@ -8,21 +8,23 @@ import linecache
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from fxprune.cloning import clone
 from fxprune.errors import TraceError
 from fxprune.interpreting import named_state
 
 TRAINING = "fxprune_training"
 """Name of the submodule that answers whether the network is in training mode."""
 _TORCH = os.path.dirname(torch.__file__) + os.sep
-_HERE = os.path.dirname(__file__) + os.sep
+_HERE = os.path.dirname(__file__)
 
 
 class TrainingFlag(nn.Module):
@@ -63,32 +65,48 @@ def _user_line(frame: Any) -> str:
     """Return `file:line` of the innermost frame that is neither torch's nor ours."""
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith((_TORCH, _HERE, "<")):
+        if not name.startswith((_TORCH, "<")) and os.path.dirname(name) != _HERE:
             return f"{name}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Traced:
-    """A network as a graph.
+    """A network as a graph. Made by `trace`.
 
     Attributes:
         model: the model it was traced from.
-        module: computes what the model computes and shares its parameters and buffers.
+        root: a module of the model's structure that shares its parameters and buffers; the graph runs on it.
+        graph: the fx graph.
         args: positional example inputs.
         kwargs: keyword example inputs.
         frontend: "symbolic_trace" or "export".
         notes: what a user should know about this trace.
     """
 
-    model: nn.Module
-    module: fx.GraphModule
+    model: nn.Module = field(repr=False)
+    root: nn.Module = field(repr=False)
+    graph: fx.Graph = field(repr=False)
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     frontend: str
     notes: tuple[str, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def module(self) -> fx.GraphModule:
+        """A module that computes what the model computes and shares its parameters and buffers."""
+        return fx.GraphModule(self.root, copy.deepcopy(self.graph), type(self.model).__name__)
+
+    def state(self) -> Iterator[tuple[str, torch.Tensor, bool]]:
+        """Yield (name, tensor, is a parameter) of everything that takes part in forward."""
+        targets = tuple({str(n.target) for n in self.graph.nodes if n.op in ("call_module", "get_attr")})
+        exact, inside = set(targets), tuple(t + "." for t in targets)
+        for name, t, is_parameter in named_state(self.root):
+            holder = name.rpartition(".")[0]
+            if name in exact or holder in exact or name.startswith(inside):
+                yield name, t, is_parameter
 
     def source(self, node: str) -> str:
         """Return the user's source line of a node: `file.py:12: code`, or ""."""
@@ -124,7 +142,8 @@ class Tracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Note the source line of each node."""
         node = super().create_node(*args, **kwargs)
-        self.sources[node.name] = _user_line(sys._getframe(1))
+        if node.op not in ("placeholder", "output"):
+            self.sources[node.name] = _user_line(sys._getframe(1))
         return node
 
     def create_arg(self, a: Any) -> Any:
@@ -159,12 +178,12 @@ def trace(model: nn.Module, example_inputs: Any) -> Traced:
     """
     args, kwargs = _inputs(model, example_inputs)
     try:
-        graph_module, sources, notes = _symbolic(model, args, kwargs)
-        return Traced(model, graph_module, args, kwargs, "symbolic_trace", notes, sources)
+        root, graph, sources, notes = _symbolic(model, args, kwargs)
+        return Traced(model, root, graph, args, kwargs, "symbolic_trace", notes, sources)
     except Exception as symbolic_error:
         first = symbolic_error
     try:
-        graph_module, sources, notes = _exported(model, args, kwargs)
+        root, graph, sources, notes = _exported(model, args, kwargs)
     except Exception as export_error:
         raise TraceError(
             f"{type(model).__name__} cannot be traced.\n"
@@ -172,7 +191,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Traced:
             f"  torch.export: {type(export_error).__name__}: {_first_line(export_error)}\n"
             "Check that `model(*example_inputs)` runs; mark functions that cannot be traced with `torch.fx.wrap`."
         ) from export_error
-    return Traced(model, graph_module, args, kwargs, "export", notes, sources)
+    return Traced(model, root, graph, args, kwargs, "export", notes, sources)
 
 
 def _first_line(error: Exception) -> str:
@@ -207,10 +226,13 @@ def _inputs(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dic
 
 def shared_copy(model: nn.Module) -> Any:
     """Copy a module's structure; parameters, buffers and tensor attributes are the model's own."""
-    return copy.deepcopy(model, {id(t): t for _, t, _ in named_state(model)})
+    return clone(model, {id(t): t for _, t, _ in named_state(model)})
 
 
-def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, dict[str, str], tuple[str, ...]]:
+_Front = tuple[nn.Module, fx.Graph, dict[str, str], tuple[str, ...]]
+
+
+def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Front:
     fixed = _fixed(model, args, kwargs)
     root, graph, tracer = _trace_once(model, fixed, model.training)
     notes = []
@@ -221,11 +243,10 @@ def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         notes.append(f"forward takes another path in the other mode ({lines}); the slim network follows the {mode}() path in both")
     if any(n.op == "call_module" and n.target == TRAINING for n in graph.nodes):
         root.add_module(TRAINING, TrainingFlag())
-    graph_module = fx.GraphModule(root, graph, type(model).__name__)
     modes = {name: m.training for name, m in model.named_modules()}
-    for name, m in graph_module.named_modules():
+    for name, m in root.named_modules():
         m.training = modes.get(name, model.training)
-    return graph_module, tracer.sources, (*notes, *_unused(model, graph_module))
+    return root, graph, tracer.sources, (*notes, *_unused(model, root, graph))
 
 
 def _fixed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -276,8 +297,8 @@ def _merge_modes(graph: fx.Graph, other: fx.Graph) -> bool:
     return True
 
 
-def _unused(model: nn.Module, graph_module: fx.GraphModule) -> list[str]:
-    used = {id(t) for _, t, _ in named_state(graph_module)}
+def _unused(model: nn.Module, root: nn.Module, graph: fx.Graph) -> list[str]:
+    used = {id(t) for _, t, _ in Traced(model, root, graph, (), {}, "").state()}
     left = [name for name, t, is_parameter in named_state(model) if id(t) not in used and is_parameter]
     if not left:
         return []
@@ -285,7 +306,7 @@ def _unused(model: nn.Module, graph_module: fx.GraphModule) -> list[str]:
     return [f"{len(left)} parameters take no part in forward and are left out: {shown}"]
 
 
-def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, dict[str, str], tuple[str, ...]]:
+def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Front:
     root = shared_copy(model)
     auto = pytree.tree_map(lambda v: {d: torch.export.Dim.AUTO for d in range(v.ndim)} if isinstance(v, torch.Tensor) else None, (args, kwargs))
     try:
@@ -299,9 +320,9 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     for node in list(graph.nodes):
         if node.op == "call_module" and "_guards_fn" in str(node.target):
             graph.erase_node(node)
+    module.add_module(TRAINING, TrainingFlag())
     _ask_for_mode(graph)
     own = {name: t for name, t, _ in named_state(model)}
-    module.add_module(TRAINING, TrainingFlag())
     graph_module = fx.GraphModule(module, graph, type(model).__name__)
     for name, _, _ in list(named_state(graph_module)):
         if name in own:
@@ -309,7 +330,7 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             setattr(graph_module.get_submodule(holder), key, own[name])
     graph_module.train(model.training)
     sources = {n.name: line for n in graph.nodes if (line := _line_of(n.stack_trace))}
-    return graph_module, sources, (*notes, *_unused(model, graph_module))
+    return graph_module, graph_module.graph, sources, (*notes, *_unused(model, graph_module, graph_module.graph))
 
 
 def _ask_for_mode(graph: fx.Graph) -> None:

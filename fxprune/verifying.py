@@ -331,7 +331,7 @@ class _Recorder(fx.Interpreter):
 def _first_difference(coupling: Coupling, plan: Plan, slim: fx.GraphModule) -> str:
     """Say at which node the two networks part."""
     traced = coupling.traced
-    values = bind(traced.module.graph, *_to_double((traced.args, traced.kwargs)))
+    values = bind(traced.graph, *_to_double((traced.args, traced.kwargs)))
     dense = _Recorder(masked_copy(traced.module, plan))  # pyright: ignore[reportArgumentType]
     with torch.no_grad(), AbsentIsNaN():
         dense.run(*copy.deepcopy(values), enable_io_processing=False)

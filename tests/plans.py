@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -19,13 +18,10 @@ def random_keep(coupling: Coupling, seed: int) -> np.ndarray:
     """Return kept channels (channels,): every group gives up a random number of steps of a random order."""
     rng = np.random.default_rng(seed)
     allocation = steps_of_all(coupling, rng.random(coupling.num_channels), "uniform", Constraints())
-    total = Counter(step.group for step in allocation.steps)
-    limit = {group: rng.integers(0, steps + 1) for group, steps in sorted(total.items())}
-    count: Counter[int] = Counter()
-    taken = np.zeros(len(allocation.steps), dtype=bool)
-    for i, step in enumerate(allocation.steps):
-        taken[i] = count[step.group] < limit[step.group]
-        count[step.group] += 1
+    taken = np.zeros(len(allocation), dtype=bool)
+    for group in np.unique(allocation.group):
+        steps = np.flatnonzero(allocation.group == group)
+        taken[steps[: rng.integers(0, len(steps) + 1)]] = True
     return allocation.keep(taken)
 
 

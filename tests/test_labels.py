@@ -26,6 +26,7 @@ from torch import fx, nn
 import fxprune
 from fxprune.atoms import FIXED
 from fxprune.coupling import Coupling
+from fxprune.interpreting import Labelled
 from fxprune.planning import plan_of
 
 Position = tuple[str, int, int]
@@ -155,10 +156,13 @@ def coupling_of(program: Program) -> Coupling:
         else:
             proxies.append(ins[0] + ins[1])
     graph.output((x + proxies[-1].sum()).node)
-    module = fx.GraphModule(root, graph)
-    coupling = fxprune.couple(fxprune.Traced(module, module, (torch.zeros(1),), {}, "symbolic_trace"))
-    object.__setattr__(coupling, "last", proxies[-1].node.name)
-    return coupling
+    return fxprune.couple(fxprune.trace(fx.GraphModule(root, graph), torch.zeros(1)))
+
+
+def last_value(coupling: Coupling) -> Labelled:
+    """Return shape and channels of what is summed in the end."""
+    total = next(n for n in coupling.traced.module.graph.nodes if n.op == "call_method" and n.target == "sum")
+    return coupling.at(total.all_input_nodes[0].name)[0]
 
 
 def channel_of(coupling: Coupling) -> dict[Position, int]:
@@ -220,7 +224,7 @@ def needed(coupling: Coupling, channels: set[int]) -> frozenset[int]:
 
 def library_sets(coupling: Coupling) -> np.ndarray:
     """Return, for each element of the last value, the channels that it needs."""
-    (value,) = coupling.at(coupling.last)  # type: ignore[attr-defined]
+    value = last_value(coupling)
     sets = np.empty(value.shape, dtype=object)
     wide = [np.broadcast_to(ids, value.shape) for ids in value.labels if ids is not None]
     for at in np.ndindex(value.shape):

@@ -23,7 +23,7 @@ def add_up(coupling: Coupling, sites: list[Site], measure: Callable[[str, torch.
         (channels,) float64.
     """
     score = np.zeros(coupling.num_channels + 1)
-    module = coupling.traced.module
+    module = coupling.traced.root
     for site in sites:
         holder, _, key = site.name.rpartition(".")
         value = getattr(module.get_submodule(holder), key).detach()

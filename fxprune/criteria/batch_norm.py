@@ -21,7 +21,7 @@ def batch_norm_scale(coupling: Coupling) -> np.ndarray:
 
     Source: Liu et al., Learning Efficient Convolutional Networks through Network Slimming (2017), section 3.
     """
-    module = coupling.traced.module
+    module = coupling.traced.root
     scales = {
         f"{name}.weight"
         for name, child in module.named_modules()

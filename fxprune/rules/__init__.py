@@ -33,8 +33,8 @@ class Labeller(Protocol):
         """Return the labels of a tensor; a parameter met for the first time is issued fresh ones."""
         ...
 
-    def relabel(self, tensor: torch.Tensor, labels: Labels) -> None:
-        """Replace the labels of a parameter nothing has been said about yet."""
+    def name(self, tensor: torch.Tensor, labels: Labels) -> Labels:
+        """Give a parameter nothing has been said about yet its labels, and return them."""
         ...
 
     def pristine(self, tensor: torch.Tensor) -> bool:

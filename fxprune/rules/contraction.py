@@ -77,8 +77,8 @@ def convolution(
     contracted on its own.
     """
     space = range(2, x.ndim)
-    if groups > 1 and weight.shape[1] > 1 and op.host.pristine(weight):
-        op.host.relabel(weight, _per_group(op, weight, groups))
+    if op.host.pristine(weight):
+        op.host.name(weight, _kernel(op, weight, groups))
     inputs = op.reduce(op.fix(op.labels(x), space), space)
     kernel = op.reduce(op.fix(op.labels(weight), space), space)
     batch, c_in = x.shape[:2]
@@ -100,9 +100,14 @@ def convolution(
     return result
 
 
-def _per_group(op: Op, weight: torch.Tensor, groups: int) -> Labels:
-    """Let the second dim of a grouped weight differ from group to group: each has its own channels."""
+def _kernel(op: Op, weight: torch.Tensor, groups: int) -> Labels:
+    """Label the two channel dims of a convolution's weight: the second may differ from group to group."""
     rows, width = weight.shape[:2]
-    ids = np.repeat(op.ledger.fresh((groups, width)), rows // groups, axis=0)
-    labels = op.labels(weight)
-    return (labels[0], ids.reshape(rows, width, *[1] * (weight.ndim - 2)), *labels[2:])
+    first = algebra.along(op.ledger.fresh((rows,)), 0, weight.ndim) if rows > 1 else None
+    second = None
+    if width > 1 and groups == 1:
+        second = algebra.along(op.ledger.fresh((width,)), 1, weight.ndim)
+    elif width > 1:
+        ids = np.repeat(op.ledger.fresh((groups, width)), rows // groups, axis=0)
+        second = ids.reshape(rows, width, *[1] * (weight.ndim - 2))
+    return (first, second, *algebra.blank(weight.ndim - 2))

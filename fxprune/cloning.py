@@ -1,0 +1,53 @@
+"""Copy the structure of a module, with other tensors in it: much faster than `copy.deepcopy`, and no weight is copied."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+_ATOMIC = (int, float, complex, str, bytes, bool, type(None), type, torch.dtype, torch.device, torch.Size)
+
+
+def clone(module: nn.Module, tensors: Mapping[int, torch.Tensor]) -> Any:
+    """Return a module of the same structure.
+
+    Submodules, hook tables and attributes are new objects; classes and functions are shared.
+
+    Args:
+        module: any module; not touched.
+        tensors: id of a parameter, buffer or tensor attribute -> what takes its place; others are shared.
+    """
+    return _clone(module, dict(tensors))
+
+
+def _clone(module: nn.Module, memo: dict[int, Any]) -> Any:
+    known = memo.get(id(module))
+    if known is not None:
+        return known
+    kind = type(module)
+    if hasattr(kind, "__deepcopy__") or kind.__setstate__ is not nn.Module.__setstate__:
+        return copy.deepcopy(module, memo)
+    new = object.__new__(kind)
+    memo[id(module)] = new
+    state = {}
+    for key, value in vars(module).items():
+        if isinstance(value, _ATOMIC):
+            state[key] = value
+        elif key in ("_parameters", "_buffers"):
+            state[key] = {k: None if t is None else memo.get(id(t), t) for k, t in value.items()}
+        elif key == "_modules":
+            state[key] = {k: None if m is None else _clone(m, memo) for k, m in value.items()}
+        elif isinstance(value, torch.Tensor):
+            state[key] = memo.get(id(value), value)
+        elif isinstance(value, (dict, set)) and not value:
+            state[key] = type(value)()
+        elif isinstance(value, tuple) and all(isinstance(v, _ATOMIC) for v in value):
+            state[key] = value
+        else:
+            state[key] = copy.deepcopy(value, memo)
+    new.__dict__.update(state)
+    return new

@@ -1,0 +1,351 @@
+"""Tracing: the graph behaves like the model in both modes, and keeps its signature, its sizes and its source lines."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small import Chain, settled
+from torch import Tensor, nn
+
+import fxprune
+from fxprune import Budget, TraceError
+
+X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def slimmed(model: nn.Module, inputs: Any = X, macs: float = 0.5) -> Any:
+    slim = fxprune.compile(model, inputs, Budget(macs=macs), progress=False)
+    report = fxprune.report(slim)
+    assert report.verification is not None
+    assert report.verification.passed
+    assert report.costs.share("macs") <= macs
+    return slim
+
+
+def varies(module: nn.Module, *inputs: Any) -> bool:
+    """Say whether two runs in a row differ."""
+    with torch.no_grad():
+        return not torch.equal(module(*inputs), module(*inputs))
+
+
+# train and eval
+
+
+class Stochastic(nn.Module):
+    """A network with one stochastic op between two layers."""
+
+    def __init__(self, op: nn.Module) -> None:
+        super().__init__()
+        self.a, self.op, self.b = nn.Conv2d(3, 16, 1), op, nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.op(torch.sigmoid(self.a(x))))
+
+
+class FunctionalDropout(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.5, training=self.training)
+
+
+class PositionalDropout(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.inner(x), 0.5, self.training)
+
+
+class DropPath(nn.Module):
+    """As in timm: nothing in eval mode, whole samples dropped in train mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        keep = x.new_empty((x.shape[0], 1, 1, 1)).bernoulli_(0.5)
+        return x * keep / 0.5
+
+
+STOCHASTIC = [nn.Dropout(0.5), nn.Dropout2d(0.5), nn.AlphaDropout(0.3), FunctionalDropout(), PositionalDropout(), DropPath()]
+
+
+@pytest.mark.parametrize("op", STOCHASTIC, ids=lambda op: type(op).__name__)
+@pytest.mark.parametrize("training", [True, False])
+def test_stochastic_ops_act_in_train_mode_only(op: nn.Module, training: bool) -> None:
+    slim = slimmed(Stochastic(op).train(training))
+    assert slim.training == training
+    many = torch.randn(32, 3, 8, 8)
+    assert varies(slim.train(), many)
+    assert not varies(slim.eval(), many)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_uses_batch_statistics_in_train_mode_only(training: bool) -> None:
+    model = settled(Chain()).train(training)
+    slim = slimmed(model)
+    slim.eval()
+    before = slim.bn.running_mean.clone()
+    slim(X)
+    assert torch.equal(before, slim.bn.running_mean)
+    slim.train()
+    out = slim(X)
+    assert not torch.equal(before, slim.bn.running_mean)
+    assert not torch.allclose(out, slim.eval()(X))
+
+
+class TwoPaths(nn.Module):
+    """Returns more in train mode than in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.aux = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 2, 1), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.a(x)
+        if self.training:
+            return self.b(x), self.aux(x)
+        return self.b(x)
+
+
+def test_another_path_in_the_other_mode_is_noted() -> None:
+    slim = slimmed(TwoPaths().eval())
+    assert isinstance(slim(X), Tensor)
+    notes = " ".join(fxprune.report(slim).notes)
+    assert "takes another path in the other mode" in notes
+    assert "test_tracing.py:" in notes
+    assert "aux.weight" in notes
+    assert len(slimmed(TwoPaths().train())(X)) == 2
+
+
+# signature
+
+
+class Signature(nn.Module):
+    """Optional, keyword and plain arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, scale: float = 2.0, extra: Tensor | None = None) -> Tensor:
+        y = self.b(F.relu(self.a(x))) * scale
+        if mask is not None:
+            y = y * mask
+        return y if extra is None else y + extra
+
+
+def test_defaults_are_kept_and_another_value_is_refused() -> None:
+    slim = slimmed(Signature())
+    assert torch.equal(slim(X), slim(X, None, scale=2.0))
+    assert torch.equal(slim(X), slim(x=X))
+    with pytest.raises(ValueError, match=r"'mask' was fixed to None when the network was traced"):
+        slim(X, torch.ones(4, 1, 8, 8))
+    with pytest.raises(ValueError, match=r"'scale' was fixed to 2\.0 .* is now 3\.0.*Trace it with an example of 'scale'"):
+        slim(X, scale=3.0)
+
+
+def test_keyword_inputs_stay_inputs() -> None:
+    model = Signature()
+    slim = slimmed(model, {"x": X, "extra": torch.ones(4, 2, 8, 8), "scale": 3.0})
+    zero = slim(X, extra=torch.zeros(4, 2, 8, 8), scale=3.0)
+    torch.testing.assert_close(slim(x=X, extra=torch.ones(4, 2, 8, 8), scale=3.0), zero + 1)
+    masked = slimmed(model, (X, torch.zeros(4, 1, 8, 8)))
+    assert not masked(X, torch.zeros(4, 1, 8, 8)).any()
+    assert masked(X, torch.ones(4, 1, 8, 8)).any()
+
+
+class Pair(NamedTuple):
+    """A typed tuple."""
+
+    low: Tensor
+    high: Tensor
+
+
+Loose = namedtuple("Loose", ["low", "high"])  # noqa: PYI024 (users have both kinds)
+
+
+@dataclass
+class Record:
+    """A dataclass."""
+
+    low: Tensor
+    high: Tensor
+
+
+FORMS: dict[str, Any] = {
+    "tuple": lambda a, b: (a, b),
+    "list": lambda a, b: [a, b],
+    "dict": lambda a, b: {"low": a, "high": b},
+    "nested": lambda a, b: {"low": a, "rest": [b, (a, {"deep": b})]},
+    "named": lambda a, b: Pair(a, b),
+    "loose": lambda a, b: Loose(low=a, high=b),
+    "dataclass": lambda a, b: Record(low=a, high=b),
+}
+
+
+class Returning(nn.Module):
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.a, self.low, self.high = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 2, 1), nn.Conv2d(16, 3, 1)
+        self.form = form
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.relu(self.a(x))
+        return FORMS[self.form](self.low(x), self.high(x))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_outputs_keep_their_form(form: str) -> None:
+    slim = slimmed(Returning(form))
+    found, dense = slim(X), Returning(form)(X)
+    assert type(found) is type(dense)
+    report = fxprune.report(slim)
+    assert report.verification is not None
+    assert len(report.verification.errors) == (4 if form == "nested" else 2)
+    if form in ("dict", "named", "loose", "dataclass"):
+        assert set(report.verification.errors) >= {"low", "high"} or form in ("named", "loose")
+        high = found["high"] if form == "dict" else found.high
+        assert high.shape == (4, 3, 8, 8)
+
+
+def test_two_inputs() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.out = nn.Conv2d(3, 16, 1), nn.Conv2d(1, 16, 1), nn.Conv2d(16, 2, 1)
+
+        def forward(self, image: Tensor, depth: Tensor) -> Tensor:
+            return self.out(F.relu(self.a(image) + self.b(depth)))
+
+    slim = slimmed(Two(), (X, X[:, :1]))
+    assert slim.a.out_channels == slim.b.out_channels < 16
+    assert slim(depth=X[:2, :1], image=X[:2]).shape == (2, 2, 8, 8)
+
+
+# source lines
+
+
+def test_nodes_know_their_source_lines() -> None:
+    traced = fxprune.trace(Chain(), X)
+    assert traced.frontend == "symbolic_trace"
+    lines = {n.name: traced.source(n.name) for n in traced.module.graph.nodes if n.op != "placeholder"}
+    assert lines["conv1"].startswith("small.py:")
+    assert lines["conv1"].endswith("x = F.relu(self.bn(self.conv1(x)))")
+    assert "self.head(x.mean((2, 3)))" in lines["mean"]
+    assert traced.where("conv1") == f" ({lines['conv1']})"
+    assert traced.source("no_such_node") == traced.where("no_such_node") == ""
+
+
+def test_tracing_shares_the_parameters_and_changes_nothing() -> None:
+    model = settled(Chain()).train()
+    traced = fxprune.trace(model, X)
+    assert traced.model is model
+    assert all(a is b for a, b in zip(traced.module.parameters(), model.parameters(), strict=True))
+    assert traced.module is not model
+    assert all(m.training is True for m in model.modules())
+
+
+# torch.export
+
+
+class DataDependent(nn.Module):
+    """Python that symbolic tracing cannot follow: a loop over a size, and a branch on one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.bn = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.b, self.c = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 2, 1)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(F.relu(self.bn(self.a(x))))
+        if x.dim() != 4 or x.shape[1] % 2:
+            raise ValueError("maps with an even number of channels are needed")
+        for _ in range(int(x.shape[1] > 8)):
+            x = torch.sigmoid(self.b(x))
+        return self.c(x)
+
+
+def test_what_symbolic_trace_cannot_do_is_exported() -> None:
+    model = settled(DataDependent())
+    with pytest.raises(Exception, match=r"symbolically traced|control flow"):
+        torch.fx.symbolic_trace(model)
+    traced = fxprune.trace(model, X)
+    assert traced.frontend == "export"
+    slim = slimmed(model)
+    assert fxprune.report(slim).frontend == "export"
+    assert set(dict(slim.named_parameters())) == set(dict(model.named_parameters()))
+    assert dict(slim.named_parameters())["b.weight"].shape[0] < 16
+    assert any("torch.export" in note for note in fxprune.report(slim).notes)
+
+
+def test_an_exported_network_keeps_modes_and_batch() -> None:
+    slim = slimmed(settled(DataDependent()))
+    assert slim.eval()(torch.randn(7, 3, 8, 8)).shape == (7, 2, 8, 8)
+    assert not varies(slim, X)
+    assert varies(slim.train(), X)
+
+
+# errors
+
+
+class Broken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x))
+
+
+class Raising(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError("the cat sat on the keyboard")
+
+
+@pytest.mark.parametrize("inputs", [None, (), [], {}, 3, "x", (None, 2)])
+def test_no_example_inputs(inputs: Any) -> None:
+    with pytest.raises(TraceError, match=r"no tensor in the example inputs.*torch\.randn\(1, 3, 224, 224\)"):
+        fxprune.trace(Chain(), inputs)
+
+
+def test_no_module() -> None:
+    with pytest.raises(TraceError, match="the model is a function, not a torch.nn.Module"):
+        fxprune.trace(lambda x: x, X)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("inputs", [(X, X), {"y": X}, {"x": X, "y": X}])
+def test_inputs_that_do_not_fit_the_signature(inputs: Any) -> None:
+    with pytest.raises(TraceError, match=r"do not fit `Chain\.forward\(x: .*`: "):
+        fxprune.trace(Chain(), inputs)
+
+
+@pytest.mark.parametrize("inputs", [torch.randn(4, 5, 8, 8), torch.randn(4, 3), torch.randint(0, 3, (4, 3, 8, 8))])
+def test_inputs_of_the_wrong_shape_or_kind(inputs: Tensor) -> None:
+    with pytest.raises(TraceError) as caught:
+        fxprune.compile(Chain(), inputs, Budget(macs=0.5), progress=False)
+    message = str(caught.value)
+    assert "Chain" in message or "conv1" in message
+    assert "example inputs" in message
+
+
+def test_a_model_that_does_not_run() -> None:
+    with pytest.raises(TraceError, match=r"'?b'?.*(test_tracing\.py|expected input)"):
+        fxprune.compile(Broken(), X, Budget(macs=0.5), progress=False)
+
+
+def test_a_model_that_raises_carries_its_own_words() -> None:
+    with pytest.raises(TraceError) as caught:
+        fxprune.trace(Raising(), X)
+    assert str(caught.value).count("the cat sat on the keyboard") == 2  # once for each way to trace
+    assert "Raising cannot be traced" in str(caught.value)
+    assert caught.value.__cause__ is not None

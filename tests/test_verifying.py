@@ -1,0 +1,211 @@
+"""The proof itself: it passes for the right reason, and a broken network does not pass."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from plans import all_kept, cut
+from small import Chain, Multitask, Residual, settled
+from torch import Tensor, nn
+
+import fxprune
+from fxprune import VerificationError
+from fxprune.verifying import AbsentIsNaN, masked_copy, relative_error, run_masked
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+class ByHand(nn.Module):
+    """A small network whose masked form is written down by hand below: convolutions, norms, softmax, mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.b = nn.Conv2d(8, 12, 3, padding=1)
+        self.norm = nn.LayerNorm(12)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = torch.sigmoid(self.bn(self.a(x)))  # sigmoid: what is zero before is not zero after
+        x = self.b(x).mean((2, 3))
+        return {"logits": self.head(self.norm(x)), "spread": F.softmax(x, 1).amax(1), "mean": x.mean(1)}
+
+
+def masked_by_hand(net: Any, x: Tensor, a: list[int], b: list[int]) -> dict[str, Tensor]:
+    """Compute the outputs with the channels `a` and `b` alone, in terms of the dense weights."""
+    here_a, here_b = torch.zeros(8, dtype=x.dtype), torch.zeros(12, dtype=x.dtype)
+    here_a[a], here_b[b] = 1, 1
+    x = torch.sigmoid(net.bn(net.a(x))) * here_a[:, None, None]
+    x = net.b(x).mean((2, 3))
+    mean = (x * here_b).sum(1, keepdim=True) / len(b)
+    var = ((x - mean) ** 2 * here_b).sum(1, keepdim=True) / len(b)
+    y = ((x - mean) / (var + net.norm.eps).sqrt() * net.norm.weight + net.norm.bias) * here_b
+    e = torch.exp(x) * here_b
+    return {"logits": net.head(y), "spread": (e / e.sum(1, keepdim=True)).amax(1), "mean": mean.squeeze(1)}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_reference_is_the_masked_network_by_hand(seed: int) -> None:
+    model = settled(ByHand()).double()
+    coupling, plan, slim = cut(model, X, seed)
+    assert fxprune.verify(coupling, plan, slim).errors.keys() == {"logits", "spread", "mean"}
+    kept = [plan.kept[name, 0].tolist() for name in ("a.weight", "b.weight")]
+    assert len(kept[0]) < 8 or len(kept[1]) < 12
+    with torch.no_grad():
+        expected = masked_by_hand(model, X, *kept)
+        reference, found = run_masked(masked_copy(model, plan), (X,), {}), slim(X)
+    for name in expected:
+        torch.testing.assert_close(reference[name], expected[name], rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-14)
+
+
+def test_the_reference_differs_from_the_dense_network() -> None:
+    model = settled(Residual()).double()
+    coupling, plan, slim = cut(model, X, 3)
+    with torch.no_grad():
+        dense, masked = model(X), run_masked(masked_copy(model, plan), (X,), {})
+    assert relative_error(masked, dense) > 1e-3
+    assert masked.isfinite().all()
+    assert fxprune.verify(coupling, plan, slim).worst < 1e-12
+    with pytest.raises(VerificationError):
+        fxprune.verify(coupling, all_kept(coupling), slim)
+
+
+def test_the_reference_of_the_whole_network_is_the_network() -> None:
+    model = settled(Multitask()).double()
+    plan = all_kept(fxprune.couple(fxprune.trace(model, X)))
+    with torch.no_grad():
+        masked, dense = run_masked(masked_copy(model, plan), (X,), {}), model(X)
+    assert all(torch.equal(masked[name], dense[name]) for name in dense)
+
+
+def swapped(slim: Any) -> None:
+    """Give two channels of one layer, and of it alone, each other's weights."""
+    with torch.no_grad():
+        slim.get_submodule("trunk.0").weight[[0, 1]] = slim.get_submodule("trunk.0").weight[[1, 0]]
+
+
+def nudged(slim: Any) -> None:
+    with torch.no_grad():
+        slim.get_submodule("depth.2").weight[0, 0] += 1e-6
+
+
+def rescaled_statistics(slim: Any) -> None:
+    slim.get_submodule("trunk.4").running_var.mul_(1.001)
+
+
+def off_by_one(slim: Any) -> None:
+    slim.get_submodule("seg.0").padding = (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("harm", "output", "node"),
+    [
+        (swapped, r"'(seg|depth|present)'", r"'trunk_0'"),
+        (nudged, "'depth'", "'depth_2'"),
+        (rescaled_statistics, r"'(seg|depth|present)'", r"'trunk_4'"),
+        (off_by_one, "'seg'", "'seg_0'"),
+    ],
+)
+def test_a_broken_network_is_caught_where_it_breaks(harm: Any, output: str, node: str) -> None:
+    coupling, plan, slim = cut(settled(Multitask()).double(), X, 1)
+    assert fxprune.verify(coupling, plan, slim).passed
+    harm(slim)
+    with pytest.raises(VerificationError) as caught:
+        fxprune.verify(coupling, plan, slim)
+    assert caught.match(f"output {output} of the slim network differs")
+    assert caught.match(f"first node that differs is {node} \\(small.py:\\d+: ")
+
+
+def test_a_plan_with_the_wrong_positions_is_caught() -> None:
+    model = settled(Chain()).double()
+    coupling, plan, slim = cut(model, X, 0)
+    kept = plan.kept["conv1.weight", 0]
+    assert 0 < len(kept) < 16
+    shifted = dict(plan.kept)
+    other = np.sort(np.random.default_rng(0).permutation(16)[: len(kept)])
+    assert not np.array_equal(other, kept)
+    for key in [("conv1.weight", 0), ("conv1.bias", 0), ("conv2.weight", 1), *((f"bn.{n}", 0) for n in ("weight", "bias", "running_mean", "running_var"))]:
+        shifted[key] = other
+    wrong = fxprune.Plan(shifted, plan.sizes, plan.costs, plan.groups, plan.method)
+    with pytest.raises(VerificationError):
+        fxprune.verify(coupling, wrong, slim)
+
+
+def test_a_lost_output_is_caught() -> None:
+    coupling, plan, slim = cut(settled(Multitask()).double(), X, 1)
+    output = next(n for n in slim.graph.nodes if n.op == "output")
+    output.args = ({k: v for k, v in output.args[0].items() if k != "depth"},)
+    slim.recompile()
+    with pytest.raises(VerificationError, match="'depth'"):
+        fxprune.verify(coupling, plan, slim)
+
+
+def test_verification_tells_numbers_and_prints() -> None:
+    coupling, plan, slim = cut(settled(Multitask()), X.float(), 1)
+    found = fxprune.verify(coupling, plan, slim)
+    assert set(found.errors) == {"seg", "depth", "present"}
+    assert found.worst == max(found.errors.values()) <= found.tolerance == 1e-9
+    assert found.passed is True
+    assert found.to_dict() == {"passed": True, "worst": found.worst, "tolerance": 1e-9, "errors": dict(found.errors)}
+    assert str(found).startswith("slim(x) against masked(x) in float64: equal, worst relative error ")
+    failed = fxprune.Verification({"a": 0.0, "b": 1e-3})
+    assert not failed.passed
+    assert "DIFFERENT" in str(failed)
+
+
+def test_verifying_leaves_both_networks_alone() -> None:
+    model = settled(Multitask()).train()
+    coupling, plan, slim = cut(model, X.float(), 1)
+    before = [{k: t.clone() for k, t in m.state_dict().items()} for m in (model, slim)]
+    x = coupling.traced.args[0].clone()
+    fxprune.verify(coupling, plan, slim)
+    for module, state in zip((model, slim), before, strict=True):
+        assert module.training
+        assert all(torch.equal(t, state[k]) and t.dtype == state[k].dtype for k, t in module.state_dict().items())
+    assert torch.equal(coupling.traced.args[0], x)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "error"),
+    [
+        (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]), 0.0),
+        (torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0]), 0.25),
+        (torch.tensor([1.0]), torch.tensor([1.0, 2.0]), float("inf")),
+        (torch.tensor([1.0, torch.nan]), torch.tensor([1.0, 2.0]), float("inf")),
+        (torch.tensor([1, 3]), torch.tensor([1, 2]), float("inf")),
+        (torch.tensor([1e-3]), torch.tensor([0.0]), 1e-3),
+    ],
+)
+def test_relative_error(found: Tensor, expected: Tensor, error: float) -> None:
+    assert relative_error(found, expected) == pytest.approx(error)
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda x, w: x @ w, lambda x, w: F.linear(x, w.t()), lambda x, w: x.mean(1), lambda x, w: x.var(1), lambda x, w: x.sum(1),
+        lambda x, w: x.amax(1), lambda x, w: x.softmax(1).sum(1), lambda x, w: F.layer_norm(x, (6,)).sum(1), lambda x, w: x.norm(dim=1),
+        lambda x, w: x.logsumexp(1), lambda x, w: x.std(1), lambda x, w: x.prod(1),
+        lambda x, w: torch.einsum("nk,km->nm", x, w),
+    ],
+    ids=range(13),
+)  # fmt: skip
+def test_ops_of_the_reference_act_on_what_is_present(op: Any) -> None:
+    x, w, here = torch.randn(3, 6, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64), [0, 2, 3]
+    absent = copy.deepcopy(x)
+    absent[:, [1, 4, 5]] = torch.nan
+
+    def of(x: Tensor, w: Tensor) -> Tensor:
+        return op(x, w)
+
+    short = F.layer_norm(x[:, here], (3,)).sum(1) if "layer_norm" in op.__code__.co_names else of(x[:, here], w[here])
+    with AbsentIsNaN():
+        found = of(absent, w)
+    torch.testing.assert_close(found, short)
