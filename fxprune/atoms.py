@@ -99,7 +99,7 @@ class Ledger:
 
     def freeze(self, atoms: np.ndarray, reason: str) -> None:
         """Say that these atoms must stay."""
-        atoms = np.unique(atoms[atoms != FIXED])
+        atoms = atoms[atoms != FIXED]
         if atoms.size:
             self.freezes.append(Freeze(atoms, self.node, reason))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ def _clone(module: nn.Module, memo: dict[int, Any]) -> Any:
     if known is not None:
         return known
     kind = type(module)
-    if hasattr(kind, "__deepcopy__") or kind.__setstate__ is not nn.Module.__setstate__:
+    if _copies_itself(kind):
         return copy.deepcopy(module, memo)
     new = object.__new__(kind)
     memo[id(module)] = new
@@ -47,7 +48,17 @@ def _clone(module: nn.Module, memo: dict[int, Any]) -> Any:
             state[key] = type(value)()
         elif isinstance(value, tuple) and all(isinstance(v, _ATOMIC) for v in value):
             state[key] = value
+        elif isinstance(value, list) and all(isinstance(v, _ATOMIC) for v in value):
+            state[key] = list(value)
         else:
             state[key] = copy.deepcopy(value, memo)
     new.__dict__.update(state)
     return new
+
+
+@functools.cache
+def _copies_itself(kind: type[nn.Module]) -> bool:
+    """Say whether a class has a way of its own to be copied (fx graphs, recurrent layers and their flat weights)."""
+    home = next(c for c in kind.__mro__ if "__setstate__" in vars(c))
+    plain = home is nn.Module or home is nn.modules.conv._ConvNd
+    return hasattr(kind, "__deepcopy__") or not plain

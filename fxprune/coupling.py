@@ -101,9 +101,9 @@ class Coupling:
     @cached_property
     def _site_key(self) -> np.ndarray:
         key = np.zeros(self.num_channels, dtype=np.uint64)
-        for index, site in enumerate(self.sites):
-            channels = np.unique(site.channels)
-            key[channels[channels != FIXED]] += mixed(np.array([index]))
+        hashes = mixed(np.arange(len(self.sites)))
+        for site, number in zip(self.sites, hashes, strict=True):
+            key[site.channels[site.channels != FIXED]] += number  # once, however often a channel occurs
         return key
 
     @cached_property

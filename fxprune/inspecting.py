@@ -135,7 +135,7 @@ def _groups(coupling: Coupling, allocation: Allocation) -> tuple[GroupOutlook, .
     dense = coupling.costs(np.ones(coupling.num_channels, dtype=bool))
     per_channel = np.zeros(coupling.num_channels + 1)
     for site in coupling.sites:
-        per_channel[np.unique(site.channels)] += 1
+        per_channel[site.channels] += 1  # once, however often a channel occurs
     sites = coupling.members.total(per_channel[:-1])
     outlooks = []
     for group in coupling.groups():

@@ -98,6 +98,29 @@ def meta_twin(root: torch.nn.Module) -> tuple[torch.nn.Module, dict[int, tuple[s
     return twin_root, origin
 
 
+_aten = torch.ops.aten
+_UNDEFINED = {_aten.empty, _aten.new_empty, _aten.empty_like, _aten.empty_strided, _aten.randint, _aten.randperm}
+"""Ops whose integers are not the same at every call."""
+_FLOAT_POINTWISE = {
+    _aten.add, _aten.add_, _aten.sub, _aten.sub_, _aten.mul, _aten.mul_, _aten.div, _aten.div_, _aten.relu, _aten.relu_,
+    _aten.sigmoid, _aten.sigmoid_, _aten.tanh, _aten.gelu, _aten.silu, _aten.silu_, _aten.hardswish, _aten.hardswish_,
+    _aten.hardsigmoid, _aten.hardsigmoid_, _aten.hardtanh, _aten.hardtanh_, _aten.leaky_relu, _aten.leaky_relu_,
+    _aten.elu, _aten.elu_, _aten.sqrt, _aten.rsqrt, _aten.exp, _aten.neg,
+}  # fmt: skip
+"""Ops whose result, for floating operands of one dtype, has that dtype and the broadcast shape: no kernel is asked."""
+
+
+def _pointwise_meta(func: Any, args: Any) -> Any:
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    first = tensors[0]
+    if any(t.dtype != first.dtype for t in tensors[1:]) or not first.is_floating_point():
+        return func(*args)
+    shape = first.shape if len(tensors) == 1 else torch.broadcast_shapes(*[t.shape for t in tensors])
+    if func._schema.is_mutable:
+        return first if shape == first.shape else func(*args)
+    return torch.empty(shape, dtype=first.dtype, device="meta")
+
+
 @functools.cache
 def _returns_fresh(func: Any) -> bool:
     """Say whether an op computes new tensors and touches none of its arguments."""
@@ -142,8 +165,8 @@ class Labelling(TorchDispatchMode):
         """Run one ATen call on meta tensors and label what comes out."""
         kwargs = kwargs or {}
         out = self._run(func, args, kwargs)
-        results = [out] if isinstance(out, torch.Tensor) else [t for t in out or () if isinstance(t, torch.Tensor)] if isinstance(out, (tuple, list)) else []
-        inputs = [a for a in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(a, torch.Tensor)]
+        results = tensors_in(out)
+        inputs = tensors_in(args) + tensors_in(kwargs) if kwargs else tensors_in(args)
         if results:
             self._fold(func, args, kwargs, results, inputs)
             self._label(Op(func, out, self), args, kwargs, results, inputs)
@@ -152,9 +175,13 @@ class Labelling(TorchDispatchMode):
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an op on meta tensors, or remember what it returned for tensors of these shapes."""
-        key = None if kwargs or not _returns_fresh(func) else _call_key(func, args)
-        if key is None:
+        if kwargs:
             return func(*args, **kwargs)
+        if func.overloadpacket in _FLOAT_POINTWISE:
+            return _pointwise_meta(func, args)
+        key = _call_key(func, args) if _returns_fresh(func) else None
+        if key is None:
+            return func(*args)
         known = self._returned.get(key)
         if known is None:
             out = func(*args)
@@ -227,7 +254,7 @@ class Labelling(TorchDispatchMode):
         if any(t.is_floating_point() or t.is_complex() or t.numel() > MAX_CONSTANT for t in results):
             return
         known = {id(t): self.value(t) for t in inputs}
-        if any(v is None for v in known.values()) or func._schema.is_mutable:
+        if any(v is None for v in known.values()) or func._schema.is_mutable or func.overloadpacket in _UNDEFINED:
             return
         args, kwargs = pytree.tree_map(lambda a: known[id(a)] if isinstance(a, torch.Tensor) else a, (args, kwargs))
         out = func(*args, **({**kwargs, "device": "cpu"} if "device" in kwargs else kwargs))
@@ -332,12 +359,14 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
     """Return the tensors in a value: containers and dataclasses included, in order."""
     if isinstance(value, torch.Tensor):
         return [value]
+    if type(value) in (int, float, bool, str, type(None)):
+        return []
+    if isinstance(value, (tuple, list)):
+        return [t for v in value for t in tensors_in(v)]
     if hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
         return [t for name in value.__dataclass_fields__ for t in tensors_in(getattr(value, name))]
     if isinstance(value, dict):
         return [t for v in value.values() for t in tensors_in(v)]
-    if isinstance(value, (tuple, list)):
-        return [t for v in value for t in tensors_in(v)]
     return []
 
 

@@ -199,7 +199,7 @@ def plan_of(coupling: Coupling, keep: np.ndarray, *, method: str = "by hand", bu
 def _sites_per_channel(coupling: Coupling) -> np.ndarray:
     per_channel = np.zeros(coupling.num_channels + 1)
     for site in coupling.sites:
-        per_channel[np.unique(site.channels)] += 1
+        per_channel[site.channels] += 1  # once, however often a channel occurs
     return coupling.members.total(per_channel[:-1])
 
 

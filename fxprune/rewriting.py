@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -123,6 +124,12 @@ def _fix_literals(coupling: Coupling, root: nn.Module, graph: fx.Graph, predicti
         )
 
 
+_BROADCASTING = {
+    operator.add, operator.iadd, operator.sub, operator.mul, operator.imul, operator.truediv, torch.add, torch.mul,
+    torch.relu, torch.sigmoid, torch.nn.functional.relu,
+}  # fmt: skip
+
+
 class _Fixer(fx.Interpreter):
     """Runs the slim graph on meta modules; is the `Context` that fixers ask."""
 
@@ -137,7 +144,7 @@ class _Fixer(fx.Interpreter):
         predicted = self.prediction.shapes(n.name)
         try:
             self._fix(n)
-            if n.op == "call_module" and fits(self.fetch_attr(str(n.target)), self._inputs(n), predicted):
+            if self._certain(n, predicted):
                 return self._stand_in(n)
             value = super().run_node(n)
         except Exception as error:
@@ -156,6 +163,14 @@ class _Fixer(fx.Interpreter):
                 fixer(self, n)
             elif self.prediction.shapes(n.name):
                 self._pin_numbers(n)
+
+    def _certain(self, n: fx.Node, predicted: list[Shape]) -> bool:
+        """Say whether the shape of a common op can be told without running it, and is the predicted one."""
+        if n.op == "call_module":
+            return fits(self.fetch_attr(str(n.target)), self._inputs(n), predicted)
+        if n.op == "call_function" and n.target in _BROADCASTING and len(predicted) == 1:
+            return tuple(torch.broadcast_shapes(*self._inputs(n))) == predicted[0]
+        return False
 
     def _inputs(self, n: fx.Node) -> list[Shape]:
         return [tuple(t.shape) for t in tensors_in(self.fetch_args_kwargs_from_env(n))]

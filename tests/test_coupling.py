@@ -54,7 +54,9 @@ def check_invariants(coupling: Coupling) -> None:
     seen += [coupling.products.channel, coupling.products.row, coupling.products.column]
     everything = np.concatenate(seen)
     assert set(everything[everything != FIXED].tolist()) <= set(range(count))
-    assert (coupling.has_site == np.isin(np.arange(count), np.concatenate([*seen[: len(coupling.sites)], [FIXED]]))).all()
+    assert (
+        coupling.has_site == np.isin(np.arange(count), np.concatenate([*seen[: len(coupling.sites)], [FIXED]]))
+    ).all()
     check_numbering(coupling)
     check_frozen(coupling)
     check_groups(coupling)
@@ -130,7 +132,15 @@ def test_keeping_all_is_legal_and_settling_changes_nothing() -> None:
 def test_residual_branches_are_one_group() -> None:
     coupling = coupled(Residual())
     trunk = channels_of(coupling, "stem.weight", 0)
-    for name, dim in (("stem.bias", 0), ("a1.weight", 1), ("a2.weight", 0), ("a2.bias", 0), ("b1.weight", 1), ("b2.weight", 0), ("head.weight", 1)):
+    for name, dim in (
+        ("stem.bias", 0),
+        ("a1.weight", 1),
+        ("a2.weight", 0),
+        ("a2.bias", 0),
+        ("b1.weight", 1),
+        ("b2.weight", 0),
+        ("head.weight", 1),
+    ):
         assert np.array_equal(channels_of(coupling, name, dim), trunk), (name, dim)
     assert len(set(trunk.tolist())) == 16
     assert not set(channels_of(coupling, "a1.weight", 0)) & set(trunk)
@@ -218,16 +228,24 @@ def test_explaining_reads_a_chain_of_ties() -> None:
         assert line.startswith(("  is tied to ", "  shares rows with ", "  crosses "))
         assert " at node '" in line
         assert "(small.py:" in line
-    assert coupling.explain("a1.weight", "a1.bias").splitlines()[-1].startswith("  is tied to a1.bias[0] at node 'a1' (small.py:")
+    assert (
+        coupling.explain("a1.weight", "a1.bias")
+        .splitlines()[-1]
+        .startswith("  is tied to a1.bias[0] at node 'a1' (small.py:")
+    )
 
 
 def test_explaining_what_is_not_coupled() -> None:
     coupling = coupled(Residual())
-    assert coupling.explain(("a1.weight", 0), ("stem.weight", 0)).endswith("are not coupled: no chain of ties joins them.")
+    assert coupling.explain(("a1.weight", 0), ("stem.weight", 0)).endswith(
+        "are not coupled: no chain of ties joins them."
+    )
     assert coupling.explain(("a1.weight", 0), ("a1.weight", 0)) == "a1.weight[0] is one and the same site."
 
 
-@pytest.mark.parametrize("question", [lambda c: c.explain("stem.weight", "tail.weight"), lambda c: c.why_frozen("tail.weight")])
+@pytest.mark.parametrize(
+    "question", [lambda c: c.explain("stem.weight", "tail.weight"), lambda c: c.why_frozen("tail.weight")]
+)
 def test_asking_for_a_parameter_that_is_not_there(question: object) -> None:
     with pytest.raises(CouplingError, match=r"no parameter 'tail\.weight'.*for example: \w+\.weight"):
         question(coupled(Residual()))  # type: ignore[operator]

@@ -4,9 +4,9 @@ A program is a chain of movement ops and adds over parameters. Two models that k
 
 * *elements*: each element carries the positions (parameter, dim, index) it needs; ops move these sets about. The
   library's labels, read element by element, must say the same.
-* *worlds*: for every choice of positions that stay, the program is run on a cut copy whose elements know where they come
-  from. A choice is right if every op of the cut program yields exactly the elements that the dense one leaves. The
-  library may accept only right choices, and positions that agree in every right choice must be one channel.
+* *worlds*: for every choice of positions that stay, the program is run on a cut copy whose elements know where they
+  come from. A choice is right if every op of the cut program yields exactly the elements that the dense one leaves.
+  The library may accept only right choices, and positions that agree in every right choice must be one channel.
 """
 
 from __future__ import annotations
@@ -275,7 +275,8 @@ class World:
             if step.op == "param":
                 first = len(self.needs)
                 self.needs += [
-                    frozenset((f"p{i}", d, j) for d, j in enumerate(at) if step.args[d] > 1) for at in np.ndindex(step.args)
+                    frozenset((f"p{i}", d, j) for d, j in enumerate(at) if step.args[d] > 1)
+                    for at in np.ndindex(step.args)
                 ]
                 self.dense.append(Value((np.arange(first, len(self.needs)).reshape(step.args),)))
             else:
@@ -300,7 +301,9 @@ class World:
             (dim,) = step.args
             if len({(*v.shape[:dim], *v.shape[dim + 1 :]) for v in ins}) == 1:
                 terms = itertools.zip_longest(*(v.terms for v in ins))
-                whole = [[np.full(v.shape, -1) if t is None else t for t, v in zip(ts, ins, strict=True)] for ts in terms]
+                whole = [
+                    [np.full(v.shape, -1) if t is None else t for t, v in zip(ts, ins, strict=True)] for ts in terms
+                ]
                 yield Value(tuple(np.concatenate(ts, dim) for ts in whole))
         else:
             try:
@@ -323,7 +326,9 @@ class World:
             step = self.program[at]
             left = [row for row in self.dense[at].rows() if all(here[e] for e in row)]
             if step.op == "param":
-                sizes = [sum((f"p{at}", d, j) in keep for j in range(n)) if n > 1 else 1 for d, n in enumerate(step.args)]
+                sizes = [
+                    sum((f"p{at}", d, j) in keep for j in range(n)) if n > 1 else 1 for d, n in enumerate(step.args)
+                ]
                 return bool(left) and go(at + 1, [*cut, Value((np.array([e for (e,) in left]).reshape(sizes),))])
             wanted = sorted(left)
             return any(
@@ -360,7 +365,7 @@ def accepted(coupling: Coupling, channels: dict[Position, int], keep: set[Positi
     return coupling.violation(settled) is None
 
 
-def agreeing(rights: list[set[Position]], positions: list[Position]) -> "Classes":
+def agreeing(rights: list[set[Position]], positions: list[Position]) -> Classes:
     """Return the classes of positions that agree in every right choice, and those that stay in all of them."""
     always = frozenset(p for p in positions if all(p in keep for keep in rights))
     seen: dict[tuple[bool, ...], set[Position]] = {}
@@ -404,7 +409,7 @@ def blocks(before: Shape, after: Shape) -> Iterator[tuple[int, int]]:
 
 
 def cuts_across(program: Program) -> bool:
-    """Say whether a view cuts labelled dims at another place than they were merged at: there the library aligns early."""
+    """Say whether a view cuts dims at another place than they were merged at: there the library aligns early."""
     shapes = shapes_of(program)
     merged = False
     for step, shape in zip(program, shapes, strict=True):

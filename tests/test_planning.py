@@ -187,7 +187,9 @@ def test_keep_outputs_holds_a_layer_but_not_its_inputs() -> None:
 def test_keep_inputs_holds_what_a_layer_reads_but_not_its_outputs() -> None:
     plan = planned(Chain(), Budget(macs=0.5), constraints=Constraints(keep_inputs=["conv2"]))
     kept = widths(plan)
-    assert kept.get(("conv1.weight", 0), 16) == kept.get(("conv2.weight", 1), 16) == kept.get(("bn.weight", 0), 16) == 16
+    assert (
+        kept.get(("conv1.weight", 0), 16) == kept.get(("conv2.weight", 1), 16) == kept.get(("bn.weight", 0), 16) == 16
+    )
     assert kept["conv2.weight", 0] < 32
 
 
@@ -314,7 +316,10 @@ def test_the_printed_plan_is_the_golden_file() -> None:
 
 def batches(count: int = 3) -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(5)
-    return [(torch.randn(4, 3, 8, 8, generator=generator), torch.randint(0, 5, (4,), generator=generator)) for _ in range(count)]
+    return [
+        (torch.randn(4, 3, 8, 8, generator=generator), torch.randint(0, 5, (4,), generator=generator))
+        for _ in range(count)
+    ]
 
 
 def tasks() -> dict[str, Task]:
@@ -419,7 +424,9 @@ def test_a_loss_that_is_no_scalar_is_refused() -> None:
         )  # fmt: skip
 
 
-@pytest.mark.parametrize(("given", "words"), [({"loss": 3}, "cannot be called"), ({"loss": max, "tolerance": -1}, "negative")])
+@pytest.mark.parametrize(
+    ("given", "words"), [({"loss": 3}, "cannot be called"), ({"loss": max, "tolerance": -1}, "negative")]
+)
 def test_tasks_that_make_no_sense_are_refused(given: dict[str, Any], words: str) -> None:
     with pytest.raises(PlanError, match=words):
         Task(**given)

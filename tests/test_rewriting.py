@@ -146,7 +146,11 @@ def test_names_kinds_and_dtypes_of_state_are_kept() -> None:
     ours, theirs = slim.state_dict(keep_vars=True), model.state_dict(keep_vars=True)
     assert list(ours) == list(theirs)
     for name, t in ours.items():
-        assert (t.dtype, t.device, t.requires_grad) == (theirs[name].dtype, theirs[name].device, theirs[name].requires_grad)
+        assert (t.dtype, t.device, t.requires_grad) == (
+            theirs[name].dtype,
+            theirs[name].device,
+            theirs[name].requires_grad,
+        )
         assert isinstance(t, nn.Parameter) == isinstance(theirs[name], nn.Parameter)
         assert t.data_ptr() != theirs[name].data_ptr()
     assert slim.bn.num_batches_tracked == model.bn.num_batches_tracked
@@ -340,7 +344,10 @@ def test_what_cannot_be_rewritten_names_node_line_and_way_out() -> None:
     assert list(caught.value.nodes) == ["getitem"]
     assert "[:, :, 1:3]" in str(caught.value)
     assert "freeze=" in str(caught.value)
-    slim = fxprune.compile(Ragged(), X, fxprune.Budget(macs=0.7), method=fxprune.methods.Random(), progress=False)
+    slim = fxprune.compile(Ragged(), X, fxprune.Budget(macs=0.4), method=fxprune.methods.Random(), progress=False)
     assert slim(X).shape == (2, 2, 8, 8)
     assert slim.first.out_channels < 16 == slim.conv.out_channels
-    assert any("'getitem' was frozen" in note and "rows keep different positions" in note for note in fxprune.report(slim).notes)
+    assert any(
+        "'getitem' was frozen" in note and "rows keep different positions" in note
+        for note in fxprune.report(slim).notes
+    )

@@ -82,7 +82,9 @@ class Tied(nn.Module):
         return self.out(F.relu(self.hidden(self.embed(tokens)))) * scale
 
 
-@pytest.mark.parametrize("inputs", [torch.arange(6).reshape(2, 3), {"tokens": torch.arange(6).reshape(2, 3), "scale": 3.0}])
+@pytest.mark.parametrize(
+    "inputs", [torch.arange(6).reshape(2, 3), {"tokens": torch.arange(6).reshape(2, 3), "scale": 3.0}]
+)
 def test_tied_weights_and_other_inputs_come_back(inputs: Any, tmp_path: Path) -> None:
     slim = slimmed(Tied(), inputs)
     fxprune.save(slim, tmp_path)
@@ -191,7 +193,9 @@ def test_damaged_files_are_named(saved: tuple[Any, Path], name: str, damage: str
     if damage == "missing":
         path.unlink()
     else:
-        path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "garbage": b"\xff\xfe\x00garbage"}[damage])
+        path.write_bytes(
+            {"truncated": content[: len(content) // 2], "empty": b"", "garbage": b"\xff\xfe\x00garbage"}[damage]
+        )
     with pytest.raises(ArtifactError) as caught:
         fxprune.load(folder, Residual())
     assert name in str(caught.value)

@@ -24,7 +24,20 @@ def magnitude(coupling: Coupling, p: float = 2.0) -> np.ndarray:
     """
 
     def measure(name: str, weight: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
-        norm = torch.linalg.vector_norm(weight, ord=p, dim=dims, keepdim=True) if dims else weight.abs()
+        norm = weight if dims else weight.abs()
+        for run in _runs(dims):
+            norm = torch.linalg.vector_norm(norm, ord=p, dim=run, keepdim=True)
         return norm.double() ** p
 
     return add_up(coupling, weight_sites(coupling), measure)
+
+
+def _runs(dims: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Split dims into runs of neighbours: a norm of norms is the norm, and each run is read in memory order."""
+    runs: list[tuple[int, ...]] = []
+    for d in dims:
+        if runs and runs[-1][-1] == d - 1:
+            runs[-1] = (*runs[-1], d)
+        else:
+            runs.append((d,))
+    return runs

@@ -1,0 +1,86 @@
+"""The public names: exactly these, all documented, and cheap to import."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fxprune
+from fxprune import methods
+
+NAMES = {
+    "compile", "trace", "couple", "plan", "rewrite", "verify", "save", "load", "report", "transfer", "methods",
+    "Traced", "Coupling", "Plan", "Budget", "Constraints", "Task", "Verification", "Report",
+    "FxPruneError", "TraceError", "CouplingError", "PlanError", "RewriteError", "VerificationError", "ArtifactError",
+}  # fmt: skip
+METHODS = {"BatchNormScale", "Magnitude", "Method", "Random", "Taylor"}
+KEYWORD_ONLY = {
+    "compile": ["method", "calibration", "tasks", "constraints", "verify", "unknown", "progress"],
+    "couple": ["unknown", "freeze"],
+    "plan": ["method", "calibration", "tasks", "constraints"],
+    "load": ["example_inputs"],
+    "transfer": ["model"],
+}
+
+
+def test_the_names_are_exactly_these() -> None:
+    assert len(fxprune.__all__) == len(NAMES)
+    assert set(fxprune.__all__) == NAMES
+    assert set(methods.__all__) == METHODS
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_every_name_is_documented(name: str) -> None:
+    thing = getattr(fxprune, name)
+    assert inspect.getdoc(thing)
+    if inspect.isclass(thing):
+        assert "__init__(" not in (thing.__doc__ or "")
+        assert not (thing.__doc__ or "").startswith(f"{name}(")  # what a dataclass writes by itself
+        for member, value in vars(thing).items():
+            if not member.startswith("_") and (inspect.isfunction(value) or isinstance(value, property)):
+                assert inspect.getdoc(value), f"{name}.{member}"
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_is_documented(name: str) -> None:
+    assert inspect.getdoc(getattr(methods, name))
+
+
+@pytest.mark.parametrize("name", KEYWORD_ONLY)
+def test_settings_are_keyword_only(name: str) -> None:
+    parameters = inspect.signature(getattr(fxprune, name)).parameters.values()
+    assert [p.name for p in parameters if p.kind is p.KEYWORD_ONLY] == KEYWORD_ONLY[name]
+
+
+def test_every_error_is_one_of_ours() -> None:
+    for name in NAMES:
+        if name.endswith("Error"):
+            assert issubclass(getattr(fxprune, name), fxprune.FxPruneError)
+    assert issubclass(fxprune.PlanError, ValueError)
+
+
+def test_importing_costs_little_beyond_torch() -> None:
+    program = """
+import sys, time
+import torch, networkx, numpy
+before = set(sys.modules)
+start = time.process_time()
+import fxprune
+print(time.process_time() - start)
+print(*sorted(name for name in sys.modules if "." not in name and name not in before))
+heavy = ("torchvision", "sklearn", "matplotlib", "scipy", "pandas", "timm", "torch_pruning")
+print(*(name for name in heavy if name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    seconds, _, heavy = done.stdout.split("\n")[:3]
+    assert heavy == ""
+    assert float(seconds) < 1.0
+
+
+def test_types_are_shipped() -> None:
+    assert (Path(fxprune.__file__).parent / "py.typed").exists()
+    assert fxprune.__version__.count(".") == 2
