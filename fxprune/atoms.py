@@ -67,6 +67,7 @@ class Ledger:
     births: list[tuple[int, str]] = field(default_factory=list)
     """(first atom, node) of every issue, ascending."""
     _rows_seen: dict[tuple[bytes, int], np.ndarray] = field(default_factory=dict)
+    _owned: set[tuple[bytes, bytes]] = field(default_factory=set)
     _products_seen: dict[bytes, np.ndarray] = field(default_factory=dict)
     _parents: dict[int, tuple[int, int]] = field(default_factory=dict)
 
@@ -96,6 +97,16 @@ class Ledger:
             a, b = a[~fixed], b[~fixed]
         if a.size:
             self.ties.append(Tie(a, b, self.node))
+
+    def tie_row(self, row: np.ndarray, owner: np.ndarray) -> None:
+        """Say that `owner` labels the rows `row`, and remember it."""
+        self.tie(row, owner, "is a row whose number cannot change")
+        if row.size == owner.size:
+            self._owned.add((row.tobytes(), owner.tobytes()))
+
+    def is_row(self, row: np.ndarray, owner: np.ndarray) -> bool:
+        """Say whether `owner` was said to label the rows `row`."""
+        return (row.tobytes(), owner.tobytes()) in self._owned
 
     def freeze(self, atoms: np.ndarray, reason: str) -> None:
         """Say that these atoms must stay."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-_ATOMIC = (int, float, complex, str, bytes, bool, type(None), type, torch.dtype, torch.device, torch.Size)
+_ATOMIC = {int, float, complex, str, bytes, bool, type(None), type, torch.dtype, torch.device, torch.Size}
+_TABLES = {dict, set, OrderedDict}
 
 
 def clone(module: nn.Module, tensors: Mapping[int, torch.Tensor]) -> Any:
@@ -34,22 +36,21 @@ def _clone(module: nn.Module, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(module, memo)
     new = object.__new__(kind)
     memo[id(module)] = new
-    state = {}
+    state: dict[str, Any] = {}
     for key, value in vars(module).items():
-        if isinstance(value, _ATOMIC):
+        kind = type(value)
+        if kind in _ATOMIC:
             state[key] = value
+        elif kind in _TABLES and not value:
+            state[key] = kind()
         elif key in ("_parameters", "_buffers"):
             state[key] = {k: None if t is None else memo.get(id(t), t) for k, t in value.items()}
         elif key == "_modules":
             state[key] = {k: None if m is None else _clone(m, memo) for k, m in value.items()}
         elif isinstance(value, torch.Tensor):
             state[key] = memo.get(id(value), value)
-        elif isinstance(value, (dict, set)) and not value:
-            state[key] = type(value)()
-        elif isinstance(value, tuple) and all(isinstance(v, _ATOMIC) for v in value):
-            state[key] = value
-        elif isinstance(value, list) and all(isinstance(v, _ATOMIC) for v in value):
-            state[key] = list(value)
+        elif kind in (tuple, list) and all(type(v) in _ATOMIC for v in value):
+            state[key] = kind(value)
         else:
             state[key] = copy.deepcopy(value, memo)
     new.__dict__.update(state)

@@ -15,9 +15,10 @@ from fxprune.coupling import Coupling, couple
 from fxprune.errors import PlanError, RewriteError
 from fxprune.methods import Method
 from fxprune.planning import Plan, plan
-from fxprune.reporting import META, Compiled, make_report
+from fxprune.reporting import Compiled, make_report
 from fxprune.rewriting import rewrite
 from fxprune.saving import describe_inputs
+from fxprune.slimming import RECORD
 from fxprune.tasks import Task
 from fxprune.tracing import Traced, trace
 from fxprune.verifying import verify as verify_slim
@@ -84,7 +85,7 @@ def compile(  # noqa: A001, PLR0913 (the library's one call)
         step("done")
     notes = tuple(f"node {node!r} was frozen: {reason}" for node, reason in freeze.items())
     report = make_report(coupling, chosen, verification, notes)
-    slim.meta[META] = Compiled(chosen, report, describe_inputs(traced.args, traced.kwargs), unknown, freeze)
+    slim.meta[RECORD] = Compiled(chosen, report, describe_inputs(traced.args, traced.kwargs), unknown, freeze)
     return slim
 
 

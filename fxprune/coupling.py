@@ -119,7 +119,7 @@ class Coupling:
     def costs(self) -> CostModel:
         """Costs as a function of the kept channels."""
         labelled = self.record.issued
-        rest = [(t, p) for name, t, p in self.traced.state() if name not in labelled]
+        rest = [(t, p) for name, t, p in self.traced.state if name not in labelled]
         elements = sum(t.numel() for t, is_parameter in rest if is_parameter)
         return CostModel(self.record, self.classes.of, (elements, sum(t.numel() * t.element_size() for t, _ in rest)))
 
@@ -205,6 +205,8 @@ class Coupling:
             return f"channel {int(np.flatnonzero(self.is_frozen & ~keep)[0])} is frozen and would go"
         if not np.array_equal(self.settle(keep), keep):
             return "a row and its columns, or a crossing and its parents, disagree"
+        if self.costs.emptied(keep):
+            return "nothing would be left of a dim of a parameter or activation"
         keep = np.append(keep, True)
         if not np.array_equal(keep[self.products.channel], keep[self.products.row] & keep[self.products.column]):
             return "a crossing would go although both its parents stay"
@@ -212,7 +214,7 @@ class Coupling:
             count = keep[batch.columns].sum(axis=1)
             uneven = [node for node in np.unique(batch.node) if len(np.unique(count[(batch.node == node) & (count > 0)])) > 1]
             if uneven:
-                return f"the rows at node {uneven[0]!r} would keep unequally many channels"
+                return f"the rows at node {str(uneven[0])!r} would keep unequally many channels"
         return None
 
     def to_channels(self, labels: Labels) -> Labels:
@@ -254,7 +256,7 @@ def couple(traced: Traced, *, unknown: str = "freeze", freeze: Mapping[str, str]
 
 def _interpreted(traced: Traced) -> Interpretation:
     try:
-        return interpret(traced.root, traced.graph, traced.args, traced.kwargs)
+        return interpret(traced.root, traced.state, traced.graph, traced.args, traced.kwargs)
     except InterpretationError as error:
         cause = error.__cause__
         shapes = ", ".join(str(tuple(t.shape)) for t in tensors_in((traced.args, traced.kwargs)))

@@ -7,7 +7,8 @@ becomes of the labels. An fx interpreter around it says which node is running.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,29 +74,40 @@ class Interpretation:
     steps: int = 0
 
 
-def named_state(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
+State = tuple[str, torch.Tensor, bool]
+"""Name, tensor, is a parameter."""
+
+
+def named_state(module: torch.nn.Module) -> Iterator[State]:
     """Yield (name, tensor, is a parameter) of every parameter, buffer and plain tensor attribute, shared ones once."""
     seen: set[int] = set()
     for prefix, child in module.named_modules():
         own = [(k, v, True) for k, v in child._parameters.items()] + [(k, v, False) for k, v in child._buffers.items()]
-        own += [(k, v, False) for k, v in vars(child).items() if isinstance(v, torch.Tensor)]
+        own += [(k, v, False) for k, v in vars(child).items() if type(v) is torch.Tensor]
         for key, value, is_parameter in own:
             if value is not None and id(value) not in seen:
                 seen.add(id(value))
                 yield f"{prefix}.{key}" if prefix else key, value, is_parameter
 
 
-def meta_twin(root: torch.nn.Module) -> tuple[torch.nn.Module, dict[int, tuple[str, torch.Tensor, bool]]]:
-    """Copy a module with every tensor on the meta device. Returns it and id(meta tensor) -> (name, original, is a parameter)."""
+def meta_tensor(value: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of the same shape, strides and class (parameter or not) on the meta device."""
+    twin = torch.empty_like(value, device="meta", requires_grad=False)
+    return torch.nn.Parameter(twin, requires_grad=False) if isinstance(value, torch.nn.Parameter) else twin
+
+
+def meta_twin(root: torch.nn.Module, state: Iterable[State]) -> tuple[torch.nn.Module, dict[int, tuple[str, torch.Tensor, bool]]]:
+    """Copy a module with the tensors of `state` on the meta device.
+
+    Returns:
+        The copy, and id(meta tensor) -> (name, original, is a parameter).
+    """
     memo: dict[int, Any] = {}
     origin: dict[int, tuple[str, torch.Tensor, bool]] = {}
-    for name, value, is_parameter in named_state(root):
-        twin = torch.empty_like(value, device="meta", requires_grad=False)
-        memo[id(value)] = torch.nn.Parameter(twin, requires_grad=False) if is_parameter else twin
-        origin[id(memo[id(value)])] = (name, value, is_parameter)
-    twin_root = clone(root, memo)
-    twin_root.__dict__["_tensors"] = list(memo.values())
-    return twin_root, origin
+    for name, value, is_parameter in state:
+        twin = memo[id(value)] = meta_tensor(value)
+        origin[id(twin)] = (name, value, is_parameter)
+    return clone(root, memo), origin
 
 
 _aten = torch.ops.aten
@@ -115,7 +127,9 @@ def _pointwise_meta(func: Any, args: Any) -> Any:
     first = tensors[0]
     if any(t.dtype != first.dtype for t in tensors[1:]) or not first.is_floating_point():
         return func(*args)
-    shape = first.shape if len(tensors) == 1 else torch.broadcast_shapes(*[t.shape for t in tensors])
+    shape = first.shape
+    if any(t.shape != shape for t in tensors[1:]):
+        shape = torch.Size(np.broadcast_shapes(*[t.shape for t in tensors]))
     if func._schema.is_mutable:
         return first if shape == first.shape else func(*args)
     return torch.empty(shape, dtype=first.dtype, device="meta")
@@ -241,6 +255,8 @@ class Labelling(TorchDispatchMode):
         """Return the known value of a constant integer tensor."""
         if tensor is None or tensor.is_floating_point() or tensor.is_complex():
             return None
+        if tensor.device.type != "meta":
+            return tensor
         found = getattr(tensor, "_constant", None)
         if found is None and id(tensor) in self._origin:
             original = self._origin[id(tensor)][1]
@@ -326,6 +342,13 @@ class GraphRunner(fx.Interpreter):
         super().__init__(root, graph=graph)  # pyright: ignore[reportArgumentType]
         self.mode = mode
 
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Let `x[.., [2, 0, 1]]` know its positions: torch would make a meta tensor of the list."""
+        if target is operator.getitem and isinstance(args[0], torch.Tensor):
+            items = args[1] if isinstance(args[1], tuple) else (args[1],)
+            args = (args[0], tuple(_positions(i) if isinstance(i, list) else i for i in items))
+        return super().call_function(target, args, kwargs)
+
     def run_node(self, n: fx.Node) -> Any:
         """Run one node and note what it returned."""
         mode = self.mode
@@ -355,6 +378,13 @@ class GraphRunner(fx.Interpreter):
         return value
 
 
+def _positions(items: list[int]) -> torch.Tensor:
+    constant = torch.tensor(items, device="cpu")
+    positions = torch.empty_like(constant, device="meta")
+    positions._constant = constant  # pyright: ignore[reportAttributeAccessIssue]
+    return positions
+
+
 def tensors_in(value: Any) -> list[torch.Tensor]:
     """Return the tensors in a value: containers and dataclasses included, in order."""
     if isinstance(value, torch.Tensor):
@@ -379,16 +409,17 @@ def to_meta(value: Any) -> Any:
     return pytree.tree_map(move, value)
 
 
-def interpret(root: torch.nn.Module, graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interpretation:
+def interpret(root: torch.nn.Module, state: Iterable[State], graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interpretation:
     """Run a graph on labels.
 
     Args:
         root: the module that holds the graph's parameters; not touched.
+        state: the parameters and buffers that take part.
         graph: the graph.
         args: positional example inputs.
         kwargs: keyword example inputs.
     """
-    twin, origin = meta_twin(root)
+    twin, origin = meta_twin(root, state)
     mode = Labelling(origin)
     values = bind(graph, to_meta(args), to_meta(kwargs))
     with torch.no_grad(), mode:

@@ -234,7 +234,7 @@ def settle(ledger: Ledger, labels: Labels) -> Labels:
             cover = np.array(FIXED)
             for owner in owners:
                 cover = ledger.product(cover, owner)
-        ledger.tie(row, cover, "is a row whose number cannot change")
+        ledger.tie_row(row, cover)
     return labels
 
 
@@ -296,7 +296,7 @@ def _merge(ledger: Ledger, work: list[np.ndarray | None], sizes: list[int], at: 
     n, m = sizes[at], sizes[at + 1]
     work = list(align(ledger, tuple(work), at, [at + 1]))
     outer, inner = work[at], work[at + 1]
-    if inner is not None and inner.shape[at] > 1:
+    if outer is not None and inner is not None and inner.shape[at] > 1 and _implied(ledger, inner, at + 1, outer):
         owner = inner
     elif outer is None or inner is None:
         owner = inner if outer is None else outer
@@ -313,6 +313,12 @@ def _merge(ledger: Ledger, work: list[np.ndarray | None], sizes: list[int], at: 
 
     merged = [fuse(ids) for ids in work[:at]] + [fuse(owner, full=True)] + [fuse(ids) for ids in work[at + 2 :]]
     return merged, [*sizes[:at], n * m, *sizes[at + 2 :]]
+
+
+def _implied(ledger: Ledger, ids: np.ndarray, dim: int, owner: np.ndarray) -> bool:
+    """Say whether a row stays, by `owner`, just where any of its columns `ids` does."""
+    row = ledger.any_along(ids, dim)
+    return bool((row == owner).all()) or ledger.is_row(row, owner)
 
 
 def _split(ledger: Ledger, work: list[np.ndarray | None], sizes: list[int], at: int, n: int) -> tuple[list[np.ndarray | None], list[int]]:

@@ -331,6 +331,12 @@ def group_norm(ctx: Context, node: fx.Node) -> None:
     set_argument(node, 1, ctx.rows(node.args[0], 1, groups), "num_groups")
 
 
+@fixes("channel_shuffle", "native_channel_shuffle")
+def channel_shuffle(ctx: Context, node: fx.Node) -> None:
+    """`F.channel_shuffle(x, groups)`."""
+    set_argument(node, 1, ctx.rows(node.args[0], 1, ctx.dense(argument(node, 1, "groups"))), "groups")
+
+
 @fixes("layer_norm", "rms_norm")
 def layer_norm(ctx: Context, node: fx.Node) -> None:
     """`F.layer_norm(x, normalized_shape, ...)`."""

@@ -15,11 +15,8 @@ from fxprune.coupling import Coupling
 from fxprune.costs import RESOURCES, CostChange
 from fxprune.errors import FxPruneError
 from fxprune.planning import GroupWidth, Plan, costs_table
+from fxprune.slimming import RECORD
 from fxprune.verifying import Verification
-
-META = "fxprune"
-"""Key of the compilation's record in `slim.meta`."""
-
 
 @dataclass(frozen=True, slots=True)
 class FrozenRow:
@@ -140,7 +137,7 @@ def compiled(slim: nn.Module) -> Compiled:
     Raises:
         FxPruneError: the module did not come from fxprune.
     """
-    found = getattr(slim, "meta", {}).get(META) if isinstance(getattr(slim, "meta", None), dict) else None
+    found = getattr(slim, "meta", {}).get(RECORD) if isinstance(getattr(slim, "meta", None), dict) else None
     if found is None:
         raise FxPruneError(f"this {type(slim).__name__} carries no record of fxprune. Pass what `fxprune.compile` or `fxprune.load` returned.")
     return found

@@ -122,6 +122,12 @@ def group_norm(module: Any, call: Call) -> None:
     module.num_channels = call.inputs[0][1]
 
 
+@resizes(nn.ChannelShuffle)
+def channel_shuffle(module: Any, call: Call) -> None:
+    """The rows that its input is read as."""
+    module.groups = call.rows(1, module.groups)
+
+
 @resizes(nn.Embedding)
 def embedding(module: Any, call: Call) -> None:
     """weight: (entries, d)."""

@@ -14,11 +14,12 @@ from torch.utils import _pytree as pytree
 from fxprune.cloning import clone
 from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError
-from fxprune.interpreting import Labelled, bind, meta_twin, tensors_in, to_meta
+from fxprune.interpreting import Labelled, bind, meta_tensor, named_state, tensors_in, to_meta
 from fxprune.labels import Labels, Shape
 from fxprune.literals import FIXERS, CannotRewriteError, plain_name
 from fxprune.planning import Plan, keep_of
 from fxprune.resizing import Call, fits, resize
+from fxprune.slimming import SlimModule
 from fxprune.slicing import kept_size, sliced_like
 
 
@@ -46,7 +47,7 @@ def rewrite(coupling: Coupling, plan: Plan) -> fx.GraphModule:
     _resize_modules(root, graph, prediction)
     _fix_literals(coupling, root, graph, prediction)
     graph.lint()
-    return fx.GraphModule(root, graph, type(coupling.traced.model).__name__)
+    return SlimModule(root, graph)
 
 
 class Prediction:
@@ -90,7 +91,7 @@ class Prediction:
 def _sliced(coupling: Coupling, keep: np.ndarray) -> nn.Module:
     """Copy the traced module with sliced parameters and buffers; tied ones stay tied."""
     labels: Mapping[str, Labels] = {name: ls for name, (_, ls) in coupling.tensors().items()}
-    sliced = {id(t): sliced_like(t, labels.get(name), keep) for name, t, _ in coupling.traced.state()}
+    sliced = {id(t): sliced_like(t, labels.get(name), keep) for name, t, _ in coupling.traced.state}
     return clone(coupling.traced.root, sliced)
 
 
@@ -111,8 +112,7 @@ def _resize_modules(root: nn.Module, graph: fx.Graph, prediction: Prediction) ->
 def _fix_literals(coupling: Coupling, root: nn.Module, graph: fx.Graph, prediction: Prediction) -> None:
     """Run the slim graph on meta tensors, fixing each node before it runs and checking its shapes after."""
     traced = coupling.traced
-    twin, _ = meta_twin(root)
-    fixer = _Fixer(twin, graph, prediction)
+    fixer = _Fixer(root, graph, prediction)
     with torch.no_grad():
         fixer.run(*bind(graph, to_meta(traced.args), to_meta(traced.kwargs)), enable_io_processing=False)
     if fixer.failed:
@@ -131,10 +131,10 @@ _BROADCASTING = {
 
 
 class _Fixer(fx.Interpreter):
-    """Runs the slim graph on meta modules; is the `Context` that fixers ask."""
+    """Runs the slim graph on meta copies of what it uses; is the `Context` that fixers ask."""
 
-    def __init__(self, twin: nn.Module, graph: fx.Graph, prediction: Prediction) -> None:
-        super().__init__(twin, graph=graph)  # pyright: ignore[reportArgumentType]
+    def __init__(self, root: nn.Module, graph: fx.Graph, prediction: Prediction) -> None:
+        super().__init__(root, graph=graph)  # pyright: ignore[reportArgumentType]
         self.prediction = prediction
         self.record = prediction.coupling.record
         self.failed: dict[str, str] = {}
@@ -164,12 +164,19 @@ class _Fixer(fx.Interpreter):
             elif self.prediction.shapes(n.name):
                 self._pin_numbers(n)
 
+    def fetch_attr(self, target: str) -> Any:
+        """Return what a node refers to, with its tensors on the meta device."""
+        found = super().fetch_attr(target)
+        if isinstance(found, torch.Tensor):
+            return meta_tensor(found)
+        return clone(found, {id(t): meta_tensor(t) for _, t, _ in named_state(found)}) if isinstance(found, nn.Module) else found
+
     def _certain(self, n: fx.Node, predicted: list[Shape]) -> bool:
         """Say whether the shape of a common op can be told without running it, and is the predicted one."""
         if n.op == "call_module":
-            return fits(self.fetch_attr(str(n.target)), self._inputs(n), predicted)
+            return fits(super().fetch_attr(str(n.target)), self._inputs(n), predicted)
         if n.op == "call_function" and n.target in _BROADCASTING and len(predicted) == 1:
-            return tuple(torch.broadcast_shapes(*self._inputs(n))) == predicted[0]
+            return np.broadcast_shapes(*self._inputs(n)) == predicted[0]
         return False
 
     def _inputs(self, n: fx.Node) -> list[Shape]:

@@ -15,8 +15,9 @@ from torch import fx, nn
 from fxprune.coupling import couple
 from fxprune.errors import ArtifactError
 from fxprune.planning import Plan
-from fxprune.reporting import META, Compiled, compiled, make_report
+from fxprune.reporting import Compiled, compiled, make_report
 from fxprune.rewriting import rewrite
+from fxprune.slimming import RECORD
 from fxprune.tracing import trace
 
 PLAN, WEIGHTS = "plan.json", "weights.safetensors"
@@ -97,13 +98,15 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, example_inputs: Any 
         load_model(slim, str(weights))
     except (SafetensorError, RuntimeError, OSError) as error:
         raise ArtifactError(f"{weights} does not fit or is damaged: {error}. Save the network again.") from error
-    slim.meta[META] = Compiled(plan, make_report(coupling, plan, None, ("loaded from a file",)), data["inputs"], "freeze", data["freeze"])
+    slim.meta[RECORD] = Compiled(plan, make_report(coupling, plan, None, ("loaded from a file",)), data["inputs"], "freeze", data["freeze"])
     return slim
 
 
 def _read_plan(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text()
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{path} is damaged: it is not text ({error}). Save the network again.") from error
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}. Pass the folder that `fxprune.save` wrote.") from error
     try:

@@ -8,7 +8,7 @@ import linecache
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.cloning import clone
 from fxprune.errors import TraceError
-from fxprune.interpreting import named_state
+from fxprune.interpreting import State, named_state
 
 TRAINING = "fxprune_training"
 """Name of the submodule that answers whether the network is in training mode."""
@@ -82,6 +82,7 @@ class Traced:
         args: positional example inputs.
         kwargs: keyword example inputs.
         frontend: "symbolic_trace" or "export".
+        one_path: forward takes another path in train() than in eval(); the graph is that of the model's mode.
         notes: what a user should know about this trace.
     """
 
@@ -91,6 +92,7 @@ class Traced:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     frontend: str
+    one_path: bool = False
     notes: tuple[str, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict, repr=False)
 
@@ -99,14 +101,10 @@ class Traced:
         """A module that computes what the model computes and shares its parameters and buffers."""
         return fx.GraphModule(self.root, copy.deepcopy(self.graph), type(self.model).__name__)
 
-    def state(self) -> Iterator[tuple[str, torch.Tensor, bool]]:
-        """Yield (name, tensor, is a parameter) of everything that takes part in forward."""
-        targets = tuple({str(n.target) for n in self.graph.nodes if n.op in ("call_module", "get_attr")})
-        exact, inside = set(targets), tuple(t + "." for t in targets)
-        for name, t, is_parameter in named_state(self.root):
-            holder = name.rpartition(".")[0]
-            if name in exact or holder in exact or name.startswith(inside):
-                yield name, t, is_parameter
+    @cached_property
+    def state(self) -> tuple[State, ...]:
+        """(name, tensor, is a parameter) of everything that takes part in forward."""
+        return taking_part(self.root, self.graph)
 
     def source(self, node: str) -> str:
         """Return the user's source line of a node: `file.py:12: code`, or ""."""
@@ -119,6 +117,19 @@ class Traced:
         """Return the source line in brackets, ready to follow a node's name."""
         line = self.source(node)
         return f" ({line})" if line else ""
+
+
+def taking_part(root: nn.Module, graph: fx.Graph) -> tuple[State, ...]:
+    """Return (name, tensor, is a parameter) of everything that a graph uses of a module."""
+    targets = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
+    used = []
+    for item in named_state(root):
+        holder = item[0].rpartition(".")[0]
+        while holder and holder not in targets:
+            holder = holder.rpartition(".")[0]
+        if holder or item[0] in targets:
+            used.append(item)
+    return tuple(used)
 
 
 class Tracer(fx.Tracer):
@@ -178,12 +189,12 @@ def trace(model: nn.Module, example_inputs: Any) -> Traced:
     """
     args, kwargs = _inputs(model, example_inputs)
     try:
-        root, graph, sources, notes = _symbolic(model, args, kwargs)
-        return Traced(model, root, graph, args, kwargs, "symbolic_trace", notes, sources)
+        root, graph, one_path, sources, notes = _symbolic(model, args, kwargs)
+        return Traced(model, root, graph, args, kwargs, "symbolic_trace", one_path, notes, sources)
     except Exception as symbolic_error:
         first = symbolic_error
     try:
-        root, graph, sources, notes = _exported(model, args, kwargs)
+        root, graph, one_path, sources, notes = _exported(model, args, kwargs)
     except Exception as export_error:
         raise TraceError(
             f"{type(model).__name__} cannot be traced.\n"
@@ -191,7 +202,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Traced:
             f"  torch.export: {type(export_error).__name__}: {_first_line(export_error)}\n"
             "Check that `model(*example_inputs)` runs; mark functions that cannot be traced with `torch.fx.wrap`."
         ) from export_error
-    return Traced(model, root, graph, args, kwargs, "export", notes, sources)
+    return Traced(model, root, graph, args, kwargs, "export", one_path, notes, sources)
 
 
 def _first_line(error: Exception) -> str:
@@ -229,7 +240,7 @@ def shared_copy(model: nn.Module) -> Any:
     return clone(model, {id(t): t for _, t, _ in named_state(model)})
 
 
-_Front = tuple[nn.Module, fx.Graph, dict[str, str], tuple[str, ...]]
+_Front = tuple[nn.Module, fx.Graph, bool, dict[str, str], tuple[str, ...]]
 
 
 def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Front:
@@ -246,7 +257,7 @@ def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     modes = {name: m.training for name, m in model.named_modules()}
     for name, m in root.named_modules():
         m.training = modes.get(name, model.training)
-    return root, graph, tracer.sources, (*notes, *_unused(model, root, graph))
+    return root, graph, bool(notes), tracer.sources, (*notes, *_unused(model, root, graph))
 
 
 def _fixed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -268,7 +279,9 @@ def _trace_once(model: nn.Module, fixed: Mapping[str, Any], training: bool) -> t
     tracer = Tracer(fixed, training)
     for m in root.modules():
         m.training = tracer.flag if m.training == model.training else m.training
-    return root, tracer.trace(root), tracer
+    graph = tracer.trace(root)
+    graph._tracer_cls = fx.Tracer  # what unpickling a module of this graph calls
+    return root, graph, tracer
 
 
 def _merge_modes(graph: fx.Graph, other: fx.Graph) -> bool:
@@ -298,7 +311,7 @@ def _merge_modes(graph: fx.Graph, other: fx.Graph) -> bool:
 
 
 def _unused(model: nn.Module, root: nn.Module, graph: fx.Graph) -> list[str]:
-    used = {id(t) for _, t, _ in Traced(model, root, graph, (), {}, "").state()}
+    used = {id(t) for _, t, _ in taking_part(root, graph)}
     left = [name for name, t, is_parameter in named_state(model) if id(t) not in used and is_parameter]
     if not left:
         return []
@@ -330,7 +343,7 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             setattr(graph_module.get_submodule(holder), key, own[name])
     graph_module.train(model.training)
     sources = {n.name: line for n in graph.nodes if (line := _line_of(n.stack_trace))}
-    return graph_module, graph_module.graph, sources, (*notes, *_unused(model, graph_module, graph_module.graph))
+    return graph_module, graph_module.graph, model.training, sources, (*notes, *_unused(model, graph_module, graph_module.graph))
 
 
 def _ask_for_mode(graph: fx.Graph) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -31,7 +32,9 @@ def transfer(optimizer: torch.optim.Optimizer, slim: nn.Module, *, model: nn.Mod
     for group in optimizer.param_groups:
         params = [targets[named[id(p)]] for p in group["params"] if named.get(id(p)) in targets]
         groups.append({**{k: v for k, v in group.items() if k != "params"}, "params": params})
-    fresh = type(optimizer)([g for g in groups if g["params"]], **optimizer.defaults)
+    accepted = inspect.signature(type(optimizer)).parameters
+    settings = {k: v for k, v in optimizer.defaults.items() if k in accepted}
+    fresh = type(optimizer)([g for g in groups if g["params"]], **settings)
     for p, state in optimizer.state.items():
         name = named.get(id(p))
         if name in targets:

@@ -227,6 +227,8 @@ def masked_copy(module: nn.Module, plan: Plan) -> nn.Module:
     state = {name: t for name, t, _ in named_state(masked)}
     with torch.no_grad():
         for (name, dim), positions in plan.kept.items():
+            if name.startswith("_tensor_constant") and name not in state:
+                continue  # made by tracing out of a tensor that forward makes
             value = state[name]
             if positions.ndim == 1:
                 gone = np.setdiff1d(np.arange(value.shape[dim]), positions)
@@ -299,7 +301,8 @@ def verify(coupling: Coupling, plan: Plan, slim: fx.GraphModule) -> Verification
     """
     traced = coupling.traced
     args, kwargs = _to_double((traced.args, traced.kwargs))
-    masked = _named_outputs(run_masked(masked_copy(traced.model, plan), copy.deepcopy(args), copy.deepcopy(kwargs)))
+    original = traced.module if traced.one_path and traced.model.training else traced.model
+    masked = _named_outputs(run_masked(masked_copy(original, plan), copy.deepcopy(args), copy.deepcopy(kwargs)))
     with torch.no_grad():
         found = _named_outputs(_double_copy(slim)(*copy.deepcopy(args), **copy.deepcopy(kwargs)))
     errors = {name: relative_error(found[name], masked[name]) if name in found else float("inf") for name in masked}

@@ -36,7 +36,7 @@ def all_kept(coupling: Coupling) -> Plan:
 
 
 def cut(model: nn.Module, inputs: Any, seed: int | None) -> tuple[Coupling, Plan, fx.GraphModule]:
-    """Trace, couple and rewrite by a random plan (None: keep all); freeze what cannot be rewritten, as `compile` does."""
+    """Trace, couple and rewrite by a random plan (None: keep all); freeze what cannot be rewritten."""
     traced = fxprune.trace(model, inputs)
     freeze: dict[str, str] = {}
     while True:

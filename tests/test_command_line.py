@@ -79,7 +79,7 @@ def test_json_carries_the_numbers_of_the_coupling(folder, capsys):
         (g.name, g.kind, g.width) for g in coupling.groups()
     ]
     assert found["network"] == "Sequential"
-    frozen = sum(row["channels"] for row in found["frozen"]) + found["kernel_positions"]
+    frozen = sum(row["channels"] for row in found["frozen"])
     assert frozen == int((coupling.is_frozen & coupling.has_site).sum())
     least = inspect(coupling).least
     assert found["least"] == least.to_dict()
@@ -92,13 +92,6 @@ def test_the_saving_at_half_is_that_of_the_halved_network(folder, capsys):
     dense, half = 8 * 27 * 36 + 6 * 72 * 16 + 96 * 4, 4 * 27 * 36 + 6 * 36 * 16 + 96 * 4
     assert first["macs"] == pytest.approx(1 - half / dense)
     assert (first["width"], first["least"]) == (8, 1)
-
-
-def test_kernels_are_counted_apart_from_channels(folder):
-    found = inspect(small_coupling())
-    assert found.kernel_positions == 12
-    assert all("cannot shorten" not in row.reason for row in found.frozen)
-    assert found.least.macs < 0.1 * found.costs.macs
 
 
 def test_a_network_that_cannot_shrink_says_so():

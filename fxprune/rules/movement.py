@@ -235,6 +235,15 @@ def _padded(op: Op, ids: np.ndarray | None, dim: int, positions: np.ndarray, ins
     return picked
 
 
+@rule(aten.channel_shuffle, aten.native_channel_shuffle)
+def channel_shuffle(op: Op, x: torch.Tensor, groups: int) -> Labels:
+    """x: (b, c, *space), its channels read as (groups, c / groups) and written as (c / groups, groups)."""
+    b, c, *space = x.shape
+    rows = op.reshape(op.labels(x), tuple(x.shape), (b, groups, c // groups, *space))
+    swapped = algebra.move(rows, [0, 2, 1, *range(3, x.ndim + 1)])
+    return op.reshape(swapped, (b, c // groups, groups, *space), tuple(x.shape))
+
+
 @rule(aten.pixel_shuffle)
 def pixel_shuffle(op: Op, x: torch.Tensor, factor: int) -> Labels:
     """x: (.., c * r * r, h, w) -> (.., c, h * r, w * r)."""
