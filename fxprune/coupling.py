@@ -121,12 +121,12 @@ class Coupling:
         labelled = self.record.issued
         rest = [(t, p) for name, t, p in self.traced.state if name not in labelled]
         elements = sum(t.numel() for t, is_parameter in rest if is_parameter)
-        return CostModel(self.record, self.classes.of, (elements, sum(t.numel() * t.element_size() for t, _ in rest)))
+        return CostModel(self.record, self.channels, (elements, sum(t.numel() * t.element_size() for t, _ in rest)))
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the sites and their channels: equal for equal networks, on every machine."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(f"{self.num_channels}".encode())
         for site in self.sites:
             digest.update(f"{site.name}:{site.dim}:{site.channels.shape}".encode())
             digest.update(np.ascontiguousarray(site.channels).tobytes())
@@ -217,12 +217,25 @@ class Coupling:
                 return f"the rows at node {str(uneven[0])!r} would keep unequally many channels"
         return None
 
+    @cached_property
+    def _translated(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """id of an array of atoms -> the array, and its channels."""
+        return {}
+
+    def channels(self, atoms: np.ndarray) -> np.ndarray:
+        """Translate atoms to channels; the same array gives the same array."""
+        found = self._translated.get(id(atoms))
+        if found is None:
+            found = self._translated[id(atoms)] = (atoms, self.classes.of(atoms))
+        return found[1]
+
     def to_channels(self, labels: Labels) -> Labels:
         """Translate labels from atoms to channels."""
-        return tuple(None if ids is None else self.classes.of(ids) for ids in labels)
+        return tuple(None if ids is None else self.channels(ids) for ids in labels)
 
+    @cached_property
     def tensors(self) -> Mapping[str, tuple[Shape, Labels]]:
-        """Return shape and channels of every parameter and buffer that has any."""
+        """Shape and channels of every parameter and buffer that has any."""
         return {name: (shape, self.to_channels(labels)) for name, (shape, labels, _, _) in self.record.issued.items()}
 
     def at(self, node: str) -> list[Labelled]:

@@ -41,6 +41,11 @@ def dependency_graph(coupling: Coupling) -> nx.Graph:
     for product in record.ledger.products:
         connect(product.atom, product.row, product.node, "crossing")
         connect(product.atom, product.column, product.node, "crossing")
+    for name, (_, labels, _, _) in record.issued.items():
+        for dim, ids in enumerate(labels):
+            for i in np.unique(of_atom[ids[ids != FIXED]]).tolist() if ids is not None else ():
+                if vertices[i] != (name, dim) and not graph.has_edge(vertices[i], (name, dim)):
+                    graph.add_edge(vertices[i], (name, dim), node=record.named_at[name], relation="tie")
     return graph
 
 
@@ -54,7 +59,8 @@ def _origins(coupling: Coupling) -> tuple[list[Vertex], np.ndarray]:
     for name, (_, labels, _, _) in record.issued.items():
         for dim, ids in enumerate(labels):
             if ids is not None:
-                index[ids[ids != FIXED]] = len(vertices)
+                own = ids[ids != FIXED]
+                index[own[index[own] < len(births)]] = len(vertices)
                 vertices.append((name, dim))
     return vertices, index
 

@@ -63,6 +63,8 @@ class Interpretation:
     ledger: Ledger
     issued: dict[str, tuple[Shape, Labels, int, bool]] = field(default_factory=dict)
     """Parameter or buffer -> shape, labels, bytes per element, is a parameter; in order of first use."""
+    named_at: dict[str, str] = field(default_factory=dict)
+    """Parameter or buffer -> the node that used it first."""
     nodes: dict[str, list[Labelled]] = field(default_factory=dict)
     numbers: dict[str, Any] = field(default_factory=dict)
     """Node -> what it returned, where that is no tensor."""
@@ -135,6 +137,25 @@ def _pointwise_meta(func: Any, args: Any) -> Any:
     return torch.empty(shape, dtype=first.dtype, device="meta")
 
 
+def _convolution_meta(
+    x: Any, w: Any, b: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, extra: Any, groups: int
+) -> torch.Tensor:
+    rank = w.ndim - 2
+    stride, padding, dilation, extra = (list(v) * (rank if len(v) == 1 else 1) for v in (stride, padding, dilation, extra))
+    channels = w.shape[0] // groups if transposed else w.shape[1]
+    if x.ndim != w.ndim or x.shape[1] != channels * groups:
+        return torch.ops.aten.convolution.default(x, w, b, stride, padding, dilation, transposed, extra, groups)
+    space = []
+    for i in range(rank):
+        n, reach = x.shape[2 + i], dilation[i] * (w.shape[2 + i] - 1)
+        if transposed:
+            space.append((n - 1) * stride[i] - 2 * padding[i] + reach + extra[i] + 1)
+        else:
+            space.append((n + 2 * padding[i] - reach - 1) // stride[i] + 1)
+    out = w.shape[1] * groups if transposed else w.shape[0]
+    return torch.empty((x.shape[0], out, *space), dtype=x.dtype, device="meta")
+
+
 @functools.cache
 def _returns_fresh(func: Any) -> bool:
     """Say whether an op computes new tensors and touches none of its arguments."""
@@ -193,6 +214,11 @@ class Labelling(TorchDispatchMode):
             return func(*args, **kwargs)
         if func.overloadpacket in _FLOAT_POINTWISE:
             return _pointwise_meta(func, args)
+        if func is _aten.native_batch_norm.default:
+            x = args[0]
+            return torch.empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+        if func is _aten.convolution.default:
+            return _convolution_meta(*args)
         key = _call_key(func, args) if _returns_fresh(func) else None
         if key is None:
             return func(*args)
@@ -230,6 +256,7 @@ class Labelling(TorchDispatchMode):
         """Give a parameter nothing has been said about yet its labels, and return them."""
         name, original, is_parameter = self._origin[id(tensor)]
         self.record.issued[name] = (tuple(tensor.shape), labels, original.element_size(), is_parameter)
+        self.record.named_at[name] = self.ledger.node
         tensor._labels = labels  # pyright: ignore[reportAttributeAccessIssue]
         return labels
 

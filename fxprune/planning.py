@@ -58,6 +58,8 @@ class Plan:
     method: str
     budget: Mapping[str, float] = field(default_factory=dict)
     fingerprint: str = ""
+    keep: np.ndarray | None = field(default=None, repr=False, compare=False)
+    """(channels,) which stay, on the coupling of this fingerprint; None for a plan that was read."""
 
     def __str__(self) -> str:
         rows = [[i, g.name, g.kind, g.sites, g.before, g.after, f"{g.after / g.before:.0%}"] for i, g in enumerate(self.groups)]
@@ -193,7 +195,7 @@ def plan_of(coupling: Coupling, keep: np.ndarray, *, method: str = "by hand", bu
     for group in coupling.groups():
         choices = np.concatenate(group.cells)
         groups.append(GroupWidth(group.name, group.kind, int(counts[choices].max()), len(choices), int(keep[choices].sum())))
-    return Plan(kept, sizes, CostChange(dense, coupling.costs(keep)), tuple(groups), method, dict(budget or {}), coupling.fingerprint)
+    return Plan(kept, sizes, CostChange(dense, coupling.costs(keep)), tuple(groups), method, dict(budget or {}), coupling.fingerprint, frozen(keep.copy()))
 
 
 def _sites_per_channel(coupling: Coupling) -> np.ndarray:
@@ -206,7 +208,7 @@ def _sites_per_channel(coupling: Coupling) -> np.ndarray:
 def _kept(coupling: Coupling, keep: np.ndarray) -> tuple[dict[tuple[str, int], np.ndarray], dict[tuple[str, int], int]]:
     kept, sizes = {}, {}
     keep = np.append(keep, True)
-    for name, (shape, labels) in coupling.tensors().items():
+    for name, (shape, labels) in coupling.tensors.items():
         for dim, ids in enumerate(labels):
             if ids is None or _stays_whole(coupling, ids):
                 continue
@@ -235,7 +237,9 @@ def keep_of(coupling: Coupling, plan: Plan) -> np.ndarray:
     Raises:
         ArtifactError: the plan is of another network: which parameter, what was expected and what found.
     """
-    tensors = coupling.tensors()
+    if plan.keep is not None and plan.fingerprint == coupling.fingerprint and len(plan.keep) == coupling.num_channels:
+        return plan.keep
+    tensors = coupling.tensors
     keep = np.ones(coupling.num_channels + 1, dtype=bool)
     for (name, dim), positions in plan.kept.items():
         if name not in tensors or dim >= len(tensors[name][0]):

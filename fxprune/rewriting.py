@@ -20,7 +20,7 @@ from fxprune.literals import FIXERS, CannotRewriteError, plain_name
 from fxprune.planning import Plan, keep_of
 from fxprune.resizing import Call, fits, resize
 from fxprune.slimming import SlimModule
-from fxprune.slicing import kept_size, sliced_like
+from fxprune.slicing import Kept, kept_size, sliced_like
 
 
 def rewrite(coupling: Coupling, plan: Plan) -> fx.GraphModule:
@@ -69,7 +69,7 @@ class Prediction:
     def _size(self, ids: np.ndarray, dim: int) -> int:
         found = self._sizes.get((id(ids), dim))
         if found is None:
-            found = self._sizes[id(ids), dim] = kept_size(self.coupling.classes.of(ids), dim, self.keep)
+            found = self._sizes[id(ids), dim] = kept_size(self.coupling.channels(ids), dim, self.keep)
         return found
 
     def kept(self, node: str, dim: int) -> np.ndarray | None:
@@ -90,8 +90,9 @@ class Prediction:
 
 def _sliced(coupling: Coupling, keep: np.ndarray) -> nn.Module:
     """Copy the traced module with sliced parameters and buffers; tied ones stay tied."""
-    labels: Mapping[str, Labels] = {name: ls for name, (_, ls) in coupling.tensors().items()}
-    sliced = {id(t): sliced_like(t, labels.get(name), keep) for name, t, _ in coupling.traced.state}
+    labels: Mapping[str, Labels] = {name: ls for name, (_, ls) in coupling.tensors.items()}
+    kept = Kept(keep)
+    sliced = {id(t): sliced_like(t, labels.get(name), kept) for name, t, _ in coupling.traced.state}
     return clone(coupling.traced.root, sliced)
 
 

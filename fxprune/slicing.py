@@ -8,25 +8,42 @@ import torch
 from fxprune.labels import Labels
 
 
-def slice_tensor(value: torch.Tensor, labels: Labels, keep: np.ndarray) -> torch.Tensor:
+class Kept:
+    """Which positions stay, looked up once for every array of channels."""
+
+    def __init__(self, keep: np.ndarray) -> None:
+        """Remember what stays: `keep` is (channels + 1,) bool; the last entry serves fixed positions."""
+        self.keep = keep
+        self._positions: dict[int, tuple[np.ndarray, torch.Tensor | None]] = {}
+
+    def positions(self, channels: np.ndarray) -> torch.Tensor | None:
+        """Return the positions that stay along one dim, or None where all do."""
+        found = self._positions.get(id(channels))
+        if found is None:
+            flags = self.keep[channels].ravel()
+            index = None if flags.all() else torch.from_numpy(np.flatnonzero(flags))
+            found = self._positions[id(channels)] = (channels, index)
+        return found[1]
+
+
+def slice_tensor(value: torch.Tensor, labels: Labels, kept: Kept) -> torch.Tensor:
     """Return the kept positions of a tensor, a new tensor in the same memory format.
 
     Args:
         value: any shape.
         labels: its channels, dim by dim.
-        keep: (channels + 1,) bool; the last entry serves fixed positions.
+        kept: what stays.
     """
     value = value.detach()
     result = value
     ragged = any(ids is not None and ids.size != value.shape[d] for d, ids in enumerate(labels))
     if ragged:
-        result = _by_mask(value, labels, keep)
+        result = _by_mask(value, labels, kept.keep)
     else:
         for d, ids in enumerate(labels):
-            flags = None if ids is None else keep[ids].ravel()
-            if flags is not None and not flags.all():
-                index = torch.from_numpy(np.flatnonzero(flags)).to(value.device)
-                result = result.index_select(d, index)
+            index = None if ids is None else kept.positions(ids)
+            if index is not None:
+                result = result.index_select(d, index.to(value.device))
     if result is value:
         return value.clone()
     if value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last) and not value.is_contiguous():
@@ -49,9 +66,9 @@ def kept_size(ids: np.ndarray, dim: int, keep: np.ndarray) -> int:
     return int(keep[ids].sum(axis=dim).max(initial=0))
 
 
-def sliced_like(value: torch.Tensor, labels: Labels | None, keep: np.ndarray) -> torch.Tensor:
+def sliced_like(value: torch.Tensor, labels: Labels | None, kept: Kept) -> torch.Tensor:
     """Return a sliced copy of a parameter or buffer that is a parameter where the original is."""
-    result = value.detach().clone() if labels is None else slice_tensor(value, labels, keep)
+    result = value.detach().clone() if labels is None else slice_tensor(value, labels, kept)
     if isinstance(value, torch.nn.Parameter):
         result = torch.nn.Parameter(result, requires_grad=value.requires_grad)
     for key, attribute in vars(value).items():

@@ -64,7 +64,7 @@ def check_invariants(coupling: Coupling) -> None:
 
 def check_numbering(coupling: Coupling) -> None:
     """Check that sites are in graph order."""
-    order = {name: i for i, name in enumerate(coupling.tensors())}
+    order = {name: i for i, name in enumerate(coupling.tensors)}
     places = [order[site.name] for site in coupling.sites]
     assert places == sorted(places)
 
@@ -85,7 +85,7 @@ def check_groups(coupling: Coupling) -> None:
     for index, group in enumerate(coupling.groups()):
         assert group.index == index
         assert group.kind in ("channels", "balanced", "rows")
-        assert group.name in coupling.tensors()
+        assert group.name in coupling.tensors
         assert len(group.cells) == len(group.takes) >= 1
         assert group.width == sum(map(len, group.cells))
         chosen += np.concatenate(group.cells).tolist()

@@ -130,7 +130,7 @@ def test_pruning_twice_is_pruning_once_with_the_composed_plan(seeds: range) -> N
 def compose(coupling: fxprune.Coupling, first: fxprune.Plan, second: fxprune.Plan) -> np.ndarray:
     """Return the channels of the dense network that two plans, one after the other, keep."""
     keep = np.ones(coupling.num_channels + 1, dtype=bool)
-    labelled = coupling.tensors()
+    labelled = coupling.tensors
     for name, (shape, labels) in labelled.items():
         position = np.arange(np.prod(shape)).reshape(shape)
         left = _apply(second, name, _apply(first, name, position))

@@ -9,7 +9,7 @@ Every op without a rule freezes what reaches it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ import torch
 
 from fxprune import labels as algebra
 from fxprune.atoms import Ledger
-from fxprune.labels import Extent, Labels, Shape
+from fxprune.labels import Extent, Labels, Shape, along
 
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
@@ -125,6 +125,28 @@ class Op:
             ids = labels[d]
             if ids is not None:
                 self.ledger.freeze(ids[self.host.is_constant(ids)], f"is a constant that {self.name} takes a statistic over")
+
+    def per_channel(self, labels: Labels, shape: Shape, params: Iterable[torch.Tensor | None], at: Sequence[int]) -> Labels:
+        """Tie parameters to the dims `at` of a tensor; one nothing has been said about yet takes the tensor's labels.
+
+        Args:
+            labels: of the tensor.
+            shape: of the tensor.
+            params: each of the shape of the dims `at`; None is skipped.
+            at: ascending dims.
+        """
+        plain = [None if (ids := labels[d]) is None else along(ids.ravel(), i, len(at)) for i, d in enumerate(at)]
+        alike = not any(algebra.rag(labels[d], d) for d in at)
+        for p in params:
+            if p is None:
+                continue
+            if alike and self.host.pristine(p) and p.is_floating_point():
+                self.host.name(p, tuple(plain))
+                continue
+            sizes = tuple(shape[d] if d in at else 1 for d in range(len(shape)))
+            wide = self.reshape(self.labels(p), tuple(p.shape), sizes)
+            labels = algebra.broadcast(self.ledger, labels, tuple(shape), wide, sizes)[0]
+        return labels
 
     def reshape(self, labels: Labels, shape: Shape, new: Shape) -> Labels:
         """Follow a view."""

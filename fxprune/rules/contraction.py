@@ -31,8 +31,10 @@ def mm(op: Op, x: torch.Tensor, w: torch.Tensor) -> Labels:
 @rule(aten.addmm, aten.baddbmm)
 def addmm(op: Op, bias: torch.Tensor, x: torch.Tensor, w: torch.Tensor, **kwargs: float) -> Labels:
     """bias: (m,) or broadcast, x: (.., n, k), w: (.., k, m) -> (.., n, m)."""
-    shape = tuple(op.out.shape)
-    return algebra.broadcast(op.ledger, matmul(op, x, w), shape, op.labels(bias), tuple(bias.shape))[0]
+    labels, shape = matmul(op, x, w), tuple(op.out.shape)
+    if bias.ndim == 1 and len(bias) == shape[-1]:
+        return op.per_channel(labels, shape, [bias], at=[len(shape) - 1])
+    return algebra.broadcast(op.ledger, labels, shape, op.labels(bias), tuple(bias.shape))[0]
 
 
 @rule(aten.mv)
@@ -76,25 +78,55 @@ def convolution(
     Transposed: weight is (c_in, c_out / g, *kernel). Either way the channels are cut into g rows and every row is
     contracted on its own.
     """
-    space = range(2, x.ndim)
+    usual = all(ids is None for d, ids in enumerate(op.labels(x)) if d != 1) and not algebra.rag(op.labels(x)[1], 1)
+    each = math.prod(weight.shape[2:]) * math.prod((x if transposed else op.out).shape[2:])
+    channels = op.labels(x)[1]
+    if usual and groups == 1 and op.host.pristine(weight):
+        labels = _first_use(op, x, weight, transposed, each)
+    elif usual and channels is not None and groups == x.shape[1] == op.out.shape[1] and op.host.pristine(weight):
+        op.host.name(weight, (channels.reshape(-1, *[1] * (weight.ndim - 1)), *algebra.blank(weight.ndim - 1)))
+        op.host.count(x.shape[0] * each, ((channels, 1),))
+        labels = op.labels(x)
+    else:
+        labels = _by_groups(op, x, weight, transposed, groups, each)
+    return labels if bias is None else op.per_channel(labels, op.out.shape, [bias], at=[1])
+
+
+def _first_use(op: Op, x: torch.Tensor, weight: torch.Tensor, transposed: bool, each: int) -> Labels:
+    """Contract with a weight met for the first time: its inputs are the channels that come in, its outputs are new."""
+    channels = op.labels(x)[1]
+    c_in, c_out = x.shape[1], op.out.shape[1]
+    if channels is None and c_in > 1:
+        channels = algebra.along(op.ledger.fresh((c_in,)), 1, x.ndim)
+        op.ledger.freeze(channels, "reads a dim whose size cannot change")
+    fresh = algebra.along(op.ledger.fresh((c_out,)), 1, x.ndim) if c_out > 1 else None
+    place = (1, 0) if not transposed else (0, 1)
+    dims: list[np.ndarray | None] = [None] * weight.ndim
+    for d, ids in zip(place, (channels, fresh), strict=True):
+        dims[d] = None if ids is None else algebra.along(ids.ravel(), d, weight.ndim)
+    op.host.name(weight, tuple(dims))
+    fixed = x.shape[0] * each * (c_in if channels is None else 1) * (c_out if fresh is None else 1)
+    op.host.count(fixed, tuple((ids, 1) for ids in (channels, fresh) if ids is not None))
+    return (None, fresh, *algebra.blank(x.ndim - 2))
+
+
+def _by_groups(op: Op, x: torch.Tensor, weight: torch.Tensor, transposed: bool, groups: int, each: int) -> Labels:
+    """Cut the channels into g rows and contract every row on its own."""
     if op.host.pristine(weight):
         op.host.name(weight, _kernel(op, weight, groups))
+    space = range(2, x.ndim)
     inputs = op.reduce(op.fix(op.labels(x), space), space)
     kernel = op.reduce(op.fix(op.labels(weight), space), space)
     batch, c_in = x.shape[:2]
     c_out = op.out.shape[1]
-    each = math.prod(weight.shape[2:]) * math.prod((x if transposed else op.out).shape[2:])
     rows = op.reshape(inputs, (batch, c_in), (batch, groups, 1, c_in // groups))
     first, second = (c_in, c_out) if transposed else (c_out, c_in)
     cut = op.reshape(kernel, (first, second // groups), (groups, first // groups, second // groups))
     if transposed:
         cut = algebra.move(cut, [0, 2, 1])
-    cut = algebra.insert(cut, 0)
     shapes = (batch, groups, 1, c_in // groups), (1, groups, c_out // groups, c_in // groups)
-    result = op.contract(rows, shapes[0], cut, shapes[1], [3], each)
+    result = op.contract(rows, shapes[0], algebra.insert(cut, 0), shapes[1], [3], each)
     result = op.reshape(result, (batch, groups, c_out // groups), (batch, c_out))
-    if bias is not None:
-        result = algebra.broadcast(op.ledger, result, (batch, c_out), op.labels(bias), (c_out,))[0]
     for d in space:
         result = algebra.insert(result, d)
     return result

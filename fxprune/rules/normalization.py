@@ -21,23 +21,11 @@ def dims_of(dim: int | Sequence[int] | None, ndim: int) -> list[int]:
     return [d % ndim for d in ([dim] if isinstance(dim, int) else dim)] if ndim else []
 
 
-def affine(op: Op, labels: Labels, shape: Sequence[int], *params: torch.Tensor | None, at: Sequence[int]) -> Labels:
-    """Tie per-channel parameters to the dims `at` of a tensor."""
-    for p in params:
-        if p is None:
-            continue
-        wide = op.labels(p)
-        sizes = [shape[d] if d in at else 1 for d in range(len(shape))]
-        wide = op.reshape(wide, tuple(p.shape), tuple(sizes))
-        labels = algebra.broadcast(op.ledger, labels, tuple(shape), wide, tuple(sizes))[0]
-    return labels
-
-
 @rule(aten.native_batch_norm, aten._native_batch_norm_legit, aten.cudnn_batch_norm, aten._batch_norm_with_update)
 def batch_norm(op: Op, x: torch.Tensor, weight: Any, bias: Any, mean: Any = None, var: Any = None, *args: Any) -> list[Labels]:
     """x: (b, c, *space); weight, bias, mean, var: (c,). Per channel."""
     params = [p for p in (weight, bias, mean, var) if isinstance(p, torch.Tensor)]
-    labels = affine(op, op.labels(x), x.shape, *params, at=[1])
+    labels = op.per_channel(op.labels(x), x.shape, params, at=[1])
     return [labels, *[algebra.blank(extra.ndim) for extra in op.out[1:]]]
 
 
@@ -52,7 +40,7 @@ def layer_norm(op: Op, x: torch.Tensor, normalized: Sequence[int], weight: Any, 
     """x: (.., *normalized); weight, bias: (*normalized,)."""
     at = range(x.ndim - len(normalized), x.ndim)
     labels = op.mix(op.labels(x), at)
-    labels = affine(op, labels, x.shape, weight, bias, at=list(at))
+    labels = op.per_channel(labels, x.shape, [weight, bias], at=list(at))
     return [labels, *[algebra.blank(extra.ndim) for extra in op.out[1:]]]
 
 
@@ -62,7 +50,7 @@ def group_norm(op: Op, x: torch.Tensor, weight: Any, bias: Any, n: int, c: int, 
     labels = op.mix(op.labels(x), range(2, x.ndim))
     cut = (n, groups, c // groups, *x.shape[2:])
     rows = op.mix(op.reshape(labels, tuple(x.shape), cut), range(2, x.ndim + 1))
-    labels = affine(op, op.reshape(rows, cut, tuple(x.shape)), x.shape, weight, bias, at=[1])
+    labels = op.per_channel(op.reshape(rows, cut, tuple(x.shape)), x.shape, [weight, bias], at=[1])
     return [labels, *[algebra.blank(extra.ndim) for extra in op.out[1:]]]
 
 
