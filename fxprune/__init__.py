@@ -6,7 +6,7 @@ and heads, chooses what stays, and emits a slimmer `GraphModule` that is proved 
 
 from fxprune import methods
 from fxprune.budgets import Budget
-from fxprune.compiling import compile  # noqa: A004
+from fxprune.compiling import compile
 from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling, couple
 from fxprune.errors import (

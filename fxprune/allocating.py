@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fxprune.constraining import Constraints
-from fxprune.coupling import Coupling
 from fxprune.costs import Costs
+from fxprune.coupling import Coupling
 from fxprune.errors import CouplingError, PlanError
 from fxprune.grouping import Group
 

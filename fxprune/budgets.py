@@ -33,13 +33,22 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.latency is not None:
-            raise PlanError("Budget(latency=...) needs a latency model of the target, which this version does not have. Use `macs=`, `params=` or `memory=`.")
+            raise PlanError(
+                "Budget(latency=...) needs a latency model of the target, which this version does not have. Use "
+                "`macs=`, `params=` or `memory=`."
+            )
         given = {name: getattr(self, name) for name in RESOURCES if getattr(self, name) is not None}
         if not given:
-            raise PlanError("Budget() bounds nothing. Pass at least one of `macs=`, `params=`, `memory=`, such as `Budget(macs=0.5)`.")
+            raise PlanError(
+                "Budget() bounds nothing. Pass at least one of `macs=`, `params=`, `memory=`, such as "
+                "`Budget(macs=0.5)`."
+            )
         for name, value in given.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-                raise PlanError(f"Budget({name}={value!r}) is not a positive number. Pass a share such as 0.5, or an absolute bound above 1.")
+                raise PlanError(
+                    f"Budget({name}={value!r}) is not a positive number. Pass a share such as 0.5, or an absolute "
+                    f"bound above 1."
+                )
 
     def bounds(self, dense: Costs) -> dict[str, float]:
         """Return the absolute bound of every resource that has one."""

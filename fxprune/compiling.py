@@ -29,7 +29,7 @@ ATTEMPTS = 8
 """How often planning starts over with nodes frozen whose sizes cannot be rewritten."""
 
 
-def compile(  # noqa: A001, PLR0913 (the library's one call)
+def compile(
     model: nn.Module,
     example_inputs: Any,
     budget: Budget,
@@ -68,7 +68,9 @@ def compile(  # noqa: A001, PLR0913 (the library's one call)
     """
     if not isinstance(budget, Budget):
         raise PlanError(f"the budget is {budget!r}. Pass `fxprune.Budget(macs=0.5)`.")
-    with tqdm(total=5, desc="trace", disable=not progress, bar_format="{desc:<8} {bar:20} {n}/{total} [{elapsed}]") as bar:
+    with tqdm(
+        total=5, desc="trace", disable=not progress, bar_format="{desc:<8} {bar:20} {n}/{total} [{elapsed}]"
+    ) as bar:
 
         def step(name: str) -> None:
             bar.update()
@@ -78,7 +80,9 @@ def compile(  # noqa: A001, PLR0913 (the library's one call)
         step("couple")
         coupling = couple(traced, unknown=unknown)
         step("plan")
-        coupling, chosen, slim, freeze = _plan_and_rewrite(traced, coupling, unknown, budget, method, calibration, tasks, constraints)
+        coupling, chosen, slim, freeze = _plan_and_rewrite(
+            traced, coupling, unknown, budget, method, calibration, tasks, constraints
+        )
         step("verify")
         bar.update()
         verification = verify_slim(coupling, chosen, slim) if verify else None
@@ -90,7 +94,14 @@ def compile(  # noqa: A001, PLR0913 (the library's one call)
 
 
 def _plan_and_rewrite(
-    traced: Traced, coupling: Coupling, unknown: str, budget: Budget, method: Any, calibration: Any, tasks: Any, constraints: Any
+    traced: Traced,
+    coupling: Coupling,
+    unknown: str,
+    budget: Budget,
+    method: Any,
+    calibration: Any,
+    tasks: Any,
+    constraints: Any,
 ) -> tuple[Coupling, Plan, fx.GraphModule, dict[str, str]]:
     """Plan and rewrite; where sizes in the graph cannot be rewritten, freeze those nodes and start over."""
     freeze: dict[str, str] = {}

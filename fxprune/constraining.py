@@ -41,11 +41,17 @@ class Constraints:
     def __post_init__(self) -> None:
         for field in ("keep_inputs", "keep_outputs", "tie"):
             if isinstance(getattr(self, field), str):
-                raise PlanError(f"Constraints({field}={getattr(self, field)!r}) is one string. Pass a list: `{field}=[...]`.")
+                raise PlanError(
+                    f"Constraints({field}={getattr(self, field)!r}) is one string. Pass a list: `{field}=[...]`."
+                )
         if self.min_width < 1:
-            raise PlanError(f"Constraints(min_width={self.min_width}): every group keeps at least one channel. Pass 1 or more.")
+            raise PlanError(
+                f"Constraints(min_width={self.min_width}): every group keeps at least one channel. Pass 1 or more."
+            )
         if self.multiple_of < 1:
-            raise PlanError(f"Constraints(multiple_of={self.multiple_of}) is not a positive whole number. Pass 1, 8, 16, ..")
+            raise PlanError(
+                f"Constraints(multiple_of={self.multiple_of}) is not a positive whole number. Pass 1, 8, 16, .."
+            )
         if not 0 <= self.max_ratio <= 1:
             raise PlanError(f"Constraints(max_ratio={self.max_ratio}) is not a share. Pass a number from 0 to 1.")
 
@@ -69,9 +75,17 @@ def matching(graph: fx.Graph, pattern: str, what: str) -> list[fx.Node]:
         PlanError: there are none.
     """
     known = layers(graph)
-    nodes = [n for name, found in known.items() if fnmatch.fnmatchcase(name, pattern) or name.startswith(pattern + ".") for n in found]
+    nodes = [
+        n
+        for name, found in known.items()
+        if fnmatch.fnmatchcase(name, pattern) or name.startswith(pattern + ".")
+        for n in found
+    ]
     if not nodes:
-        raise PlanError(f"Constraints({what}=...): {pattern!r} matches no layer. Layers are, for example: {', '.join(list(known)[:5])}.")
+        raise PlanError(
+            f"Constraints({what}=...): {pattern!r} matches no layer. Layers are, for example: "
+            f"{', '.join(list(known)[:5])}."
+        )
     return nodes
 
 
@@ -80,7 +94,9 @@ def constrain(coupling: Coupling, constraints: Constraints) -> Coupling:
     if not (constraints.keep_inputs or constraints.keep_outputs or constraints.tie):
         return coupling
     old = coupling.record.ledger
-    ledger = Ledger(old.num_atoms, "", list(old.ties), list(old.rows), list(old.products), list(old.freezes), list(old.births))
+    ledger = Ledger(
+        old.num_atoms, "", list(old.ties), list(old.rows), list(old.products), list(old.freezes), list(old.births)
+    )
     graph = coupling.traced.graph
     nodes = coupling.record.nodes
     for field, inward in (("keep_inputs", True), ("keep_outputs", False)):
@@ -108,7 +124,10 @@ def _tie(ledger: Ledger, coupling: Coupling, nodes: list[fx.Node]) -> None:
         ledger.node = node.name
         a, b = _channels(first.labels), _channels(other.labels)
         if a.shape != b.shape:
-            raise PlanError(f"Constraints(tie=...): {nodes[0].name!r} has {a.size} output channels and {node.name!r} has {b.size}. Tie equal layers.")
+            raise PlanError(
+                f"Constraints(tie=...): {nodes[0].name!r} has {a.size} output channels and {node.name!r} has "
+                f"{b.size}. Tie equal layers."
+            )
         broadcast(ledger, (a,), a.shape, (b,), b.shape)
 
 

@@ -113,7 +113,9 @@ class Coupling:
             channels = self.sites[index].channels
             first[channels[channels != FIXED]] = index
         names = [f"{site.name}" for site in self.sites]
-        return find_groups(self.num_channels, list(self.rows), self.products, self.is_frozen, self._site_key, names, first)
+        return find_groups(
+            self.num_channels, list(self.rows), self.products, self.is_frozen, self._site_key, names, first
+        )
 
     @cached_property
     def costs(self) -> CostModel:
@@ -212,14 +214,16 @@ class Coupling:
             return "a crossing would go although both its parents stay"
         for batch in self.rows:
             count = keep[batch.columns].sum(axis=1)
-            uneven = [node for node in np.unique(batch.node) if len(np.unique(count[(batch.node == node) & (count > 0)])) > 1]
+            uneven = [
+                node for node in np.unique(batch.node) if len(np.unique(count[(batch.node == node) & (count > 0)])) > 1
+            ]
             if uneven:
                 return f"the rows at node {str(uneven[0])!r} would keep unequally many channels"
         return None
 
     @cached_property
     def _translated(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """id of an array of atoms -> the array, and its channels."""
+        """Arrays of atoms, by id, with their channels."""
         return {}
 
     def channels(self, atoms: np.ndarray) -> np.ndarray:
@@ -261,7 +265,9 @@ def couple(traced: Traced, *, unknown: str = "freeze", freeze: Mapping[str, str]
     if record.unknown and unknown == "error":
         lines = [f"  {op} at node {node!r}{traced.where(node)}" for node, op in dict.fromkeys(record.unknown)]
         raise CouplingError(
-            "these ops have no rule:\n" + "\n".join(lines) + "\nAdd a rule with `@fxprune.rules.rule(op)`, or pass `unknown=\"freeze\"`."
+            "these ops have no rule:\n"
+            + "\n".join(lines)
+            + '\nAdd a rule with `@fxprune.rules.rule(op)`, or pass `unknown="freeze"`.'
         )
     _freeze_nodes(record, traced, dict(freeze or {}))
     return close_record(traced, record)
@@ -275,7 +281,8 @@ def _interpreted(traced: Traced) -> Interpretation:
         shapes = ", ".join(str(tuple(t.shape)) for t in tensors_in((traced.args, traced.kwargs)))
         raise TraceError(
             f"{type(traced.model).__name__} does not run on the example inputs of shape {shapes}: node {error.node!r}"
-            f"{traced.where(error.node)} raised {type(cause).__name__}: {cause}. Pass example inputs that `model(*example_inputs)` takes."
+            f"{traced.where(error.node)} raised {type(cause).__name__}: {cause}. Pass example inputs that "
+            f"`model(*example_inputs)` takes."
         ) from cause
 
 
@@ -284,7 +291,14 @@ def close_record(traced: Traced, record: Interpretation) -> Coupling:
     classes = close(record.ledger)
     sites = _sites(record, classes)
     return Coupling(
-        traced, sites, classes.num_channels, _frozen(record, classes, traced), _rows(record, classes), _products(record, classes), record, classes
+        traced,
+        sites,
+        classes.num_channels,
+        _frozen(record, classes, traced),
+        _rows(record, classes),
+        _products(record, classes),
+        record,
+        classes,
     )
 
 
@@ -292,7 +306,9 @@ def _freeze_nodes(record: Interpretation, traced: Traced, freeze: dict[str, str]
     nodes = {n.name: n for n in traced.graph.nodes}
     for name, reason in freeze.items():
         if name not in nodes:
-            raise CouplingError(f"freeze names node {name!r}, which the graph does not have. Its nodes are in `traced.graph`.")
+            raise CouplingError(
+                f"freeze names node {name!r}, which the graph does not have. Its nodes are in `traced.graph`."
+            )
         record.ledger.node = name
         for node in [nodes[name], *nodes[name].all_input_nodes]:
             for t in record.nodes.get(node.name, []):
@@ -326,12 +342,16 @@ def _rows(record: Interpretation, classes: Classes) -> tuple[Rows, ...]:
         columns, row = classes.of(batch.columns), classes.of(batch.row)
         if not (columns == columns[:, :1]).all():
             by_width.setdefault(columns.shape[1], []).append((columns, row, batch.node))
-    return tuple(Rows(columns, row, np.full(len(row), node)) for batches in by_width.values() for columns, row, node in batches)
+    return tuple(
+        Rows(columns, row, np.full(len(row), node)) for batches in by_width.values() for columns, row, node in batches
+    )
 
 
 def _products(record: Interpretation, classes: Classes) -> Products:
     def joined(which: str) -> np.ndarray:
-        return classes.of(np.concatenate([getattr(b, which) for b in record.ledger.products] or [np.empty(0, dtype=np.int64)]))
+        return classes.of(
+            np.concatenate([getattr(b, which) for b in record.ledger.products] or [np.empty(0, dtype=np.int64)])
+        )
 
     channel, row, column = joined("atom"), joined("row"), joined("column")
     proper = (channel != row) & (channel != column)

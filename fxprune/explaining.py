@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import networkx as nx
@@ -71,7 +72,9 @@ def _sites(coupling: Coupling, name: str | Vertex) -> list[Site]:
     if not found:
         known = sorted({s.name for s in coupling.sites})
         close = [k for k in known if wanted.split(".")[-1] in k][:3] or known[:3]
-        raise CouplingError(f"no parameter {name!r} with channels in this network. There are, for example: {', '.join(close)}.")
+        raise CouplingError(
+            f"no parameter {name!r} with channels in this network. There are, for example: {', '.join(close)}."
+        )
     return found
 
 
@@ -93,7 +96,7 @@ def explain(coupling: Coupling, a: str | Vertex, b: str | Vertex) -> str:
     if len(path) == 1:
         return f"{_say(path[0])} is one and the same site."
     lines = [_say(path[0])]
-    for here, there in zip(path, path[1:], strict=False):
+    for here, there in pairwise(path):
         edge = coupling.graph.edges[here, there]
         verb = {"tie": "is tied to", "row": "shares rows with", "crossing": "crosses"}[edge["relation"]]
         lines.append(f"  {verb} {_say(there)} at node {edge['node']!r}{coupling.traced.where(edge['node'])}")

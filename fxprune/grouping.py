@@ -57,7 +57,9 @@ class Group:
         Args:
             score: (channels,) saliency of each choice; those that may not go have infinite saliency.
         """
-        steps = min(int(np.isfinite(score[cell]).sum()) // take for cell, take in zip(self.cells, self.takes, strict=True))
+        steps = min(
+            int(np.isfinite(score[cell]).sum()) // take for cell, take in zip(self.cells, self.takes, strict=True)
+        )
         ranked = [cell[np.lexsort((cell, score[cell]))] for cell in self.cells]
         return np.concatenate(
             [cell[: steps * take].reshape(steps, take) for cell, take in zip(ranked, self.takes, strict=True)], axis=1
@@ -175,7 +177,9 @@ def _losses(num_channels: int, rows: list[Rows], members: Members) -> _Losses:
     choice, row = keys // first, keys % first
     partial = lost < np.concatenate(width)[row]
     emptied = np.stack([choice, np.concatenate([batch.row for batch in rows])[row]], 1)[~partial]
-    return _Losses(choice[partial], row[partial], lost[partial], np.concatenate(batch_of_row), emptied[emptied[:, 1] != FIXED])
+    return _Losses(
+        choice[partial], row[partial], lost[partial], np.concatenate(batch_of_row), emptied[emptied[:, 1] != FIXED]
+    )
 
 
 def _members_and_losses(num_channels: int, rows: list[Rows], products: Products) -> tuple[Members, _Losses]:
@@ -221,13 +225,21 @@ def _torn(members: Members, products: Products, n: int) -> np.ndarray:
     if len(products.channel):
         choice, which = _matches(members, products.channel)
         known = members.choice * n + members.channel
-        lonely = ~np.isin(choice * n + products.row[which], known) & ~np.isin(choice * n + products.column[which], known)
+        lonely = ~np.isin(choice * n + products.row[which], known) & ~np.isin(
+            choice * n + products.column[which], known
+        )
         torn[choice[lonely]] = True
     return torn
 
 
 def find_groups(
-    num_channels: int, rows: list[Rows], products: Products, frozen: np.ndarray, site_key: np.ndarray, names: list[str], first_site: np.ndarray
+    num_channels: int,
+    rows: list[Rows],
+    products: Products,
+    frozen: np.ndarray,
+    site_key: np.ndarray,
+    names: list[str],
+    first_site: np.ndarray,
 ) -> tuple[tuple[Group, ...], Members]:
     """Find the groups and the members of every choice.
 
@@ -309,7 +321,9 @@ def _even(losses: _Losses, cells: list[np.ndarray], takes: list[int]) -> bool:
     return all(np.ptp(lost[losses.batch_of_row == batch]) < 1e-9 for batch in touched)
 
 
-def _numbered(drafts: list[_Draft], members: Members, site_key: np.ndarray, names: list[str], first_site: np.ndarray) -> tuple[Group, ...]:
+def _numbered(
+    drafts: list[_Draft], members: Members, site_key: np.ndarray, names: list[str], first_site: np.ndarray
+) -> tuple[Group, ...]:
     group_of = np.full(len(site_key), -1)
     for index, (_, cells, _) in enumerate(drafts):
         for cell in cells:

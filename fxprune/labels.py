@@ -83,7 +83,9 @@ def align(ledger: Ledger, labels: Labels, dim: int, over: Iterable[int]) -> Labe
             ledger.tie(ids, column)
         else:
             known = _known_columns(ledger, ids, row, d)
-            column = ledger.fresh(tuple(1 if e == d else n for e, n in enumerate(ids.shape))) if known is None else known
+            column = (
+                ledger.fresh(tuple(1 if e == d else n for e, n in enumerate(ids.shape))) if known is None else known
+            )
             ledger.tie(ids, ledger.product(row, column))
         ids = column
     return (*labels[:dim], ids, *labels[dim + 1 :])
@@ -128,7 +130,9 @@ def _widened(labels: Labels, shape: Shape, ndim: int) -> tuple[Labels, Shape]:
     if not extra:
         return labels, shape
     ones = (1,) * extra
-    return (None,) * extra + tuple(None if ids is None else ids.reshape(ones + ids.shape) for ids in labels), ones + tuple(shape)
+    return (None,) * extra + tuple(
+        None if ids is None else ids.reshape(ones + ids.shape) for ids in labels
+    ), ones + tuple(shape)
 
 
 def mix(ledger: Ledger, labels: Labels, dims: Iterable[int]) -> Labels:
@@ -186,7 +190,9 @@ def concatenate(ledger: Ledger, parts: Sequence[tuple[Labels, Shape]], dim: int)
     return settle(ledger, tuple(result))
 
 
-def _joined(ledger: Ledger, rows: list[list[np.ndarray | None]], d: int, dim: int, lengths: list[int]) -> np.ndarray | None:
+def _joined(
+    ledger: Ledger, rows: list[list[np.ndarray | None]], d: int, dim: int, lengths: list[int]
+) -> np.ndarray | None:
     """Return the labels of `d` after parts were joined along another dim."""
     if all(labels[d] is None for labels in rows):
         return None
@@ -202,11 +208,16 @@ def _joined(ledger: Ledger, rows: list[list[np.ndarray | None]], d: int, dim: in
     return columns[0]
 
 
-def _end_to_end(ledger: Ledger, rows: list[list[np.ndarray | None]], d: int, dim: int, lengths: list[int]) -> np.ndarray:
+def _end_to_end(
+    ledger: Ledger, rows: list[list[np.ndarray | None]], d: int, dim: int, lengths: list[int]
+) -> np.ndarray:
     """Lay the labels that the parts have on `d` end to end along `dim`."""
     columns = _alike(ledger, rows, d, dim)
     outer = np.broadcast_shapes(*[tuple(1 if e == dim else n for e, n in enumerate(ids.shape)) for ids in columns])
-    wide = [np.broadcast_to(ids, [n if e == dim else m for e, m in enumerate(outer)]) for ids, n in zip(columns, lengths, strict=True)]
+    wide = [
+        np.broadcast_to(ids, [n if e == dim else m for e, m in enumerate(outer)])
+        for ids, n in zip(columns, lengths, strict=True)
+    ]
     return np.concatenate(wide, axis=dim)
 
 
@@ -291,7 +302,9 @@ def _blocks(before: list[int], after: list[int]) -> list[tuple[list[int], list[i
     return blocks
 
 
-def _merge(ledger: Ledger, work: list[np.ndarray | None], sizes: list[int], at: int) -> tuple[list[np.ndarray | None], list[int]]:
+def _merge(
+    ledger: Ledger, work: list[np.ndarray | None], sizes: list[int], at: int
+) -> tuple[list[np.ndarray | None], list[int]]:
     """Merge dims `at` and `at + 1`."""
     n, m = sizes[at], sizes[at + 1]
     work = list(align(ledger, tuple(work), at, [at + 1]))
@@ -321,7 +334,9 @@ def _implied(ledger: Ledger, ids: np.ndarray, dim: int, owner: np.ndarray) -> bo
     return bool((row == owner).all()) or ledger.is_row(row, owner)
 
 
-def _split(ledger: Ledger, work: list[np.ndarray | None], sizes: list[int], at: int, n: int) -> tuple[list[np.ndarray | None], list[int]]:
+def _split(
+    ledger: Ledger, work: list[np.ndarray | None], sizes: list[int], at: int, n: int
+) -> tuple[list[np.ndarray | None], list[int]]:
     """Split dim `at` into `n` rows."""
     m = sizes[at] // n
 

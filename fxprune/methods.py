@@ -29,10 +29,12 @@ class Method(Protocol):
 
     @property
     def scope(self) -> Scope:
-        """"uniform": every group loses the same share. "global": scores, relative to their group's mean, compete."""
+        """ "uniform": every group loses the same share. "global": scores, relative to their group's mean, compete."""
         ...
 
-    def scores(self, coupling: Coupling, calibration: Iterable[Any] | None, tasks: Mapping[str, Task] | None) -> np.ndarray:
+    def scores(
+        self, coupling: Coupling, calibration: Iterable[Any] | None, tasks: Mapping[str, Task] | None
+    ) -> np.ndarray:
         """Return (channels,) scores; the lowest goes first."""
         ...
 
@@ -49,7 +51,9 @@ class Magnitude:
     p: float = 2.0
     scope: Scope = "uniform"
 
-    def scores(self, coupling: Coupling, calibration: Iterable[Any] | None = None, tasks: Mapping[str, Task] | None = None) -> np.ndarray:
+    def scores(
+        self, coupling: Coupling, calibration: Iterable[Any] | None = None, tasks: Mapping[str, Task] | None = None
+    ) -> np.ndarray:
         """Return (channels,) scores. No data is needed."""
         return magnitude(coupling, self.p)
 
@@ -64,7 +68,9 @@ class Taylor:
 
     scope: Scope = "uniform"
 
-    def scores(self, coupling: Coupling, calibration: Iterable[Any] | None = None, tasks: Mapping[str, Task] | None = None) -> np.ndarray:
+    def scores(
+        self, coupling: Coupling, calibration: Iterable[Any] | None = None, tasks: Mapping[str, Task] | None = None
+    ) -> np.ndarray:
         """Return (channels,) scores."""
         return taylor(coupling, calibration, tasks)
 
@@ -79,7 +85,9 @@ class BatchNormScale:
 
     scope: Scope = "uniform"
 
-    def scores(self, coupling: Coupling, calibration: Iterable[Any] | None = None, tasks: Mapping[str, Task] | None = None) -> np.ndarray:
+    def scores(
+        self, coupling: Coupling, calibration: Iterable[Any] | None = None, tasks: Mapping[str, Task] | None = None
+    ) -> np.ndarray:
         """Return (channels,) scores. No data is needed."""
         return batch_norm_scale(coupling)
 
@@ -96,6 +104,8 @@ class Random:
     seed: int = 0
     scope: Scope = "uniform"
 
-    def scores(self, coupling: Coupling, calibration: Iterable[Any] | None = None, tasks: Mapping[str, Task] | None = None) -> np.ndarray:
+    def scores(
+        self, coupling: Coupling, calibration: Iterable[Any] | None = None, tasks: Mapping[str, Task] | None = None
+    ) -> np.ndarray:
         """Return (channels,) scores. No data is needed."""
         return random(coupling, self.seed)

@@ -11,12 +11,13 @@ from typing import Any
 from tabulate import tabulate
 from torch import nn
 
-from fxprune.coupling import Coupling
 from fxprune.costs import RESOURCES, CostChange
+from fxprune.coupling import Coupling
 from fxprune.errors import FxPruneError
 from fxprune.planning import GroupWidth, Plan, costs_table
 from fxprune.slimming import RECORD
 from fxprune.verifying import Verification
+
 
 @dataclass(frozen=True, slots=True)
 class FrozenRow:
@@ -61,7 +62,10 @@ class Report:
             str(self.verification) if self.verification else "not verified: `verify=False`",
         ]
         if self.frozen:
-            parts.insert(3, "what could not go:\n" + tabulate(self._frozen_rows(), headers=["channels", "node", "reason", "line"]))
+            parts.insert(
+                3,
+                "what could not go:\n" + tabulate(self._frozen_rows(), headers=["channels", "node", "reason", "line"]),
+            )
         return "\n\n".join([*parts, *(f"note: {note}" for note in self.notes)])
 
     def _groups_line(self) -> str:
@@ -73,7 +77,10 @@ class Report:
 
     def _repr_html_(self) -> str:
         groups = [[g.name, g.kind, g.sites, g.before, g.after] for g in self.groups]
-        costs = [[n, f"{getattr(self.costs.before, n):,}", f"{getattr(self.costs.after, n):,}", f"{self.costs.share(n):.1%}"] for n in RESOURCES]
+        costs = [
+            [n, f"{getattr(self.costs.before, n):,}", f"{getattr(self.costs.after, n):,}", f"{self.costs.share(n):.1%}"]
+            for n in RESOURCES
+        ]
         tables = [
             tabulate(costs, headers=["cost", "before", "after", "share"], tablefmt="html", disable_numparse=True),
             tabulate(groups, headers=["first site", "kind", "sites", "before", "after"], tablefmt="html"),
@@ -81,7 +88,9 @@ class Report:
         ]
         verdict = html.escape(str(self.verification) if self.verification else "not verified")
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
-        return f"<h4>fxprune: {html.escape(self.method)}</h4>{tables[0]}<pre>{verdict}</pre>{notes}<details><summary>groups and frozen channels</summary>{tables[1]}{tables[2]}</details>"
+        return f"<h4>fxprune: "
+               f"{html.escape(self.method)}</h4>{tables[0]}<pre>{verdict}</pre>{notes}<details><summary>groups and "
+               f"frozen channels</summary>{tables[1]}{tables[2]}</details>"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
@@ -124,11 +133,15 @@ def frozen_rows(coupling: Coupling) -> tuple[FrozenRow, ...]:
     return tuple(sorted(rows, key=lambda row: -row.channels))
 
 
-def make_report(coupling: Coupling, plan: Plan, verification: Verification | None, notes: tuple[str, ...] = ()) -> Report:
+def make_report(
+    coupling: Coupling, plan: Plan, verification: Verification | None, notes: tuple[str, ...] = ()
+) -> Report:
     """Put a report together."""
     traced = coupling.traced
     notes = (*traced.notes, *notes)
-    return Report(plan.costs, plan.groups, frozen_rows(coupling), verification, plan.method, plan.budget, traced.frontend, notes)
+    return Report(
+        plan.costs, plan.groups, frozen_rows(coupling), verification, plan.method, plan.budget, traced.frontend, notes
+    )
 
 
 def compiled(slim: nn.Module) -> Compiled:
@@ -139,7 +152,10 @@ def compiled(slim: nn.Module) -> Compiled:
     """
     found = getattr(slim, "meta", {}).get(RECORD) if isinstance(getattr(slim, "meta", None), dict) else None
     if found is None:
-        raise FxPruneError(f"this {type(slim).__name__} carries no record of fxprune. Pass what `fxprune.compile` or `fxprune.load` returned.")
+        raise FxPruneError(
+            f"this {type(slim).__name__} carries no record of fxprune. Pass what `fxprune.compile` or `fxprune.load` "
+            f"returned."
+        )
     return found
 
 

@@ -11,16 +11,17 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from fxprune import positions as positions  # its fixers enter the table
 from fxprune.cloning import clone
 from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError
 from fxprune.interpreting import Labelled, bind, meta_tensor, named_state, tensors_in, to_meta
 from fxprune.labels import Labels, Shape
-from fxprune.literals import FIXERS, CannotRewriteError, plain_name
+from fxprune.literals import FIXERS, plain_name
 from fxprune.planning import Plan, keep_of
 from fxprune.resizing import Call, fits, resize
-from fxprune.slimming import SlimModule
 from fxprune.slicing import Kept, kept_size, sliced_like
+from fxprune.slimming import SlimModule
 
 
 def rewrite(coupling: Coupling, plan: Plan) -> fx.GraphModule:

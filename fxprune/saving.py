@@ -87,7 +87,9 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, example_inputs: Any 
     plan = Plan.from_json(json.dumps(data["plan"]))
     if example_inputs is None:
         if data["inputs"] is None:
-            raise ArtifactError("the example inputs of this network could not be saved. Pass `example_inputs=` as to `compile`.")
+            raise ArtifactError(
+                "the example inputs of this network could not be saved. Pass `example_inputs=` as to `compile`."
+            )
         args = tuple(_example(a) for a in data["inputs"]["args"])
         example_inputs = args or {k: _example(v) for k, v in data["inputs"]["kwargs"].items()}
     traced = trace(model, example_inputs)
@@ -98,7 +100,9 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, example_inputs: Any 
         load_model(slim, str(weights))
     except (SafetensorError, RuntimeError, OSError) as error:
         raise ArtifactError(f"{weights} does not fit or is damaged: {error}. Save the network again.") from error
-    slim.meta[RECORD] = Compiled(plan, make_report(coupling, plan, None, ("loaded from a file",)), data["inputs"], "freeze", data["freeze"])
+    slim.meta[RECORD] = Compiled(
+        plan, make_report(coupling, plan, None, ("loaded from a file",)), data["inputs"], "freeze", data["freeze"]
+    )
     return slim
 
 
@@ -108,7 +112,9 @@ def _read_plan(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ArtifactError(f"{path} is damaged: it is not text ({error}). Save the network again.") from error
     except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror}. Pass the folder that `fxprune.save` wrote.") from error
+        raise ArtifactError(
+            f"{path} cannot be read: {error.strerror}. Pass the folder that `fxprune.save` wrote."
+        ) from error
     try:
         data = json.loads(text)
     except ValueError as error:

@@ -27,7 +27,9 @@ class Task:
 
     def __post_init__(self) -> None:
         if not callable(self.loss):
-            raise PlanError(f"Task(loss={self.loss!r}) cannot be called. Pass a function `(outputs, batch) -> scalar tensor`.")
+            raise PlanError(
+                f"Task(loss={self.loss!r}) cannot be called. Pass a function `(outputs, batch) -> scalar tensor`."
+            )
         if self.tolerance is not None and self.tolerance < 0:
             raise PlanError(f"Task(tolerance={self.tolerance}) is negative. Pass a share such as 0.01, or None.")
 
@@ -39,11 +41,19 @@ def run_batch(module: torch.nn.Module, batch: Any, tasks: Mapping[str, Task]) ->
     keyword inputs.
     """
     inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-    outputs = module(*inputs) if isinstance(inputs, (tuple, list)) else module(**inputs) if isinstance(inputs, dict) else module(inputs)
+    outputs = (
+        module(*inputs)
+        if isinstance(inputs, (tuple, list))
+        else module(**inputs)
+        if isinstance(inputs, dict)
+        else module(inputs)
+    )
     losses = {}
     for name, task in tasks.items():
         loss = task.loss(outputs, batch)
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-            raise PlanError(f"the loss of task {name!r} returned {type(loss).__name__}, not a scalar tensor. Return `loss.mean()`.")
+            raise PlanError(
+                f"the loss of task {name!r} returned {type(loss).__name__}, not a scalar tensor. Return `loss.mean()`."
+            )
         losses[name] = loss.reshape(())
     return losses

@@ -321,7 +321,7 @@ def _unused(model: nn.Module, root: nn.Module, graph: fx.Graph) -> list[str]:
 
 def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Front:
     root = shared_copy(model)
-    auto = pytree.tree_map(lambda v: {d: torch.export.Dim.AUTO for d in range(v.ndim)} if isinstance(v, torch.Tensor) else None, (args, kwargs))
+    auto = pytree.tree_map(lambda v: dict.fromkeys(range(v.ndim), torch.export.Dim.AUTO) if isinstance(v, torch.Tensor) else None, (args, kwargs))
     try:
         program = torch.export.export(root, args, kwargs, dynamic_shapes=(*auto[0], *auto[1].values()), strict=False)
         notes = ["traced by torch.export"]

@@ -13,7 +13,9 @@ from fxprune.planning import Plan
 from fxprune.reporting import compiled
 
 
-def transfer(optimizer: torch.optim.Optimizer, slim: nn.Module, *, model: nn.Module | None = None) -> torch.optim.Optimizer:
+def transfer(
+    optimizer: torch.optim.Optimizer, slim: nn.Module, *, model: nn.Module | None = None
+) -> torch.optim.Optimizer:
     """Return an optimizer of the same class, settings and parameter groups for the slim network, with sliced state.
 
     Args:
@@ -48,18 +50,25 @@ def _names(optimizer: torch.optim.Optimizer, slim: nn.Module, model: nn.Module |
         names = {id(p): name for name, p in model.named_parameters()}
         unknown = [p for p in params if id(p) not in names]
         if unknown:
-            raise ArtifactError(f"{len(unknown)} of the optimizer's {len(params)} parameters are not in `model`. Pass the model it was made for.")
+            raise ArtifactError(
+                f"{len(unknown)} of the optimizer's {len(params)} parameters are not in `model`. Pass the model it "
+                f"was made for."
+            )
         return names
     targets = list(slim.named_parameters())
     if len(params) != len(targets):
         raise ArtifactError(
-            f"the optimizer has {len(params)} parameters, the slim network {len(targets)}: which is which cannot be told. Pass `model=` too."
+            f"the optimizer has {len(params)} parameters, the slim network {len(targets)}: which is which cannot be "
+            f"told. Pass `model=` too."
         )
     plan = compiled(slim).plan
     for p, (name, q) in zip(params, targets, strict=True):
         expected = tuple(plan.sizes.get((name, d), n) for d, n in enumerate(q.shape))
         if tuple(p.shape) != expected:
-            raise ArtifactError(f"{name!r}: expected the optimizer's parameter of shape {expected}, found {tuple(p.shape)}. Pass `model=` too.")
+            raise ArtifactError(
+                f"{name!r}: expected the optimizer's parameter of shape {expected}, found {tuple(p.shape)}. Pass "
+                f"`model=` too."
+            )
     return {id(p): name for p, (name, _) in zip(params, targets, strict=True)}
 
 

@@ -105,10 +105,7 @@ def _mv(func: Any, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 def _convolution(func: Any, x: torch.Tensor, w: torch.Tensor, b: Any, *args: Any) -> torch.Tensor:
     transposed, groups = args[3], args[5]
     gone = w.isnan().flatten(2).all(2)
-    if transposed:
-        absent = gone.reshape(groups, -1, w.shape[1]).all(1).reshape(-1)
-    else:
-        absent = gone.all(1)
+    absent = gone.reshape(groups, -1, w.shape[1]).all(1).reshape(-1) if transposed else gone.all(1)
     out = func(_present(x), _present(w), None if b is None else _present(b), *args)
     return _mark(out, absent.reshape(1, -1, *[1] * (out.ndim - 2)))
 
@@ -164,19 +161,36 @@ def _mean(func: Any, x: torch.Tensor, dim: Any = None, keepdim: bool = False, **
 
 
 @_absent_aware(aten.var, aten.std)
-def _var(func: Any, x: torch.Tensor, dim: Any = None, *args: Any, correction: Any = None, keepdim: bool = False, **kwargs: Any) -> torch.Tensor:
+def _var(
+    func: Any,
+    x: torch.Tensor,
+    dim: Any = None,
+    *args: Any,
+    correction: Any = None,
+    keepdim: bool = False,
+    **kwargs: Any,
+) -> torch.Tensor:
     var = _moments(x, _dims(dim, x), 1 if correction is None else correction)[1]
     var = var.sqrt() if func.overloadpacket is aten.std else var
     return var if keepdim else var.squeeze(tuple(_dims(dim, x)))
 
 
 @_absent_aware(aten.var_mean)
-def _var_mean(func: Any, x: torch.Tensor, dim: Any = None, *args: Any, correction: Any = None, keepdim: bool = False) -> Any:
+def _var_mean(
+    func: Any, x: torch.Tensor, dim: Any = None, *args: Any, correction: Any = None, keepdim: bool = False
+) -> Any:
     mean, var = _moments(x, _dims(dim, x), 1 if correction is None else correction)
     return (var, mean) if keepdim else (var.squeeze(tuple(_dims(dim, x))), mean.squeeze(tuple(_dims(dim, x))))
 
 
-_NEUTRAL = {aten.sum: 0.0, aten.prod: 1.0, aten.amax: -torch.inf, aten.amin: torch.inf, aten.logsumexp: -torch.inf, aten.linalg_vector_norm: 0.0}
+_NEUTRAL = {
+    aten.sum: 0.0,
+    aten.prod: 1.0,
+    aten.amax: -torch.inf,
+    aten.amin: torch.inf,
+    aten.logsumexp: -torch.inf,
+    aten.linalg_vector_norm: 0.0,
+}
 
 
 @_absent_aware(*_NEUTRAL)
@@ -216,7 +230,9 @@ def _double_copy(module: nn.Module) -> nn.Module:
     """Return a float64 copy in eval mode, on the same devices."""
     memo = {}
     for _, t, is_parameter in named_state(module):
-        fresh = t.detach().to(torch.complex128 if t.is_complex() else torch.float64 if t.is_floating_point() else t.dtype, copy=True)
+        fresh = t.detach().to(
+            torch.complex128 if t.is_complex() else torch.float64 if t.is_floating_point() else t.dtype, copy=True
+        )
         memo[id(t)] = nn.Parameter(fresh, requires_grad=False) if is_parameter else fresh
     return copy.deepcopy(module, memo).eval()
 
@@ -272,7 +288,8 @@ def _named_outputs(value: Any) -> dict[str, torch.Tensor]:
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return max |found - expected| / max |expected|; infinite where shapes differ or one is finite and the other not."""
+    """Return max |found - expected| / max |expected|; infinite where shapes differ or one is finite and the other "
+    "not."""
     if found.shape != expected.shape:
         return float("inf")
     if not found.numel():
@@ -310,8 +327,10 @@ def verify(coupling: Coupling, plan: Plan, slim: fx.GraphModule) -> Verification
     if not result.passed:
         name = max(errors, key=errors.__getitem__)
         raise VerificationError(
-            f"output {name!r} of the slim network differs from the masked original by {errors[name]:.1e} (relative, float64). "
-            f"{_first_difference(coupling, plan, slim)} This is a bug in fxprune or in a custom rule: please report it; "
+            f"output {name!r} of the slim network differs from the masked original by {errors[name]:.1e} (relative, "
+            f"float64). "
+            f"{_first_difference(coupling, plan, slim)} This is a bug in fxprune or in a custom rule: please report "
+            f"it; "
             "`Constraints(keep_outputs=[...])` on that layer is a way around it."
         )
     return result

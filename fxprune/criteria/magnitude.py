@@ -22,7 +22,6 @@ def magnitude(coupling: Coupling, p: float = 2.0) -> np.ndarray:
     Source: Li et al., Pruning Filters for Efficient ConvNets (2017), for one layer; Fang et al., DepGraph (2023),
     equation 4, for coupled layers.
     """
-
     latest: dict[str, torch.Tensor] = {}
 
     def measure(name: str, weight: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:

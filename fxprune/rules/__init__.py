@@ -124,9 +124,13 @@ class Op:
         for d in dims:
             ids = labels[d]
             if ids is not None:
-                self.ledger.freeze(ids[self.host.is_constant(ids)], f"is a constant that {self.name} takes a statistic over")
+                self.ledger.freeze(
+                    ids[self.host.is_constant(ids)], f"is a constant that {self.name} takes a statistic over"
+                )
 
-    def per_channel(self, labels: Labels, shape: Shape, params: Iterable[torch.Tensor | None], at: Sequence[int]) -> Labels:
+    def per_channel(
+        self, labels: Labels, shape: Shape, params: Iterable[torch.Tensor | None], at: Sequence[int]
+    ) -> Labels:
         """Tie parameters to the dims `at` of a tensor; one nothing has been said about yet takes the tensor's labels.
 
         Args:
@@ -152,7 +156,9 @@ class Op:
         """Follow a view."""
         return algebra.reshape(self.ledger, labels, shape, new)
 
-    def contract(self, x: Labels, x_shape: Shape, w: Labels, w_shape: Shape, dims: Iterable[int], each: int = 1) -> Labels:
+    def contract(
+        self, x: Labels, x_shape: Shape, w: Labels, w_shape: Shape, dims: Iterable[int], each: int = 1
+    ) -> Labels:
         """Multiply two operands pointwise and sum over `dims`; `each` more macs are spent at every position."""
         labels, shape = algebra.broadcast(self.ledger, x, x_shape, w, w_shape)
         fixed = math.prod(n for n, ids in zip(shape, labels, strict=True) if ids is None)

@@ -96,10 +96,10 @@ def _first_use(op: Op, x: torch.Tensor, weight: torch.Tensor, transposed: bool, 
     """Contract with a weight met for the first time: its inputs are the channels that come in, its outputs are new."""
     channels = op.labels(x)[1]
     c_in, c_out = x.shape[1], op.out.shape[1]
+    fresh = algebra.along(op.ledger.fresh((c_out,)), 1, x.ndim) if c_out > 1 else None
     if channels is None and c_in > 1:
         channels = algebra.along(op.ledger.fresh((c_in,)), 1, x.ndim)
         op.ledger.freeze(channels, "reads a dim whose size cannot change")
-    fresh = algebra.along(op.ledger.fresh((c_out,)), 1, x.ndim) if c_out > 1 else None
     place = (1, 0) if not transposed else (0, 1)
     dims: list[np.ndarray | None] = [None] * weight.ndim
     for d, ids in zip(place, (channels, fresh), strict=True):

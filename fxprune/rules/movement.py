@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,16 @@ from fxprune.rules import Op, rule
 aten = torch.ops.aten
 
 
-@rule(aten.alias, aten.detach, aten.clone, aten.contiguous, aten._to_copy, aten.lift_fresh, aten.lift, aten.lift_fresh_copy)
+@rule(
+    aten.alias,
+    aten.detach,
+    aten.clone,
+    aten.contiguous,
+    aten._to_copy,
+    aten.lift_fresh,
+    aten.lift,
+    aten.lift_fresh_copy,
+)
 def same(op: Op, x: torch.Tensor, *args: Any, **kwargs: Any) -> Labels:
     """x: any shape. The same values in the same places."""
     return op.labels(x)
@@ -70,7 +80,9 @@ def squeeze(op: Op, x: torch.Tensor, dim: int | Sequence[int] | None = None) -> 
 
 
 @rule(aten.slice)
-def slice_(op: Op, x: torch.Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Labels:
+def slice_(
+    op: Op, x: torch.Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Labels:
     """x: (.., n, ..); positions start, start + step, .. below end of one dim."""
     positions = np.arange(x.shape[dim])[slice(start, end, step)]
     return op.pick(op.labels(x), dim % x.ndim, positions)
@@ -84,14 +96,19 @@ def select(op: Op, x: torch.Tensor, dim: int, index: int) -> Labels:
     return algebra.drop(picked, [dim])
 
 
-@rule(aten.split, aten.split_with_sizes, aten.unsafe_split, aten.unsafe_split_with_sizes, aten.split_copy, aten.chunk, aten.unsafe_chunk)
+@rule(
+    aten.split,
+    aten.split_with_sizes,
+    aten.unsafe_split,
+    aten.unsafe_split_with_sizes,
+    aten.split_copy,
+    aten.chunk,
+    aten.unsafe_chunk,
+)
 def split(op: Op, x: torch.Tensor, sizes: Any, dim: int = 0) -> list[Labels]:
     """x: (.., n, ..) cut into runs along one dim."""
     ends = np.cumsum([0] + [part.shape[dim] for part in op.out])
-    return [
-        op.pick(op.labels(x), dim % x.ndim, np.arange(a, b))
-        for a, b in zip(ends[:-1], ends[1:], strict=True)
-    ]
+    return [op.pick(op.labels(x), dim % x.ndim, np.arange(a, b)) for a, b in pairwise(ends)]
 
 
 @rule(aten.unbind)
@@ -135,7 +152,7 @@ def index(op: Op, x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> La
     """x: any shape; one dim indexed by a constant tensor of positions is picked, any other indexing fixes its dims."""
     used = [d for d, i in enumerate(indices) if i is not None]
     labels = op.labels(x)
-    positions = op.host.value(indices[used[0]]) if len(used) == 1 else None
+    positions = op.host.value(only) if len(used) == 1 and (only := indices[used[0]]) is not None else None
     if positions is None or positions.dtype == torch.bool:
         return _indexed_unknown(op, x, labels, indices, used)
     dim = used[0]
@@ -144,7 +161,9 @@ def index(op: Op, x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> La
     return op.reshape(picked, flat, tuple(op.out.shape))
 
 
-def _indexed_unknown(op: Op, x: torch.Tensor, labels: Labels, indices: Sequence[torch.Tensor | None], used: list[int]) -> Labels:
+def _indexed_unknown(
+    op: Op, x: torch.Tensor, labels: Labels, indices: Sequence[torch.Tensor | None], used: list[int]
+) -> Labels:
     labels = op.fix(labels, used, "is indexed by positions that are not constant")
     labels = op.mix(labels, used)
     if used != list(range(used[0], used[-1] + 1)):
@@ -219,7 +238,9 @@ def constant_pad_nd(op: Op, x: torch.Tensor, pad: Sequence[int], value: float = 
     return labels
 
 
-def _padded(op: Op, ids: np.ndarray | None, dim: int, positions: np.ndarray, inside: np.ndarray, own: bool, ndim: int = 0) -> np.ndarray | None:
+def _padded(
+    op: Op, ids: np.ndarray | None, dim: int, positions: np.ndarray, inside: np.ndarray, own: bool, ndim: int = 0
+) -> np.ndarray | None:
     """Return labels over a padded dim: fresh ones where `own`, else those of the nearest position."""
     if ids is None and not own:
         return None

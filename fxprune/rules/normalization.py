@@ -22,7 +22,9 @@ def dims_of(dim: int | Sequence[int] | None, ndim: int) -> list[int]:
 
 
 @rule(aten.native_batch_norm, aten._native_batch_norm_legit, aten.cudnn_batch_norm, aten._batch_norm_with_update)
-def batch_norm(op: Op, x: torch.Tensor, weight: Any, bias: Any, mean: Any = None, var: Any = None, *args: Any) -> list[Labels]:
+def batch_norm(
+    op: Op, x: torch.Tensor, weight: Any, bias: Any, mean: Any = None, var: Any = None, *args: Any
+) -> list[Labels]:
     """x: (b, c, *space); weight, bias, mean, var: (c,). Per channel."""
     params = [p for p in (weight, bias, mean, var) if isinstance(p, torch.Tensor)]
     labels = op.per_channel(op.labels(x), x.shape, params, at=[1])
@@ -45,8 +47,10 @@ def layer_norm(op: Op, x: torch.Tensor, normalized: Sequence[int], weight: Any, 
 
 
 @rule(aten.native_group_norm)
-def group_norm(op: Op, x: torch.Tensor, weight: Any, bias: Any, n: int, c: int, hw: int, groups: int, eps: float) -> list[Labels]:
-    """x: (n, c, *space); weight, bias: (c,). Statistics over each of `groups` rows of channels and over space."""
+def group_norm(
+    op: Op, x: torch.Tensor, weight: Any, bias: Any, n: int, c: int, hw: int, groups: int, eps: float
+) -> list[Labels]:
+    """x: (n, c, *space); weight, bias: (c,). Statistics over space and each of `groups` rows of channels."""
     labels = op.mix(op.labels(x), range(2, x.ndim))
     cut = (n, groups, c // groups, *x.shape[2:])
     rows = op.mix(op.reshape(labels, tuple(x.shape), cut), range(2, x.ndim + 1))
