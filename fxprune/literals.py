@@ -41,7 +41,7 @@ class Context(Protocol):
         ...
 
     def kept(self, node: Any, dim: int) -> np.ndarray | None:
-        """Return (rows, size) bool: which positions of a dim stay, in every row that stays; None where it is unlabelled."""
+        """Return (rows, size) bool: what stays along a dim, in every row that stays; None where it is unlabelled."""
         ...
 
     def rows(self, node: Any, dim: int, count: int) -> int:

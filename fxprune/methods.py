@@ -29,7 +29,7 @@ class Method(Protocol):
 
     @property
     def scope(self) -> Scope:
-        """ "uniform": every group loses the same share. "global": scores, relative to their group's mean, compete."""
+        """How groups share: "uniform" (all lose the same part) or "global" (scores over their group's mean compete)."""
         ...
 
     def scores(

@@ -88,9 +88,8 @@ class Report:
         ]
         verdict = html.escape(str(self.verification) if self.verification else "not verified")
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
-        return f"<h4>fxprune: "
-               f"{html.escape(self.method)}</h4>{tables[0]}<pre>{verdict}</pre>{notes}<details><summary>groups and "
-               f"frozen channels</summary>{tables[1]}{tables[2]}</details>"
+        details = f"<details><summary>groups and frozen channels</summary>{tables[1]}{tables[2]}</details>"
+        return f"<h4>fxprune: {html.escape(self.method)}</h4>{tables[0]}<pre>{verdict}</pre>{notes}{details}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""

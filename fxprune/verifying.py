@@ -288,8 +288,7 @@ def _named_outputs(value: Any) -> dict[str, torch.Tensor]:
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return max |found - expected| / max |expected|; infinite where shapes differ or one is finite and the other "
-    "not."""
+    """Return max |found - expected| / max |expected|; infinite where shapes differ, or what is finite does."""
     if found.shape != expected.shape:
         return float("inf")
     if not found.numel():

@@ -65,8 +65,8 @@ def softmax(op: Op, x: torch.Tensor, dim: int, *args: Any, **kwargs: Any) -> Lab
 
 
 @rule(
-    aten.sum, aten.mean, aten.amax, aten.amin, aten.prod, aten.any, aten.all, aten.logsumexp, aten.var, aten.std, aten.norm,
-    aten.count_nonzero,
+    aten.sum, aten.mean, aten.amax, aten.amin, aten.prod, aten.any, aten.all, aten.logsumexp, aten.var, aten.std,
+    aten.norm, aten.count_nonzero,
 )  # fmt: skip
 def reduction(op: Op, x: torch.Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> Labels:
     """x: any shape; some or all dims disappear."""
