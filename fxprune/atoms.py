@@ -156,3 +156,15 @@ class Ledger:
             return None
         pairs = np.array([self._parents[atom] for atom in flat], dtype=np.int64)
         return pairs[:, 0].reshape(ids.shape), pairs[:, 1].reshape(ids.shape)
+
+    def ancestry(self, ids: np.ndarray) -> np.ndarray:
+        """Return the atoms `ids` and all parents of those that are crossings: (n,)."""
+        atoms = ids[ids != FIXED]
+        if not self._parents:
+            return atoms
+        found: set[int] = set()
+        todo = set(atoms.tolist())
+        while todo:
+            found |= todo
+            todo = {parent for atom in todo for parent in self._parents.get(atom, ())} - found
+        return np.array(sorted(found), dtype=np.int64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,48 +13,95 @@ from torch import nn
 
 _ATOMIC = {int, float, complex, str, bytes, bool, type(None), type, torch.dtype, torch.device, torch.Size}
 _TABLES = {dict, set, OrderedDict}
+_SEQUENCES = {tuple, list}
+_STATE = {"_parameters", "_buffers"}
+
+State = tuple[str, torch.Tensor, bool]
+"""Name, tensor, is a parameter."""
 
 
-def clone(module: nn.Module, tensors: Mapping[int, torch.Tensor]) -> Any:
+def modules_in(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (qualified name, module) of a module and all inside, shared ones once: `named_modules` without recursion."""
+    seen: set[int] = set()
+    stack: list[tuple[str, nn.Module]] = [("", module)]
+    while stack:
+        name, found = stack.pop()
+        if id(found) in seen:
+            continue
+        seen.add(id(found))
+        yield name, found
+        inside = found._modules
+        if inside:
+            prefix = f"{name}." if name else ""
+            stack.extend([(prefix + key, m) for key, m in reversed(inside.items()) if m is not None])
+
+
+def named_state(module: nn.Module) -> Iterator[State]:
+    """Yield (name, tensor, is a parameter) of every parameter, buffer and plain tensor attribute, shared ones once."""
+    seen: set[int] = set()
+    for prefix, child in modules_in(module):
+        own = [(k, v, True) for k, v in child._parameters.items()] + [(k, v, False) for k, v in child._buffers.items()]
+        own += [(k, v, False) for k, v in vars(child).items() if type(v) is torch.Tensor]
+        for key, value, is_parameter in own:
+            if value is not None and id(value) not in seen:
+                seen.add(id(value))
+                yield f"{prefix}.{key}" if prefix else key, value, is_parameter
+
+
+def clone(module: nn.Module, tensors: Mapping[int, torch.Tensor] | None = None) -> Any:
     """Return a module of the same structure.
 
     Submodules, hook tables and attributes are new objects; classes and functions are shared.
 
     Args:
         module: any module; not touched.
-        tensors: id of a parameter, buffer or tensor attribute -> what takes its place; others are shared.
+        tensors: id of a parameter, buffer or tensor attribute -> what takes its place; others are shared. None: all are.
     """
-    return _clone(module, dict(tensors))
+    return _Cloner(module, tensors).clone(module)
 
 
-def _clone(module: nn.Module, memo: dict[int, Any]) -> Any:
-    known = memo.get(id(module))
-    if known is not None:
-        return known
-    kind = type(module)
-    if _copies_itself(kind):
-        return copy.deepcopy(module, memo)
-    new = object.__new__(kind)
-    memo[id(module)] = new
-    state: dict[str, Any] = {}
-    for key, value in vars(module).items():
-        kind = type(value)
-        if kind in _ATOMIC:
-            state[key] = value
-        elif kind in _TABLES and not value:
-            state[key] = kind()
-        elif key in ("_parameters", "_buffers"):
-            state[key] = {k: None if t is None else memo.get(id(t), t) for k, t in value.items()}
-        elif key == "_modules":
-            state[key] = {k: None if m is None else _clone(m, memo) for k, m in value.items()}
-        elif isinstance(value, torch.Tensor):
-            state[key] = memo.get(id(value), value)
-        elif kind in (tuple, list) and all(type(v) in _ATOMIC for v in value):
-            state[key] = kind(value)
-        else:
-            state[key] = copy.deepcopy(value, memo)
-    new.__dict__.update(state)
-    return new
+class _Cloner:
+    """One copy in the making: what was copied so far, and what takes the place of each tensor."""
+
+    def __init__(self, root: nn.Module, tensors: Mapping[int, torch.Tensor] | None) -> None:
+        self._root = root if tensors is None else None
+        self._memo: dict[int, Any] = dict(tensors or {})
+
+    def clone(self, module: nn.Module) -> nn.Module:
+        """Copy a module, or return its copy."""
+        memo = self._memo
+        new = memo.get(id(module))
+        if new is not None:
+            return new
+        kind = type(module)
+        if _copies_itself(kind):
+            return self._deepcopy(module)
+        new = memo[id(module)] = object.__new__(kind)
+        state = vars(new)
+        for key, value in vars(module).items():
+            kind = type(value)
+            if kind in _ATOMIC:
+                state[key] = value
+            elif kind in _TABLES and not value:
+                state[key] = kind()
+            elif key in _STATE:
+                state[key] = {k: None if t is None else memo.get(id(t), t) for k, t in value.items()}
+            elif key == "_modules":
+                state[key] = {k: None if m is None else self.clone(m) for k, m in value.items()}
+            elif isinstance(value, torch.Tensor):
+                state[key] = memo.get(id(value), value)
+            elif kind in _SEQUENCES and all(type(v) in _ATOMIC for v in value):
+                state[key] = kind(value)
+            else:
+                state[key] = self._deepcopy(value)
+        return new
+
+    def _deepcopy(self, value: Any) -> Any:
+        """Copy what only `copy.deepcopy` knows how to, with the same tensors in it."""
+        if self._root is not None:
+            self._memo.update({id(t): t for _, t, _ in named_state(self._root)})
+            self._root = None
+        return copy.deepcopy(value, self._memo)
 
 
 @functools.cache

@@ -65,7 +65,7 @@ class Coupling:
         traced: the traced network.
         sites: where channels are, parameter by parameter in graph order.
         num_channels: channels are numbered from 0, in graph order.
-        frozen: what may not go, and why.
+        fixed: what the graph says may not go, and why.
         rows: rows of channels that must keep equally many.
         products: channels that stay while both their parents stay.
     """
@@ -73,7 +73,7 @@ class Coupling:
     traced: Traced
     sites: tuple[Site, ...]
     num_channels: int
-    frozen: tuple[Frozen, ...]
+    fixed: tuple[Frozen, ...]
     rows: tuple[Rows, ...]
     products: Products
     record: Interpretation = field(repr=False)
@@ -92,6 +92,32 @@ class Coupling:
     def is_frozen(self) -> np.ndarray:
         """(channels,) which may not go."""
         return self.classes.frozen_by >= 0
+
+    @cached_property
+    def frozen(self) -> tuple[Frozen, ...]:
+        """What may not go, and why: what the graph says, and what no group has found a step for."""
+        return self.fixed + self._without_step()
+
+    def _without_step(self) -> tuple[Frozen, ...]:
+        """Return the channels that are in no group although nothing fixes them: their rows take no even step."""
+        settled = np.append(self.is_frozen | ~self.has_site, True)
+        for group in self.groups():
+            settled[self.members.channel[np.isin(self.members.choice, np.concatenate(group.cells))]] = True
+        ledger = self.record.ledger
+        starts = np.array([start for start, _ in ledger.births])
+        found = []
+        reason = "makes rows for which no step was found that takes equally many from each"
+        for batch in self.rows:
+            channels = np.unique(batch.columns[~settled[batch.columns]])
+            if len(channels):
+                settled[channels] = True
+                node = str(batch.node[0])
+                found.append(Frozen(channels, node, reason, self.traced.source(node)))
+        for channel in np.flatnonzero(~settled):
+            atom = int(np.argmax(self.classes.of_atom == channel))
+            node = ledger.births[int(np.searchsorted(starts, atom, "right")) - 1][1]
+            found.append(Frozen(np.array([channel]), node, reason, self.traced.source(node)))
+        return tuple(found)
 
     @cached_property
     def has_site(self) -> np.ndarray:

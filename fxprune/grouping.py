@@ -268,7 +268,9 @@ def find_groups(
     balanced = np.zeros(num_channels, dtype=bool)
     balanced[losses.choice] = True
     open_ = ~frozen & ~crossing & ~balanced & reaches
-    drafts = [("channels", (cell,), (1,)) for cell in _by_key(np.flatnonzero(open_ & (role == PLAIN)), site_key)]
+    key = np.zeros(num_channels, dtype=np.uint64)
+    np.add.at(key, members.choice, site_key[members.channel])
+    drafts = [("channels", (cell,), (1,)) for cell in _by_key(np.flatnonzero(open_ & (role != ROW)), key)]
     drafts += [("rows", (cell,), (1,)) for cell in _by_key(np.flatnonzero(open_ & (role == ROW)), row_key)]
     drafts += _balanced(losses, role, frozen | ~reaches, crossing, num_channels)
     drafts.sort(key=lambda draft: min(int(cell.min()) for cell in draft[1]))
@@ -303,11 +305,13 @@ def _balanced(losses: _Losses, role: np.ndarray, frozen: np.ndarray, crossing: n
         if not free:
             continue
         levels = reduce(gcd, [len(cell) for cell in free])
-        takes = [len(cell) // levels for cell in free]
-        steps = min(int((~frozen[cell]).sum()) // take for cell, take in zip(free, takes, strict=True))
-        if steps and levels > 1 and _even(losses, free, takes):
-            kind = "rows" if (role[free[0]] == ROW).all() else "balanced"
-            drafts.append((kind, tuple(free), tuple(takes)))
+        for takes in ([len(cell) // levels for cell in free], [1] * len(free)):
+            stay = frozen[np.concatenate(free)].any() or max(takes) < max(len(cell) for cell in free)
+            steps = min(int((~frozen[cell]).sum()) // take for cell, take in zip(free, takes, strict=True))
+            if steps and stay and _even(losses, free, takes):
+                kind = "rows" if (role[free[0]] == ROW).all() else "balanced"
+                drafts.append((kind, tuple(free), tuple(takes)))
+                break
     return drafts
 
 

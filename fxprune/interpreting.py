@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune import labels as algebra
 from fxprune.atoms import Ledger
-from fxprune.cloning import clone
+from fxprune.cloning import State, clone, named_state
 from fxprune.labels import Extent, Labels, Shape
 from fxprune.rules import Op, lookup
 
@@ -74,22 +74,6 @@ class Interpretation:
     buffers: list[Buffer] = field(default_factory=list)
     unknown: list[tuple[str, str]] = field(default_factory=list)
     steps: int = 0
-
-
-State = tuple[str, torch.Tensor, bool]
-"""Name, tensor, is a parameter."""
-
-
-def named_state(module: torch.nn.Module) -> Iterator[State]:
-    """Yield (name, tensor, is a parameter) of every parameter, buffer and plain tensor attribute, shared ones once."""
-    seen: set[int] = set()
-    for prefix, child in module.named_modules():
-        own = [(k, v, True) for k, v in child._parameters.items()] + [(k, v, False) for k, v in child._buffers.items()]
-        own += [(k, v, False) for k, v in vars(child).items() if type(v) is torch.Tensor]
-        for key, value, is_parameter in own:
-            if value is not None and id(value) not in seen:
-                seen.add(id(value))
-                yield f"{prefix}.{key}" if prefix else key, value, is_parameter
 
 
 def meta_tensor(value: torch.Tensor) -> torch.Tensor:

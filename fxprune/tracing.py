@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import linecache
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,9 +18,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from fxprune.cloning import clone
+from fxprune.cloning import State, clone, modules_in, named_state
 from fxprune.errors import TraceError
-from fxprune.interpreting import State, named_state
 
 TRAINING = "fxprune_training"
 """Name of the submodule that answers whether the network is in training mode."""
@@ -65,10 +65,15 @@ def _user_line(frame: Any) -> str:
     """Return `file:line` of the innermost frame that is neither torch's nor ours."""
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith((_TORCH, "<")) and os.path.dirname(name) != _HERE:
+        if _is_users(name):
             return f"{name}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
+
+
+@functools.cache
+def _is_users(path: str) -> bool:
+    return not path.startswith((_TORCH, "<")) and os.path.dirname(path) != _HERE
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,8 @@ class Traced:
         frontend: "symbolic_trace" or "export".
         one_path: forward takes another path in train() than in eval(); the graph is that of the model's mode.
         notes: what a user should know about this trace.
+        sources: node -> file and line of the user's code.
+        state: (name, tensor, is a parameter) of everything that takes part in forward.
     """
 
     model: nn.Module = field(repr=False)
@@ -95,16 +102,12 @@ class Traced:
     one_path: bool = False
     notes: tuple[str, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict, repr=False)
+    state: tuple[State, ...] = field(default=(), repr=False)
 
     @cached_property
     def module(self) -> fx.GraphModule:
         """A module that computes what the model computes and shares its parameters and buffers."""
         return fx.GraphModule(self.root, copy.deepcopy(self.graph), type(self.model).__name__)
-
-    @cached_property
-    def state(self) -> tuple[State, ...]:
-        """(name, tensor, is a parameter) of everything that takes part in forward."""
-        return taking_part(self.root, self.graph)
 
     def source(self, node: str) -> str:
         """Return the user's source line of a node: `file.py:12: code`, or ""."""
@@ -119,17 +122,28 @@ class Traced:
         return f" ({line})" if line else ""
 
 
-def taking_part(root: nn.Module, graph: fx.Graph) -> tuple[State, ...]:
-    """Return (name, tensor, is a parameter) of everything that a graph uses of a module."""
+def _taking_part(root: nn.Module, graph: fx.Graph) -> tuple[tuple[State, ...], list[str]]:
+    """Return everything that a graph uses of a module, and the names of parameters that it does not use."""
     targets = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
-    used = []
+    used: list[State] = []
+    unused: list[str] = []
     for item in named_state(root):
         holder = item[0].rpartition(".")[0]
         while holder and holder not in targets:
             holder = holder.rpartition(".")[0]
         if holder or item[0] in targets:
             used.append(item)
-    return tuple(used)
+        elif item[2]:
+            unused.append(item[0])
+    return tuple(used), unused
+
+
+def _left_out(unused: list[str]) -> list[str]:
+    shown = ", ".join(unused[:4]) + (", .." if len(unused) > 4 else "")
+    return [f"{len(unused)} parameters take no part in forward and are left out: {shown}"] if unused else []
+
+
+_PLAIN = {int, float, str, bool, type(None)}
 
 
 class Tracer(fx.Tracer):
@@ -146,9 +160,14 @@ class Tracer(fx.Tracer):
         """Keep modules of torch.nn whole, and stateless ones whose forward asks for `self.training` (drop-path)."""
         if super().is_leaf_module(m, module_qualified_name):
             return True
-        stateless = not any(True for _ in m.parameters()) and not any(True for _ in m.children())
         code = getattr(type(m).forward, "__code__", None)
-        return stateless and code is not None and "training" in code.co_names
+        asks = code is not None and "training" in code.co_names
+        return asks and not any(True for _ in m.parameters()) and not any(True for _ in m.children())
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record a leaf, walk through the others; the stack of modules that torch notes at every node is not needed."""
+        path = self.path_of_module(m)
+        return self.create_proxy("call_module", path, args, kwargs) if self.is_leaf_module(m, path) else forward(*args, **kwargs)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Note the source line of each node."""
@@ -159,7 +178,14 @@ class Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """Turn `self.training`, handed to a function, into a node that asks for it."""
-        if isinstance(a, _Flag):
+        kind = type(a)
+        if kind is fx.Proxy:
+            return a.node
+        if kind in _PLAIN:
+            return a
+        if kind is tuple:
+            return tuple([self.create_arg(v) for v in a])
+        if kind is _Flag:
             return self.create_node("call_module", TRAINING, (), {})
         return super().create_arg(a)
 
@@ -189,12 +215,11 @@ def trace(model: nn.Module, example_inputs: Any) -> Traced:
     """
     args, kwargs = _inputs(model, example_inputs)
     try:
-        root, graph, one_path, sources, notes = _symbolic(model, args, kwargs)
-        return Traced(model, root, graph, args, kwargs, "symbolic_trace", one_path, notes, sources)
+        return _symbolic(model, args, kwargs)
     except Exception as symbolic_error:
         first = symbolic_error
     try:
-        root, graph, one_path, sources, notes = _exported(model, args, kwargs)
+        return _exported(model, args, kwargs)
     except Exception as export_error:
         raise TraceError(
             f"{type(model).__name__} cannot be traced.\n"
@@ -202,7 +227,6 @@ def trace(model: nn.Module, example_inputs: Any) -> Traced:
             f"  torch.export: {type(export_error).__name__}: {_first_line(export_error)}\n"
             "Check that `model(*example_inputs)` runs; mark functions that cannot be traced with `torch.fx.wrap`."
         ) from export_error
-    return Traced(model, root, graph, args, kwargs, "export", one_path, notes, sources)
 
 
 def _first_line(error: Exception) -> str:
@@ -237,13 +261,10 @@ def _inputs(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dic
 
 def shared_copy(model: nn.Module) -> Any:
     """Copy a module's structure; parameters, buffers and tensor attributes are the model's own."""
-    return clone(model, {id(t): t for _, t, _ in named_state(model)})
+    return clone(model)
 
 
-_Front = tuple[nn.Module, fx.Graph, bool, dict[str, str], tuple[str, ...]]
-
-
-def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Front:
+def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
     fixed = _fixed(model, args, kwargs)
     root, graph, tracer = _trace_once(model, fixed, model.training)
     notes = []
@@ -254,10 +275,18 @@ def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         notes.append(f"forward takes another path in the other mode ({lines}); the slim network follows the {mode}() path in both")
     if any(n.op == "call_module" and n.target == TRAINING for n in graph.nodes):
         root.add_module(TRAINING, TrainingFlag())
-    modes = {name: m.training for name, m in model.named_modules()}
-    for name, m in root.named_modules():
-        m.training = modes.get(name, model.training)
-    return root, graph, bool(notes), tracer.sources, (*notes, *_unused(model, root, graph))
+    one_path = bool(notes)
+    _set_modes(root, model)
+    state, unused = _taking_part(root, graph)
+    notes += _left_out(unused)
+    return Traced(model, root, graph, args, kwargs, "symbolic_trace", one_path, tuple(notes), tracer.sources, state)
+
+
+def _set_modes(root: nn.Module, model: nn.Module) -> None:
+    """Give every module of a traced copy the mode of its original."""
+    own = {name: m.training for name, m in modules_in(model)}
+    for name, m in modules_in(root):
+        vars(m)["training"] = own.get(name, model.training)
 
 
 def _fixed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -277,8 +306,9 @@ def _fixed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
 def _trace_once(model: nn.Module, fixed: Mapping[str, Any], training: bool) -> tuple[nn.Module, fx.Graph, Tracer]:
     root = shared_copy(model)
     tracer = Tracer(fixed, training)
-    for m in root.modules():
-        m.training = tracer.flag if m.training == model.training else m.training
+    for _, m in modules_in(root):
+        if m.training == model.training:
+            vars(m)["training"] = tracer.flag
     graph = tracer.trace(root)
     graph._tracer_cls = fx.Tracer  # what unpickling a module of this graph calls
     return root, graph, tracer
@@ -310,16 +340,7 @@ def _merge_modes(graph: fx.Graph, other: fx.Graph) -> bool:
     return True
 
 
-def _unused(model: nn.Module, root: nn.Module, graph: fx.Graph) -> list[str]:
-    used = {id(t) for _, t, _ in taking_part(root, graph)}
-    left = [name for name, t, is_parameter in named_state(model) if id(t) not in used and is_parameter]
-    if not left:
-        return []
-    shown = ", ".join(left[:4]) + (", .." if len(left) > 4 else "")
-    return [f"{len(left)} parameters take no part in forward and are left out: {shown}"]
-
-
-def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Front:
+def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
     root = shared_copy(model)
     auto = pytree.tree_map(lambda v: dict.fromkeys(range(v.ndim), torch.export.Dim.AUTO) if isinstance(v, torch.Tensor) else None, (args, kwargs))
     try:
@@ -343,7 +364,10 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             setattr(graph_module.get_submodule(holder), key, own[name])
     graph_module.train(model.training)
     sources = {n.name: line for n in graph.nodes if (line := _line_of(n.stack_trace))}
-    return graph_module, graph_module.graph, model.training, sources, (*notes, *_unused(model, graph_module, graph_module.graph))
+    state, _ = _taking_part(graph_module, graph_module.graph)
+    used = {id(t) for _, t, _ in state}
+    notes += _left_out([name for name, t, is_parameter in named_state(model) if is_parameter and id(t) not in used])
+    return Traced(model, graph_module, graph_module.graph, args, kwargs, "export", model.training, tuple(notes), sources, state)
 
 
 def _ask_for_mode(graph: fx.Graph) -> None:

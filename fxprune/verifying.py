@@ -129,6 +129,17 @@ def _normalized(x: torch.Tensor, dims: list[int], eps: float) -> torch.Tensor:
     return (x - mean) / (var + eps).sqrt()
 
 
+@_absent_aware(aten.native_batch_norm)
+def _batch_norm(func: Any, x: Any, w: Any, b: Any, mean: Any, var: Any, training: bool, *args: Any) -> Any:
+    """Batch statistics (as instance norm takes them) are over what is present; running ones are per channel anyway."""
+    if not training:
+        return func(x, w, b, mean, var, training, *args)
+    out = _normalized(x, [d for d in range(x.ndim) if d != 1], args[1])
+    wide = (1, -1, *[1] * (x.ndim - 2))
+    out = out if w is None else out * w.reshape(wide)
+    return (out if b is None else out + b.reshape(wide)), x.new_empty(0), x.new_empty(0)
+
+
 @_absent_aware(aten.native_layer_norm)
 def _layer_norm(func: Any, x: torch.Tensor, shape: Any, w: Any, b: Any, eps: float) -> Any:
     out = _normalized(x, list(range(x.ndim - len(shape), x.ndim)), eps)

@@ -22,14 +22,16 @@ import fxprune
 from fxprune.drawing import draw_groups
 from fxprune.errors import ArtifactError
 from fxprune.examples.networks import SceneNet
-from fxprune.examples.scenes import Splits, make_splits
-from fxprune.examples.training import Recipe, evaluate, losses, train
+from fxprune.examples.scenes import make_splits
+from fxprune.examples.training import Recipe, evaluate, train
 from fxprune.reporting import compiled
 
 Scores = Mapping[str, float]
 
 METRICS = {"segmentation": "segmentation, mIoU", "depth": "depth, R\N{SUPERSCRIPT TWO}", "presence": "presence, mAP"}
 BATCH_SIZES = (1, 32)
+METHOD = fxprune.methods.Magnitude()
+CONSTRAINTS = fxprune.Constraints(multiple_of=8)  # odd widths save macs but little time
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,22 +142,21 @@ def run(*, seed: int = 0, budget: float = 0.5, out: Path = Path("fxprune_demo"),
     """
     recipe = Recipe.quick() if quick else Recipe()
     bound = fxprune.Budget(macs=budget)
-    example = torch.zeros(2, 1, 32, 32)
     _make_folder(out)
     seconds: dict[str, float] = {}
 
     with _timed("scenes", seconds):
         splits = make_splits(recipe.train_scenes, recipe.calibration_scenes, recipe.test_scenes, seed)
         dense = _network(seed)
-        coupling = fxprune.couple(fxprune.trace(dense, example))
-        fxprune.plan(coupling, bound)  # a budget that cannot be met fails now, not after the training
-    counts = (len(splits.train), len(splits.calibration), len(splits.test))
-    print("scenes of digits: {:,} to train on, {:,} to calibrate, {:,} to test".format(*counts))
+        coupling = fxprune.couple(fxprune.trace(dense, splits.calibration.images[:2]))
+        fxprune.plan(coupling, bound, constraints=CONSTRAINTS)  # a budget that cannot be met fails now, not after the training
+    print(f"{len(splits.train):,} scenes to train on, {len(splits.test):,} of other people's digits to test on")
 
     with _timed("training", seconds):
         train(dense, splits.train, recipe.epochs, recipe.learning_rate, seed)
     with _timed("compiling", seconds):
-        slim = _compile(dense, splits, bound)
+        examples = splits.calibration.images[:2]  # what costs are counted on, and the proof is made with
+        slim = fxprune.compile(dense, examples, bound, method=METHOD, constraints=CONSTRAINTS)
     with _timed("testing", seconds):
         before, cut = evaluate(dense, splits.test), evaluate(slim, splits.test)
     with _timed("fine-tuning", seconds):
@@ -192,17 +193,6 @@ def _network(seed: int) -> SceneNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return SceneNet()
-
-
-def _compile(dense: nn.Module, splits: Splits, budget: fxprune.Budget) -> torch.fx.GraphModule:
-    return fxprune.compile(
-        dense,
-        splits.calibration.images[:2],
-        budget,
-        method=fxprune.methods.Taylor(),
-        calibration=splits.calibration.batches(64),
-        tasks={name: fxprune.Task(loss) for name, loss in losses.items()},
-    )
 
 
 @torch.no_grad()

@@ -124,9 +124,9 @@ class Op:
         for d in dims:
             ids = labels[d]
             if ids is not None:
-                self.ledger.freeze(
-                    ids[self.host.is_constant(ids)], f"is a constant that {self.name} takes a statistic over"
-                )
+                atoms = self.ledger.ancestry(ids)
+                constant = atoms[self.host.is_constant(atoms)]
+                self.ledger.freeze(constant, f"is a constant that {self.name} takes a statistic over")
 
     def per_channel(
         self, labels: Labels, shape: Shape, params: Iterable[torch.Tensor | None], at: Sequence[int]

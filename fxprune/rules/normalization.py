@@ -25,9 +25,11 @@ def dims_of(dim: int | Sequence[int] | None, ndim: int) -> list[int]:
 def batch_norm(
     op: Op, x: torch.Tensor, weight: Any, bias: Any, mean: Any = None, var: Any = None, *args: Any
 ) -> list[Labels]:
-    """x: (b, c, *space); weight, bias, mean, var: (c,). Per channel."""
+    """x: (b, c, *space); weight, bias, mean, var: (c,). Per channel; in training, statistics over all other dims."""
     params = [p for p in (weight, bias, mean, var) if isinstance(p, torch.Tensor)]
-    labels = op.per_channel(op.labels(x), x.shape, params, at=[1])
+    training = bool(args) and args[0] is True
+    labels = op.mix(op.labels(x), [d for d in range(x.ndim) if d != 1]) if training else op.labels(x)
+    labels = op.per_channel(labels, x.shape, params, at=[1])
     return [labels, *[algebra.blank(extra.ndim) for extra in op.out[1:]]]
 
 
