@@ -36,6 +36,16 @@ def modules_in(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             stack.extend([(prefix + key, m) for key, m in reversed(inside.items()) if m is not None])
 
 
+def submodule(module: nn.Module, name: str) -> nn.Module:
+    """Return the module of a qualified name."""
+    for key in name.split(".") if name else ():
+        found = module._modules[key]
+        if found is None:
+            raise AttributeError(f"{key!r} of {name!r} is None")
+        module = found
+    return module
+
+
 def named_state(module: nn.Module) -> Iterator[State]:
     """Yield (name, tensor, is a parameter) of every parameter, buffer and plain tensor attribute, shared ones once."""
     seen: set[int] = set()

@@ -12,6 +12,7 @@ import numpy as np
 
 from fxprune import explaining
 from fxprune.atoms import FIXED
+from fxprune.channels import Frozen, Site, find_frozen, find_products, find_rows, find_sites
 from fxprune.closing import Classes, close
 from fxprune.costs import CostModel
 from fxprune.errors import CouplingError, TraceError
@@ -19,42 +20,6 @@ from fxprune.grouping import Group, Members, Products, Rows, find_groups, mixed
 from fxprune.interpreting import Interpretation, InterpretationError, Labelled, interpret, tensors_in
 from fxprune.labels import Labels, Shape, fix
 from fxprune.tracing import Traced
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """One dim of one parameter or buffer.
-
-    Attributes:
-        name: qualified name of the parameter or buffer.
-        dim: which of its dims.
-        channels: int64, the channel at each position, -1 where it stays. Broadcastable to the parameter: its size is
-            the parameter's on `dim`, and 1 on the others unless the channels differ from row to row (the second dim of
-            a grouped convolution).
-        is_parameter: False for buffers.
-    """
-
-    name: str
-    dim: int
-    channels: np.ndarray
-    is_parameter: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Frozen:
-    """Channels that may not go.
-
-    Attributes:
-        channels: (n,) the channels.
-        node: the fx node that says so.
-        reason: why, in words.
-        source: the user's source line of that node, or "".
-    """
-
-    channels: np.ndarray
-    node: str
-    reason: str
-    source: str
 
 
 @dataclass(frozen=True)
@@ -111,8 +76,7 @@ class Coupling:
             channels = np.unique(batch.columns[~settled[batch.columns]])
             if len(channels):
                 settled[channels] = True
-                node = str(batch.node[0])
-                found.append(Frozen(channels, node, reason, self.traced.source(node)))
+                found.append(Frozen(channels, batch.node, reason, self.traced.source(batch.node)))
         for channel in np.flatnonzero(~settled):
             atom = int(np.argmax(self.classes.of_atom == channel))
             node = ledger.births[int(np.searchsorted(starts, atom, "right")) - 1][1]
@@ -240,11 +204,8 @@ class Coupling:
             return "a crossing would go although both its parents stay"
         for batch in self.rows:
             count = keep[batch.columns].sum(axis=1)
-            uneven = [
-                node for node in np.unique(batch.node) if len(np.unique(count[(batch.node == node) & (count > 0)])) > 1
-            ]
-            if uneven:
-                return f"the rows at node {str(uneven[0])!r} would keep unequally many channels"
+            if len(np.unique(count[count > 0])) > 1:
+                return f"the rows at node {batch.node!r} would keep unequally many channels"
         return None
 
     @cached_property
@@ -315,14 +276,14 @@ def _interpreted(traced: Traced) -> Interpretation:
 def close_record(traced: Traced, record: Interpretation) -> Coupling:
     """Find the channels, sites and constraints of an interpretation."""
     classes = close(record.ledger)
-    sites = _sites(record, classes)
+    sites = find_sites(record, classes)
     return Coupling(
         traced,
         sites,
         classes.num_channels,
-        _frozen(record, classes, traced),
-        _rows(record, classes),
-        _products(record, classes),
+        find_frozen(record, classes, traced),
+        find_rows(record, classes),
+        find_products(record, classes),
         record,
         classes,
     )
@@ -340,45 +301,3 @@ def _freeze_nodes(record: Interpretation, traced: Traced, freeze: dict[str, str]
             for t in record.nodes.get(node.name, []):
                 for d in range(len(t.shape)):
                     fix(record.ledger, t.labels, d, reason)
-
-
-def _sites(record: Interpretation, classes: Classes) -> tuple[Site, ...]:
-    sites = []
-    for name, (_, labels, _, is_parameter) in record.issued.items():
-        for dim, ids in enumerate(labels):
-            if ids is not None:
-                sites.append(Site(name, dim, classes.of(ids), is_parameter))
-    return tuple(sites)
-
-
-def _frozen(record: Interpretation, classes: Classes, traced: Traced) -> tuple[Frozen, ...]:
-    order = np.argsort(classes.frozen_by, kind="stable")
-    order = order[classes.frozen_by[order] >= 0]
-    result = []
-    for channels in np.split(order, np.flatnonzero(np.diff(classes.frozen_by[order])) + 1) if len(order) else []:
-        freeze = record.ledger.freezes[classes.frozen_by[channels[0]]]
-        result.append(Frozen(channels, freeze.node, freeze.reason, traced.source(freeze.node)))
-    return tuple(result)
-
-
-def _rows(record: Interpretation, classes: Classes) -> tuple[Rows, ...]:
-    """Join batches of the same width; leave out those whose rows are all-or-nothing anyway."""
-    by_width: dict[int, list[tuple[np.ndarray, np.ndarray, str]]] = {}
-    for batch in record.ledger.rows:
-        columns, row = classes.of(batch.columns), classes.of(batch.row)
-        if not (columns == columns[:, :1]).all():
-            by_width.setdefault(columns.shape[1], []).append((columns, row, batch.node))
-    return tuple(
-        Rows(columns, row, np.full(len(row), node)) for batches in by_width.values() for columns, row, node in batches
-    )
-
-
-def _products(record: Interpretation, classes: Classes) -> Products:
-    def joined(which: str) -> np.ndarray:
-        return classes.of(
-            np.concatenate([getattr(b, which) for b in record.ledger.products] or [np.empty(0, dtype=np.int64)])
-        )
-
-    channel, row, column = joined("atom"), joined("row"), joined("column")
-    proper = (channel != row) & (channel != column)
-    return Products(channel[proper], row[proper], column[proper])

@@ -80,11 +80,11 @@ class Members:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Balanced rows of one width, on channels: `row[i]` stays while any of `columns[i]` does."""
+    """Balanced rows, on channels: `row[i]` stays while any of `columns[i]` does. columns: (rows, width), row: (rows,)."""
 
     columns: np.ndarray
     row: np.ndarray
-    node: np.ndarray
+    node: str
 
 
 @dataclass(frozen=True, slots=True)

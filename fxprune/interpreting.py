@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune import labels as algebra
 from fxprune.atoms import Ledger
-from fxprune.cloning import State, clone, named_state
+from fxprune.calling import call_of, plain_calls
+from fxprune.cloning import State, clone, named_state, submodule
 from fxprune.labels import Extent, Labels, Shape
 from fxprune.rules import Op, lookup
 
@@ -82,20 +83,6 @@ def meta_tensor(value: torch.Tensor) -> torch.Tensor:
     return torch.nn.Parameter(twin, requires_grad=False) if isinstance(value, torch.nn.Parameter) else twin
 
 
-def meta_twin(root: torch.nn.Module, state: Iterable[State]) -> tuple[torch.nn.Module, dict[int, tuple[str, torch.Tensor, bool]]]:
-    """Copy a module with the tensors of `state` on the meta device.
-
-    Returns:
-        The copy, and id(meta tensor) -> (name, original, is a parameter).
-    """
-    memo: dict[int, Any] = {}
-    origin: dict[int, tuple[str, torch.Tensor, bool]] = {}
-    for name, value, is_parameter in state:
-        twin = memo[id(value)] = meta_tensor(value)
-        origin[id(twin)] = (name, value, is_parameter)
-    return clone(root, memo), origin
-
-
 _aten = torch.ops.aten
 _UNDEFINED = {_aten.empty, _aten.new_empty, _aten.empty_like, _aten.empty_strided, _aten.randint, _aten.randperm}
 """Ops whose integers are not the same at every call."""
@@ -140,12 +127,18 @@ def _convolution_meta(
     return torch.empty((x.shape[0], out, *space), dtype=x.dtype, device="meta")
 
 
+def _batch_norm_meta(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    same = torch.empty(x.shape, dtype=x.dtype, device="meta") if x.is_contiguous() else torch.empty_like(x)
+    return same, *(torch.empty(x.shape[1], dtype=x.dtype, device="meta") for _ in range(2))
+
+
 @functools.cache
 def _returns_fresh(func: Any) -> bool:
     """Say whether an op computes new tensors and touches none of its arguments."""
     schema = func._schema
     return (
-        not schema.is_mutable
+        func is not _aten._unsafe_view.default  # a view, whatever its schema says
+        and not schema.is_mutable
         and bool(schema.returns)
         and all(r.alias_info is None and str(r.type) == "Tensor" for r in schema.returns)
         and all(a.alias_info is None for a in schema.arguments)
@@ -172,13 +165,28 @@ def _call_key(func: Any, args: Any) -> Any:
 class Labelling(TorchDispatchMode):
     """Carry labels through every ATen call."""
 
-    def __init__(self, origin: dict[int, tuple[str, torch.Tensor, bool]]) -> None:
+    def __init__(self, state: Iterable[State]) -> None:
+        """Know the parameters and buffers; they are met as they are, or as their twins on the meta device."""
         super().__init__()
         self.record = Interpretation(Ledger())
         self.ledger = self.record.ledger
-        self._origin = origin
+        self._origin = {id(item[1]): item for item in state}
+        self._state_labels: dict[str, Labels] = {}
+        self._twins: dict[int, torch.Tensor] = {}
         self._constants: list[tuple[int, int]] = []
         self._returned: dict[Any, tuple[bool, list[tuple[torch.Size, torch.dtype]]]] = {}
+        self._rules: dict[Any, Any] = {}
+
+    def twin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return what stands for a parameter or buffer on the meta device."""
+        origin = self._origin.get(id(tensor))
+        if origin is None:
+            return tensor
+        found = self._twins.get(id(tensor))
+        if found is None:
+            found = self._twins[id(tensor)] = meta_tensor(tensor)
+            self._origin[id(found)] = origin
+        return found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one ATen call on meta tensors and label what comes out."""
@@ -189,8 +197,17 @@ class Labelling(TorchDispatchMode):
         if results:
             self._fold(func, args, kwargs, results, inputs)
             self._label(Op(func, out, self), args, kwargs, results, inputs)
-            self._account(results, inputs)
+            self._account(func, results, inputs)
         return out
+
+    def call(self, func: Any, args: tuple[Any, ...]) -> torch.Tensor:
+        """Label one ATen call on floating tensors without going through the dispatcher; return its first result."""
+        out = self._run(func, args, {})
+        results = [out] if isinstance(out, torch.Tensor) else list(out)
+        inputs = [a for a in args if isinstance(a, torch.Tensor)]
+        self._label(Op(func, out, self), args, {}, results, inputs)
+        self._account(func, results, inputs)
+        return results[0]
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an op on meta tensors, or remember what it returned for tensors of these shapes."""
@@ -199,8 +216,7 @@ class Labelling(TorchDispatchMode):
         if func.overloadpacket in _FLOAT_POINTWISE:
             return _pointwise_meta(func, args)
         if func is _aten.native_batch_norm.default:
-            x = args[0]
-            return torch.empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+            return _batch_norm_meta(args[0])
         if func is _aten.convolution.default:
             return _convolution_meta(*args)
         key = _call_key(func, args) if _returns_fresh(func) else None
@@ -222,26 +238,25 @@ class Labelling(TorchDispatchMode):
 
     def labels(self, tensor: torch.Tensor) -> Labels:
         """Return the labels of a tensor; issue fresh ones to a parameter that is met for the first time."""
-        found = getattr(tensor, "_labels", None)
-        if found is None:
-            found = self._issue(tensor)
-        return found
-
-    def _issue(self, tensor: torch.Tensor) -> Labels:
-        if id(tensor) not in self._origin or not (tensor.is_floating_point() or tensor.is_complex()):
+        origin = self._origin.get(id(tensor))
+        found = getattr(tensor, "_labels", None) if origin is None else self._state_labels.get(origin[0])
+        if found is not None:
+            return found
+        if origin is None or not (tensor.is_floating_point() or tensor.is_complex()):
             return algebra.blank(tensor.ndim)
         return self.name(tensor, algebra.issue(self.ledger, tuple(tensor.shape)))
 
     def pristine(self, tensor: torch.Tensor) -> bool:
         """Say whether this is a parameter about whose labels nothing has been said yet."""
-        return id(tensor) in self._origin and getattr(tensor, "_labels", None) is None
+        origin = self._origin.get(id(tensor))
+        return origin is not None and origin[0] not in self._state_labels
 
     def name(self, tensor: torch.Tensor, labels: Labels) -> Labels:
         """Give a parameter nothing has been said about yet its labels, and return them."""
         name, original, is_parameter = self._origin[id(tensor)]
         self.record.issued[name] = (tuple(tensor.shape), labels, original.element_size(), is_parameter)
         self.record.named_at[name] = self.ledger.node
-        tensor._labels = labels  # pyright: ignore[reportAttributeAccessIssue]
+        self._state_labels[name] = labels
         return labels
 
     def constant(self, shape: Shape) -> np.ndarray:
@@ -291,7 +306,8 @@ class Labelling(TorchDispatchMode):
                 result._constant = value  # pyright: ignore[reportAttributeAccessIssue]
 
     def _label(self, op: Op, args: Any, kwargs: Any, results: list[torch.Tensor], inputs: list[torch.Tensor]) -> None:
-        rule = lookup(op.func)
+        known = op.func in self._rules
+        rule = self._rules[op.func] if known else self._rules.setdefault(op.func, lookup(op.func))
         if rule is None:
             reached = [t for t in inputs if any(ids is not None for ids in self.labels(t))]
             for t in reached:
@@ -306,21 +322,28 @@ class Labelling(TorchDispatchMode):
         for tensor, mine in zip(results, labels, strict=True):
             if len(mine) != tensor.ndim or any(ids is not None and ids.shape[d] != tensor.shape[d] for d, ids in enumerate(mine)):
                 raise RuntimeError(f"the rule of {op.name} returned labels that do not fit shape {tuple(tensor.shape)}")
-            tensor._labels = mine  # pyright: ignore[reportAttributeAccessIssue]
+            origin = self._origin.get(id(tensor))
+            if origin is None:
+                tensor._labels = mine  # pyright: ignore[reportAttributeAccessIssue]
+            else:
+                self._state_labels[origin[0]] = mine
 
-    def _account(self, results: list[torch.Tensor], inputs: list[torch.Tensor]) -> None:
+    def _account(self, func: Any, results: list[torch.Tensor], inputs: list[torch.Tensor]) -> None:
         """Keep the books of memory: who was allocated when, who was read last when."""
         step = self.record.steps = self.record.steps + 1
+        fresh = _returns_fresh(func)
         owners: dict[int, Buffer] = {}
         for t in inputs:
-            buffer = getattr(t, "_buffer", None)
-            if buffer is not None:
+            buffer = _NO_BUFFER if id(t) in self._origin else getattr(t, "_buffer", None)
+            if buffer is None:
+                continue
+            if buffer is not _NO_BUFFER:
                 buffer.dies = step
+            if not fresh:
                 owners[t.untyped_storage()._cdata] = buffer
-            elif id(t) in self._origin:
-                owners[t.untyped_storage()._cdata] = _NO_BUFFER
         for t in results:
-            self.own(t, owners.get(t.untyped_storage()._cdata))
+            if id(t) not in self._origin:
+                self.own(t, None if fresh else owners.get(t.untyped_storage()._cdata))
 
     def own(self, tensor: torch.Tensor, buffer: Buffer | None = None) -> None:
         """Give a tensor its allocation: that of the tensor it is a view of, or a new one."""
@@ -350,8 +373,37 @@ class GraphRunner(fx.Interpreter):
     """Run a graph under `Labelling`, node by node."""
 
     def __init__(self, root: torch.nn.Module, graph: fx.Graph, mode: Labelling) -> None:
-        super().__init__(root, graph=graph)  # pyright: ignore[reportArgumentType]
+        super().__init__(root, garbage_collect_values=False, graph=graph)  # pyright: ignore[reportArgumentType]
         self.mode = mode
+        self._plain_calls = plain_calls()
+        self._meta: dict[str, Any] = {}
+
+    def run_all(self, values: Iterable[Any]) -> None:
+        """Run all nodes; `values` are those of the placeholders."""
+        self.args_iter = iter(values)
+        for n in self.graph.nodes:
+            self.env[n] = self.run_node(n)
+
+    def fetch_attr(self, target: str) -> Any:
+        """Return what a node refers to, with its tensors on the meta device."""
+        if target not in self._meta:
+            found = super().fetch_attr(target)
+            if isinstance(found, torch.Tensor):
+                found = self.mode.twin(found)
+            elif isinstance(found, torch.nn.Module):
+                found = clone(found, {id(t): self.mode.twin(t) for _, t, _ in named_state(found)})
+            self._meta[target] = found
+        return self._meta[target]
+
+    def _call(self, n: fx.Node) -> torch.Tensor | None:
+        """Return the result of a common layer without running it; None where it has to be run."""
+        if n.op != "call_module" or len(n.args) != 1 or n.kwargs or not self._plain_calls:
+            return None
+        x = self.env[n.args[0]] if isinstance(n.args[0], fx.Node) else None
+        if not isinstance(x, torch.Tensor):
+            return None
+        call = call_of(submodule(self.module, str(n.target)), x)
+        return None if call is None else self.mode.call(*call)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Let `x[.., [2, 0, 1]]` know its positions: torch would make a meta tensor of the list."""
@@ -365,7 +417,10 @@ class GraphRunner(fx.Interpreter):
         mode = self.mode
         mode.ledger.node = n.name
         try:
-            value = super().run_node(n)
+            value = self._call(n)
+            if value is None:
+                with mode:
+                    value = super().run_node(n)
         except Exception as error:
             raise InterpretationError(n.name) from error
         tensors = tensors_in(value)
@@ -430,11 +485,9 @@ def interpret(root: torch.nn.Module, state: Iterable[State], graph: fx.Graph, ar
         args: positional example inputs.
         kwargs: keyword example inputs.
     """
-    twin, origin = meta_twin(root, state)
-    mode = Labelling(origin)
-    values = bind(graph, to_meta(args), to_meta(kwargs))
-    with torch.no_grad(), mode:
-        GraphRunner(twin, graph, mode).run(*values, enable_io_processing=False)
+    mode = Labelling(state)
+    with torch.no_grad():
+        GraphRunner(root, graph, mode).run_all(bind(graph, to_meta(args), to_meta(kwargs)))
     return mode.record
 
 

@@ -48,7 +48,8 @@ def check_invariants(coupling: Coupling) -> None:
             assert site.is_parameter == isinstance(state[site.name], nn.Parameter)
         seen.append(channels.ravel())
     for batch in coupling.rows:
-        assert batch.columns.shape[0] == len(batch.row) == len(batch.node)
+        assert batch.columns.shape[0] == len(batch.row)
+        assert batch.node in {n.name for n in coupling.traced.graph.nodes}
         assert batch.columns.max() < count
         seen += [batch.columns.ravel(), batch.row]
     seen += [coupling.products.channel, coupling.products.row, coupling.products.column]

@@ -148,14 +148,14 @@ def run(*, seed: int = 0, budget: float = 0.5, out: Path = Path("fxprune_demo"),
     with _timed("scenes", seconds):
         splits = make_splits(recipe.train_scenes, recipe.calibration_scenes, recipe.test_scenes, seed)
         dense = _network(seed)
-        coupling = fxprune.couple(fxprune.trace(dense, splits.calibration.images[:2]))
-        fxprune.plan(coupling, bound, constraints=CONSTRAINTS)  # a budget that cannot be met fails now, not after the training
-    print(f"{len(splits.train):,} scenes to train on, {len(splits.test):,} of other people's digits to test on")
+        examples = splits.calibration.images[:2]  # what costs are counted on, and the proof is made with
+        coupling = fxprune.couple(fxprune.trace(dense, examples))
+        fxprune.plan(coupling, bound, constraints=CONSTRAINTS)  # what cannot be met is told before the training
+    print(f"{len(splits.train):,} scenes to train on, {len(splits.test):,} of other scans to test on")
 
     with _timed("training", seconds):
         train(dense, splits.train, recipe.epochs, recipe.learning_rate, seed)
     with _timed("compiling", seconds):
-        examples = splits.calibration.images[:2]  # what costs are counted on, and the proof is made with
         slim = fxprune.compile(dense, examples, bound, method=METHOD, constraints=CONSTRAINTS)
     with _timed("testing", seconds):
         before, cut = evaluate(dense, splits.test), evaluate(slim, splits.test)

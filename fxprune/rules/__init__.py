@@ -19,6 +19,7 @@ import torch
 from fxprune import labels as algebra
 from fxprune.atoms import Ledger
 from fxprune.labels import Extent, Labels, Shape, along
+from fxprune.reshaping import reshape
 
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
@@ -154,7 +155,7 @@ class Op:
 
     def reshape(self, labels: Labels, shape: Shape, new: Shape) -> Labels:
         """Follow a view."""
-        return algebra.reshape(self.ledger, labels, shape, new)
+        return reshape(self.ledger, labels, shape, new)
 
     def contract(
         self, x: Labels, x_shape: Shape, w: Labels, w_shape: Shape, dims: Iterable[int], each: int = 1

@@ -172,8 +172,9 @@ def _what_holds(coupling: fxprune.Coupling) -> list[str] | None:
     if len(everything):
         return None
     reasons = list(dict.fromkeys(row.reason for row in frozen_rows(coupling)))
-    left = int((coupling.has_site & ~coupling.is_frozen).sum())
-    return reasons + (["keeps what it has: nothing would be left of a dim"] if left else [])
+    if (coupling.has_site & ~coupling.is_frozen).any():
+        reasons.append("keeps the one step it has: nothing would be left of a group")
+    return reasons or ["has no parameters"]
 
 
 def work(first: int, count: int) -> None:

@@ -47,14 +47,14 @@ TIMEOUT = 3600  # seconds for one network
 
 
 def build(name: str) -> nn.Module:
-    """Return a network in eval mode whose norms and running statistics all matter."""
+    """Return a network in eval mode with random weights, of which the norms and running statistics matter too."""
     import torchvision
 
     more: dict[str, Any] = {}
     if name in SEGMENTERS:
         more = {"weights_backbone": None, "aux_loss": True}
     elif name in ("googlenet", "inception_v3"):
-        more = {"init_weights": False}  # their own initialisation takes minutes
+        more = {"init_weights": False}  # which takes long, and is drawn anew below
     model = torchvision.models.get_model(name, weights=None, **more)
     with torch.no_grad():
         for tensor_name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -64,6 +64,8 @@ def build(name: str) -> nn.Module:
                 tensor.normal_(0.0, 0.2)
             elif tensor.ndim == 1 or tensor_name.endswith("layer_scale"):
                 tensor.uniform_(0.5, 1.5)
+            elif tensor.ndim > 1:
+                tensor.normal_(0.0, (2 * tensor.shape[0] / tensor.numel()) ** 0.5)
     return model.eval()
 
 
@@ -153,20 +155,21 @@ def problems(row: dict[str, Any], budget: float) -> list[str]:
 
 
 def table(rows: dict[str, dict[str, Any]], sizes: dict[str, int], budget: float) -> str:
-    """Format the table."""
-    lines = []
+    """Format the table, and a list of notes under it."""
+    lines, notes = [], []
     for name, row in rows.items():
-        notes = "; ".join([*problems(row, budget), *row.get("notes", [])]).replace("|", "\\|")
+        notes += [f"* {name}: {note}" for note in (*problems(row, budget), *row.get("notes", []))]
         if "failure" in row:
-            lines.append({"network": name, "px": sizes[name], "notes": notes})
+            lines.append({"network": name, "px": sizes[name], "front end": "failed, see below"})
             continue
         lines.append({
             "network": name, "px": sizes[name], "front end": row["frontend"], "macs": f"{row['macs']:.2%}",
             "macs, PyTorch's counter": f"{row['counted']:.2%}", "params": f"{row['params']:.1%}",
             "groups": row["groups"], "outputs": row["outputs"], "worst error": f"{row['error']:.1e}",
-            **{f"{stage} (s)": f"{seconds:.2f}" for stage, seconds in row["seconds"].items()}, "notes": notes,
+            **{f"{stage} (s)": f"{seconds:.2f}" for stage, seconds in row["seconds"].items()},
         })  # fmt: skip
-    return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
+    made = tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
+    return "\n\n".join([made, *(["## Notes\n\n" + "\n".join(notes)] if notes else [])])
 
 
 def header(args: argparse.Namespace, rows: dict[str, dict[str, Any]]) -> str:
@@ -191,7 +194,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=[*CLASSIFIERS, *SEGMENTERS], help="torchvision names")
     parser.add_argument("--budget", type=float, default=0.5, help="share of the macs to keep (default: %(default)s)")
-    parser.add_argument("--segmentation", type=int, default=224, help="pixels for the segmenters (default: %(default)s)")
+    parser.add_argument("--segmentation", type=int, default=224, help="px for the segmenters (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/torchvision.md"))
     parser.add_argument("--size", type=int, default=224, help=argparse.SUPPRESS)

@@ -1,0 +1,108 @@
+"""The ATen call that a common layer makes, so that its labels follow without running the layer and the dispatcher.
+
+Only what is asked for is here: `rules/` alone says what an op does. A layer that is not in the table, or is called in an
+unusual way, is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+aten = torch.ops.aten
+
+Call = tuple[Any, tuple[Any, ...]]
+"""An overload and its arguments."""
+
+CALLS: dict[type[nn.Module], Callable[[Any, torch.Tensor], Call | None]] = {}
+
+
+def calls(*kinds: type[nn.Module]) -> Callable[[Callable[[Any, torch.Tensor], Call | None]], Callable[[Any, torch.Tensor], Call | None]]:
+    """Register the call of exactly these classes."""
+
+    def register(function: Callable[[Any, torch.Tensor], Call | None]) -> Callable[[Any, torch.Tensor], Call | None]:
+        CALLS.update(dict.fromkeys(kinds, function))
+        return function
+
+    return register
+
+
+def call_of(module: nn.Module, x: torch.Tensor) -> Call | None:
+    """Return the only ATen call of a layer without hooks on a floating tensor; None where only running it tells."""
+    found = CALLS.get(type(module))
+    if found is None or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or not x.is_floating_point():
+        return None
+    return found(module, x)
+
+
+def plain_calls() -> bool:
+    """Say whether calling a module does nothing but what its class says: no hooks for all modules are installed."""
+    everywhere = nn.modules.module
+    return not (everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)
+
+
+@calls(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def convolution(module: Any, x: torch.Tensor) -> Call | None:
+    """x: (b, c, *space). Zeros around it, the same number on both sides."""
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    usual = module.padding_mode == "zeros" and type(module.padding) is tuple and weight is not None and weight.dtype == x.dtype
+    if not usual or x.ndim != weight.ndim or x.shape[1] != weight.shape[1] * module.groups:
+        return None
+    fixed = module.stride, module.padding, module.dilation, False, (0,) * (x.ndim - 2), module.groups
+    return aten.convolution.default, (x, weight, bias, *fixed)
+
+
+@calls(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+def batch_norm(module: Any, x: torch.Tensor) -> Call | None:
+    """x: (b, c, *space). With running statistics."""
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    mean, var = module._buffers.get("running_mean"), module._buffers.get("running_var")
+    rank = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}[type(module)]
+    if module.training or mean is None or var is None or x.ndim not in rank or x.shape[1] != len(mean) or mean.dtype != x.dtype:
+        return None
+    return aten.native_batch_norm.default, (x, weight, bias, mean, var, False, 0.0 if module.momentum is None else module.momentum, module.eps)
+
+
+@calls(nn.ReLU)
+def relu(module: Any, x: torch.Tensor) -> Call:
+    """x: any shape."""
+    return (aten.relu_.default if module.inplace else aten.relu.default), (x,)
+
+
+@calls(nn.ReLU6)
+def relu6(module: Any, x: torch.Tensor) -> Call:
+    """x: any shape."""
+    return (aten.hardtanh_.default if module.inplace else aten.hardtanh.default), (x, 0.0, 6.0)
+
+
+@calls(nn.Hardswish)
+def hardswish(module: Any, x: torch.Tensor) -> Call:
+    """x: any shape."""
+    return (aten.hardswish_.default if module.inplace else aten.hardswish.default), (x,)
+
+
+@calls(nn.Hardsigmoid)
+def hardsigmoid(module: Any, x: torch.Tensor) -> Call:
+    """x: any shape."""
+    return (aten.hardsigmoid_.default if module.inplace else aten.hardsigmoid.default), (x,)
+
+
+@calls(nn.SiLU)
+def silu(module: Any, x: torch.Tensor) -> Call:
+    """x: any shape."""
+    return (aten.silu_.default if module.inplace else aten.silu.default), (x,)
+
+
+@calls(nn.Sigmoid)
+def sigmoid(module: Any, x: torch.Tensor) -> Call:
+    """x: any shape."""
+    return aten.sigmoid.default, (x,)
+
+
+@calls(nn.AdaptiveAvgPool2d)
+def global_average(module: Any, x: torch.Tensor) -> Call | None:
+    """x: (b, c, h, w) -> (b, c, 1, 1)."""
+    return (aten.mean.dim, (x, [-1, -2], True)) if module.output_size in (1, (1, 1)) and x.ndim == 4 else None

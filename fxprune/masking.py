@@ -1,0 +1,185 @@
+"""Arithmetic in which NaN stands for *absent*: the reference that slim networks are compared with.
+
+A contraction sums over what is present, a statistic is taken over what is present, and everything else lets NaN pass,
+as arithmetic does by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+
+Reference = Callable[..., Any]
+_REFERENCE: dict[Any, Reference] = {}
+
+
+def _absent_aware(*packets: Any) -> Callable[[Reference], Reference]:
+    def register(function: Reference) -> Reference:
+        for packet in packets:
+            _REFERENCE[packet] = function
+        return function
+
+    return register
+
+
+def _present(t: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
+    return torch.where(t.isnan(), fill, t)
+
+
+def _mark(out: torch.Tensor, absent: torch.Tensor) -> torch.Tensor:
+    return torch.where(absent, torch.nan, out)
+
+
+@_absent_aware(aten.mm, aten.bmm)
+def _mm(func: Any, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    absent = x.isnan().all(-1, keepdim=True) | w.isnan().all(-2, keepdim=True)
+    return _mark(func(_present(x), _present(w)), absent)
+
+
+@_absent_aware(aten.addmm, aten.baddbmm)
+def _addmm(func: Any, bias: torch.Tensor, x: torch.Tensor, w: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    absent = x.isnan().all(-1, keepdim=True) | w.isnan().all(-2, keepdim=True)
+    return _mark(func(bias, _present(x), _present(w), **kwargs), absent)
+
+
+@_absent_aware(aten.mv, aten.dot)
+def _mv(func: Any, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    out = func(_present(x), _present(w))
+    return _mark(out, x.isnan().all(-1) | w.isnan().all(-1))
+
+
+@_absent_aware(aten.convolution)
+def _convolution(func: Any, x: torch.Tensor, w: torch.Tensor, b: Any, *args: Any) -> torch.Tensor:
+    transposed, groups = args[3], args[5]
+    gone = w.isnan().flatten(2).all(2)
+    absent = gone.reshape(groups, -1, w.shape[1]).all(1).reshape(-1) if transposed else gone.all(1)
+    out = func(_present(x), _present(w), None if b is None else _present(b), *args)
+    return _mark(out, absent.reshape(1, -1, *[1] * (out.ndim - 2)))
+
+
+def _dims(dim: Any, x: torch.Tensor) -> list[int]:
+    if dim is None or dim == [] or dim == ():
+        return list(range(x.ndim))
+    return [dim] if isinstance(dim, int) else list(dim)
+
+
+def _moments(x: torch.Tensor, dims: list[int], correction: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    here = ~x.isnan()
+    count = here.sum(dims, keepdim=True)
+    mean = torch.where(here, x, 0.0).sum(dims, keepdim=True) / count
+    var = torch.where(here, (x - mean) ** 2, 0.0).sum(dims, keepdim=True) / (count - correction)
+    return mean, var
+
+
+def _normalized(x: torch.Tensor, dims: list[int], eps: float) -> torch.Tensor:
+    mean, var = _moments(x, dims)
+    return (x - mean) / (var + eps).sqrt()
+
+
+@_absent_aware(aten.native_batch_norm)
+def _batch_norm(func: Any, x: Any, w: Any, b: Any, mean: Any, var: Any, training: bool, *args: Any) -> Any:
+    """Batch statistics (as instance norm takes them) are over what is present; running ones are per channel anyway."""
+    if not training:
+        return func(x, w, b, mean, var, training, *args)
+    out = _normalized(x, [d for d in range(x.ndim) if d != 1], args[1])
+    wide = (1, -1, *[1] * (x.ndim - 2))
+    out = out if w is None else out * w.reshape(wide)
+    return (out if b is None else out + b.reshape(wide)), x.new_empty(0), x.new_empty(0)
+
+
+@_absent_aware(aten.native_layer_norm)
+def _layer_norm(func: Any, x: torch.Tensor, shape: Any, w: Any, b: Any, eps: float) -> Any:
+    out = _normalized(x, list(range(x.ndim - len(shape), x.ndim)), eps)
+    out = out if w is None else out * w
+    return (out if b is None else out + b), x.new_empty(0), x.new_empty(0)
+
+
+@_absent_aware(aten.native_group_norm)
+def _group_norm(func: Any, x: torch.Tensor, w: Any, b: Any, n: int, c: int, hw: int, groups: int, eps: float) -> Any:
+    out = _normalized(x.reshape(n, groups, -1), [2], eps).reshape(x.shape)
+    wide = (1, c, *[1] * (x.ndim - 2))
+    out = out if w is None else out * w.reshape(wide)
+    return (out if b is None else out + b.reshape(wide)), x.new_empty(0), x.new_empty(0)
+
+
+@_absent_aware(aten.constant_pad_nd)
+def _pad(func: Any, x: torch.Tensor, pad: Any, *args: Any) -> torch.Tensor:
+    """Padding of what is absent is absent: along each padded dim, a line that holds nothing gets nothing."""
+    for i in range(len(pad) // 2):
+        dim = x.ndim - 1 - i
+        out = func(x, [*[0] * (2 * i), *pad[2 * i : 2 * i + 2]], *args)
+        x = _mark(out, x.isnan().all(dim, keepdim=True))
+    return x
+
+
+@_absent_aware(aten.mean)
+def _mean(func: Any, x: torch.Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> torch.Tensor:
+    mean = _moments(x, _dims(dim, x))[0]
+    return mean if keepdim else mean.squeeze(tuple(_dims(dim, x)))
+
+
+@_absent_aware(aten.var, aten.std)
+def _var(
+    func: Any,
+    x: torch.Tensor,
+    dim: Any = None,
+    *args: Any,
+    correction: Any = None,
+    keepdim: bool = False,
+    **kwargs: Any,
+) -> torch.Tensor:
+    var = _moments(x, _dims(dim, x), 1 if correction is None else correction)[1]
+    var = var.sqrt() if func.overloadpacket is aten.std else var
+    return var if keepdim else var.squeeze(tuple(_dims(dim, x)))
+
+
+@_absent_aware(aten.var_mean)
+def _var_mean(
+    func: Any, x: torch.Tensor, dim: Any = None, *args: Any, correction: Any = None, keepdim: bool = False
+) -> Any:
+    mean, var = _moments(x, _dims(dim, x), 1 if correction is None else correction)
+    return (var, mean) if keepdim else (var.squeeze(tuple(_dims(dim, x))), mean.squeeze(tuple(_dims(dim, x))))
+
+
+_NEUTRAL = {
+    aten.sum: 0.0,
+    aten.prod: 1.0,
+    aten.amax: -torch.inf,
+    aten.amin: torch.inf,
+    aten.logsumexp: -torch.inf,
+    aten.linalg_vector_norm: 0.0,
+}
+
+
+@_absent_aware(*_NEUTRAL)
+def _reduction(func: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    out = func(_present(x, _NEUTRAL[func.overloadpacket]), *args, **kwargs)
+    if func.overloadpacket is aten.linalg_vector_norm:
+        args = args[1:] if args else args
+    dims = _dims(args[0] if args else kwargs.get("dim"), x)
+    absent = x.isnan().all(tuple(dims), keepdim=True) if dims else x.isnan()
+    return _mark(out, absent.reshape(out.shape))
+
+
+@_absent_aware(aten._softmax, aten._log_softmax, aten._safe_softmax)
+def _softmax(func: Any, x: torch.Tensor, dim: int, *args: Any) -> torch.Tensor:
+    return _mark(func(_present(x, -torch.inf), dim, *args), x.isnan())
+
+
+class AbsentIsNaN(TorchDispatchMode):
+    """Run a module whose parameters hold NaN at removed positions, as if those positions were not there."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Use the absent-aware form of an op where it has one and NaN is about."""
+        kwargs = kwargs or {}
+        reference = _REFERENCE.get(func.overloadpacket)
+        if reference is not None and any(
+            isinstance(a, torch.Tensor) and a.is_floating_point() and bool(a.isnan().any()) for a in args
+        ):
+            return reference(func, *args, **kwargs)
+        return func(*args, **kwargs)
