@@ -80,7 +80,7 @@ class Members:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Balanced rows, on channels: `row[i]` stays while any of `columns[i]` does. columns: (rows, width), row: (rows,)."""
+    """Balanced rows on channels: `row[i]` stays while any of `columns[i]` does. (rows, width) and (rows,)."""
 
     columns: np.ndarray
     row: np.ndarray

@@ -74,7 +74,8 @@ def check_frozen(coupling: Coupling) -> None:
     nodes = {n.name for n in coupling.traced.module.graph.nodes}
     held = np.concatenate([f.channels for f in coupling.frozen] or [np.empty(0, dtype=np.int64)])
     assert len(np.unique(held)) == len(held)
-    assert set(held.tolist()) == set(np.flatnonzero(coupling.is_frozen).tolist())
+    fixed = np.concatenate([f.channels for f in coupling.fixed] or [np.empty(0, dtype=np.int64)])
+    assert set(fixed.tolist()) == set(np.flatnonzero(coupling.is_frozen).tolist())
     for frozen in coupling.frozen:
         assert frozen.node in nodes
         assert frozen.reason
@@ -94,6 +95,9 @@ def check_groups(coupling: Coupling) -> None:
     decided = np.isin(coupling.members.choice, chosen)
     reached = np.unique(coupling.members.channel[decided])
     free = np.flatnonzero(coupling.has_site & ~coupling.is_frozen)
+    reported = {c for f in coupling.frozen for c in f.channels.tolist()}
+    assert set(np.flatnonzero(coupling.has_site).tolist()) <= reported | set(reached.tolist())
+    assert not reported & set(reached[coupling.has_site[reached]].tolist()) - set(np.flatnonzero(coupling.is_frozen))
     assert not coupling.is_frozen[np.array(chosen, dtype=np.int64)].all() or not chosen
     if not coupling.rows and not len(coupling.products.channel):
         assert set(free.tolist()) == set(chosen) == set(reached.tolist())
