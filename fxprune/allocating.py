@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from fxprune.costs import Costs
 from fxprune.coupling import Coupling
 from fxprune.errors import CouplingError, PlanError
 from fxprune.grouping import Group
+from fxprune.pausing import without_collector
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,15 +92,20 @@ class Allocation:
         keep[self._channels[taken[self._owner]]] = False
         return self.coupling.settle(keep)
 
-    def meet(self, fits: Callable[[np.ndarray], bool]) -> np.ndarray | None:
+    def meet(self, bounds: Mapping[str, float]) -> np.ndarray | None:
         """Return which steps to take: the fewest from the start that fit, less those that can be given back.
 
         Args:
-            fits: whether kept channels (channels,) meet the budget; removing more never stops fitting.
+            bounds: resource -> absolute bound; removing more never costs more.
 
         Returns:
             (steps,) bool, or None when even all steps together do not fit.
         """
+        costs = self.coupling.costs
+
+        def fits(keep: np.ndarray) -> bool:
+            return costs.within(keep, bounds)
+
         count = len(self)
         order = np.arange(count)
         low, high = 0, count
@@ -112,14 +118,28 @@ class Allocation:
             else:
                 low = middle + 1
         taken = order < low
-        last: dict[int, int] = {}
-        for i in range(low):
-            last[int(self.group[i])] = i
-        for i in sorted(last.values(), reverse=True):
+        for i in self._returnable(taken, bounds):
             taken[i] = False
             if not fits(self.keep(taken)):
                 taken[i] = True
         return taken
+
+    def _returnable(self, taken: np.ndarray, bounds: Mapping[str, float]) -> list[int]:
+        """Return the last step taken of each group, latest first, without those that alone would cost too many macs."""
+        low = int(taken.sum())
+        _, first = np.unique(self.group[:low][::-1], return_index=True)
+        last = np.sort(low - 1 - first)[::-1]
+        if "macs" not in bounds or not len(last):
+            return last.tolist()
+        number = np.full(len(taken), -1)
+        number[last] = np.arange(len(last))
+        of, channels = number[self._owner], self._channels
+        part = np.full(self.coupling.num_channels, -1)
+        part[channels] = of
+        times = np.bincount(channels[taken[self._owner]], minlength=len(part))
+        part[(times > 1) | self.coupling.entangled] = -1  # whether these come back depends on more than this step
+        macs = self.coupling.costs.macs_with(self.keep(taken), part, len(last))
+        return last[macs <= bounds["macs"]].tolist()
 
 
 def steps_of_all(coupling: Coupling, score: np.ndarray, scope: str, constraints: Constraints) -> Allocation:
@@ -145,11 +165,16 @@ def steps_of_all(coupling: Coupling, score: np.ndarray, scope: str, constraints:
         if np.isinf(total[held]).all():
             held = members.choice[np.isin(members.channel, np.concatenate(emptied))]
             if np.isinf(total[held]).all():
-                raise CouplingError(f"nothing would be left of {len(emptied)} dims, whatever is held: a bug in fxprune, please report it.")
+                raise CouplingError(
+                    f"nothing would be left of {len(emptied)} dims, whatever is held: a bug in fxprune, please report it."
+                )
         total[held] = np.inf
 
 
-def allocate(coupling: Coupling, score: np.ndarray, scope: str, constraints: Constraints, bounds: dict[str, float]) -> np.ndarray:
+@without_collector
+def allocate(
+    coupling: Coupling, score: np.ndarray, scope: str, constraints: Constraints, bounds: dict[str, float]
+) -> np.ndarray:
     """Return the kept channels (channels,) of the widest network within the bounds, in the order of the scores.
 
     Args:
@@ -164,11 +189,7 @@ def allocate(coupling: Coupling, score: np.ndarray, scope: str, constraints: Con
     """
     allocation = steps_of_all(coupling, score, scope, constraints)
 
-    def fits(keep: np.ndarray) -> bool:
-        costs = coupling.costs(keep)
-        return all(getattr(costs, name) <= bound for name, bound in bounds.items())
-
-    taken = allocation.meet(fits)
+    taken = allocation.meet(bounds)
     if taken is None:
         least = coupling.costs(allocation.keep(np.ones(len(allocation), dtype=bool)))
         raise PlanError(_impossible(coupling, constraints, bounds, least))
@@ -188,6 +209,8 @@ def _impossible(coupling: Coupling, constraints: Constraints, bounds: dict[str, 
     binding = f"{frozen:,} of {frozen + free:,} channels are frozen, and {constraints} holds for {len(coupling.groups())} groups"
     first = coupling.groups()[0].name if coupling.groups() else "name"
     return (
-        "the budget cannot be met.\n  " + "\n  ".join(lines) + f"\n{binding}. Raise the budget, loosen the constraints, or ask "
+        "the budget cannot be met.\n  "
+        + "\n  ".join(lines)
+        + f"\n{binding}. Raise the budget, loosen the constraints, or ask "
         f"`coupling.why_frozen({first!r})` what holds a layer."
     )

@@ -1,4 +1,4 @@
-"""The ATen call that a common layer makes, so that its labels follow without running the layer and the dispatcher.
+"""The ATen call that a common layer or operator makes, so that its labels follow without running the layer and the dispatcher.
 
 Only what is asked for is here: `rules/` alone says what an op does. A layer that is not in the table, or is called in an
 unusual way, is run.
@@ -6,6 +6,8 @@ unusual way, is run.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +22,9 @@ Call = tuple[Any, tuple[Any, ...]]
 CALLS: dict[type[nn.Module], Callable[[Any, torch.Tensor], Call | None]] = {}
 
 
-def calls(*kinds: type[nn.Module]) -> Callable[[Callable[[Any, torch.Tensor], Call | None]], Callable[[Any, torch.Tensor], Call | None]]:
+def calls(
+    *kinds: type[nn.Module],
+) -> Callable[[Callable[[Any, torch.Tensor], Call | None]], Callable[[Any, torch.Tensor], Call | None]]:
     """Register the call of exactly these classes."""
 
     def register(function: Callable[[Any, torch.Tensor], Call | None]) -> Callable[[Any, torch.Tensor], Call | None]:
@@ -30,10 +34,43 @@ def calls(*kinds: type[nn.Module]) -> Callable[[Callable[[Any, torch.Tensor], Ca
     return register
 
 
+FUNCTIONS: dict[Callable[..., Any], Any] = {
+    operator.add: aten.add.Tensor,
+    operator.iadd: aten.add_.Tensor,
+    operator.mul: aten.mul.Tensor,
+    operator.imul: aten.mul_.Tensor,
+    torch.add: aten.add.Tensor,
+    torch.mul: aten.mul.Tensor,
+    torch.relu: aten.relu.default,
+    torch.sigmoid: aten.sigmoid.default,
+}
+"""Functions that are one ATen call on the same arguments."""
+
+
+@functools.cache
+def _operands(func: Any) -> int:
+    return sum(str(a.type) == "Tensor" for a in func._schema.arguments)
+
+
+def call_of_function(function: Any, operands: list[Any]) -> Call | None:
+    """Return the ATen call of a function on floating tensors of one dtype; None where only running it tells."""
+    found = FUNCTIONS.get(function)
+    if found is None or len(operands) != _operands(found):
+        return None
+    same = all(isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype == operands[0].dtype for x in operands)
+    return (found, tuple(operands)) if same else None
+
+
 def call_of(module: nn.Module, x: torch.Tensor) -> Call | None:
     """Return the only ATen call of a layer without hooks on a floating tensor; None where only running it tells."""
     found = CALLS.get(type(module))
-    if found is None or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or not x.is_floating_point():
+    if (
+        found is None
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or "forward" in vars(module)
+        or not x.is_floating_point()
+    ):
         return None
     return found(module, x)
 
@@ -48,7 +85,12 @@ def plain_calls() -> bool:
 def convolution(module: Any, x: torch.Tensor) -> Call | None:
     """x: (b, c, *space). Zeros around it, the same number on both sides."""
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    usual = module.padding_mode == "zeros" and type(module.padding) is tuple and weight is not None and weight.dtype == x.dtype
+    usual = (
+        module.padding_mode == "zeros"
+        and type(module.padding) is tuple
+        and weight is not None
+        and weight.dtype == x.dtype
+    )
     if not usual or x.ndim != weight.ndim or x.shape[1] != weight.shape[1] * module.groups:
         return None
     fixed = module.stride, module.padding, module.dilation, False, (0,) * (x.ndim - 2), module.groups
@@ -61,9 +103,25 @@ def batch_norm(module: Any, x: torch.Tensor) -> Call | None:
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     mean, var = module._buffers.get("running_mean"), module._buffers.get("running_var")
     rank = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}[type(module)]
-    if module.training or mean is None or var is None or x.ndim not in rank or x.shape[1] != len(mean) or mean.dtype != x.dtype:
+    if (
+        module.training
+        or mean is None
+        or var is None
+        or x.ndim not in rank
+        or x.shape[1] != len(mean)
+        or mean.dtype != x.dtype
+    ):
         return None
-    return aten.native_batch_norm.default, (x, weight, bias, mean, var, False, 0.0 if module.momentum is None else module.momentum, module.eps)
+    return aten.native_batch_norm.default, (
+        x,
+        weight,
+        bias,
+        mean,
+        var,
+        False,
+        0.0 if module.momentum is None else module.momentum,
+        module.eps,
+    )
 
 
 @calls(nn.ReLU)

@@ -54,7 +54,7 @@ def find_sites(record: Interpretation, classes: Classes) -> tuple[Site, ...]:
     for name, (_, labels, _, is_parameter) in record.issued.items():
         for dim, ids in enumerate(labels):
             if ids is not None:
-                sites.append(Site(name, dim, classes.of(ids), is_parameter))
+                sites.append(Site(name, dim, classes.channels(ids), is_parameter))
     return tuple(sites)
 
 

@@ -6,13 +6,19 @@ All passes are vectorised; the work is near-linear in atoms and ties.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from fxprune.atoms import FIXED, Ledger
 
 Pairs = tuple[np.ndarray, np.ndarray]
+
+
+def owner(ids: np.ndarray) -> np.ndarray:
+    """Return the array in whose memory `ids` is a mere reshaping, or `ids` itself: equal owners have equal positions."""
+    base = ids.base
+    return base if type(base) is np.ndarray and base.size == ids.size and ids.flags.c_contiguous else ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +34,20 @@ class Classes:
     of_atom: np.ndarray
     num_channels: int
     frozen_by: np.ndarray
+    _known: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
+    """id of the owner of an array of atoms -> the owner, and the channels of its positions in a row."""
 
     def of(self, atoms: np.ndarray) -> np.ndarray:
         """Return the channels of atoms; `FIXED` stays."""
         return self.of_atom[atoms]
+
+    def channels(self, atoms: np.ndarray) -> np.ndarray:
+        """Return the channels of labels, where reshapings of one array share the memory (and the owner) of the result."""
+        home = owner(atoms)
+        found = self._known.get(id(home))
+        if found is None:
+            found = self._known[id(home)] = (home, self.of_atom[atoms].ravel())
+        return found[1].reshape(atoms.shape)
 
 
 def components(n: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -6,11 +6,13 @@ its labels. So a cost is a few array lookups, through all coupled layers, withou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from fxprune.closing import owner
 from fxprune.interpreting import Interpretation
 from fxprune.labels import Extent, extents
 
@@ -55,6 +57,7 @@ class _Sizes:
     def __init__(self, to_channels: Callable[[np.ndarray], np.ndarray]) -> None:
         self._to_channels = to_channels
         self._by_id: dict[tuple[int, int], int] = {}
+        self._by_owner: dict[tuple[int, int], int] = {}
         self._by_content: dict[tuple[bytes, int], int] = {}
         self._alive: list[np.ndarray] = []
         self.rows: list[np.ndarray] = []
@@ -64,36 +67,58 @@ class _Sizes:
         ids, dim = extent
         found = self._by_id.get((id(ids), dim))
         if found is None:
-            rows = np.moveaxis(self._to_channels(ids), dim, -1)
-            rows = rows.reshape(-1, rows.shape[-1])
+            found = self._by_id[id(ids), dim] = self._find(ids, dim)
+            self._alive.append(ids)
+        return found
+
+    def _find(self, ids: np.ndarray, dim: int) -> int:
+        plain = ids.size == ids.shape[dim]
+        home = owner(ids) if plain else ids
+        found = self._by_owner.get((id(home), -1 if plain else dim))
+        if found is None:
+            channels = self._to_channels(ids)
+            rows = channels.reshape(1, -1) if plain else np.moveaxis(channels, dim, -1).reshape(-1, ids.shape[dim])
             key = (rows.tobytes(), rows.shape[1])
             found = self._by_content.setdefault(key, len(self.rows))
             if found == len(self.rows):
                 self.rows.append(rows)
-            self._by_id[id(ids), dim] = found
-            self._alive.append(ids)
+            self._by_owner[id(home), -1 if plain else dim] = found
+            self._alive.append(home)
         return found
 
-    def counter(self) -> Callable[[np.ndarray], np.ndarray]:
-        """Return the function from `keep` (channels,) to the kept size of every labelled dim, and a last one of 1."""
-        if not self.rows:
-            return lambda keep: np.ones(1, dtype=np.int64)
-        flat = np.concatenate([rows.ravel() for rows in self.rows])
-        widths = np.concatenate([np.full(len(rows), rows.shape[1]) for rows in self.rows])
-        row_starts = np.concatenate([[0], np.cumsum(widths)[:-1]])
-        starts = np.concatenate([[0], np.cumsum([len(rows) for rows in self.rows])[:-1]])
 
-        def count(keep: np.ndarray) -> np.ndarray:
-            counts = np.add.reduceat(np.append(keep, True)[flat].astype(np.int64), row_starts)
-            return np.append(np.maximum.reduceat(counts, starts), 1)
+class _Counter:
+    """Kept sizes of all labelled dims: a dim has one or several rows of channels, the longest counts."""
 
-        return count
+    def __init__(self, rows: list[np.ndarray]) -> None:
+        """Lay all rows out end to end: `rows` holds (rows, width) channels for every dim."""
+        self.flat = np.concatenate([r.ravel() for r in rows] or [np.empty(0, dtype=np.int64)])
+        widths = np.concatenate([np.full(len(r), r.shape[1]) for r in rows] or [np.empty(0, dtype=np.int64)])
+        heights = np.array([len(r) for r in rows], dtype=np.int64)
+        self.row_of = np.repeat(np.arange(len(widths)), widths)
+        self.dim_of = np.repeat(np.arange(len(rows)), heights)
+        self._row_starts = np.cumsum(widths) - widths
+        self._starts = np.cumsum(heights) - heights
+
+    def by_row(self, keep: np.ndarray) -> np.ndarray:
+        """Return how many positions of every row stay; `keep` is (channels,) bool."""
+        return (
+            np.add.reduceat(np.append(keep, True)[self.flat], self._row_starts, dtype=np.int64)
+            if len(self.flat)
+            else self.flat
+        )
+
+    def sizes(self, by_row: np.ndarray) -> np.ndarray:
+        """Return the size of every dim, and a last one of 1."""
+        return np.append(np.maximum.reduceat(by_row, self._starts) if len(by_row) else by_row, 1)
 
 
 class CostModel:
     """Costs as a function of the kept channels."""
 
-    def __init__(self, record: Interpretation, to_channels: Callable[[np.ndarray], np.ndarray], unlabelled: tuple[int, int]) -> None:
+    def __init__(
+        self, record: Interpretation, to_channels: Callable[[np.ndarray], np.ndarray], unlabelled: tuple[int, int]
+    ) -> None:
         """Read the record of an interpretation.
 
         Args:
@@ -103,37 +128,105 @@ class CostModel:
         """
         sizes = _Sizes(to_channels)
         self._work = _products(sizes, ((w.fixed, w.dims) for w in record.work))
-        tensors = [(shape, labels, itemsize, is_parameter) for shape, labels, itemsize, is_parameter in record.issued.values()]
-        fixed = [(int(np.prod([n for n, ids in zip(s, ls, strict=True) if ids is None])), extents(ls)) for s, ls, _, _ in tensors]
+        tensors = [
+            (shape, labels, itemsize, is_parameter) for shape, labels, itemsize, is_parameter in record.issued.values()
+        ]
+        fixed = [
+            (math.prod([n for n, ids in zip(s, ls, strict=True) if ids is None]), extents(ls))
+            for s, ls, _, _ in tensors
+        ]
         self._state = _products(sizes, fixed)
         self._itemsize = np.array([item for _, _, item, _ in tensors], dtype=np.int64)
         self._is_parameter = np.array([p for _, _, _, p in tensors], dtype=bool)
         self._buffers = _products(sizes, ((b.fixed, b.dims) for b in record.buffers))
-        for extent in (e for ts in record.nodes.values() for t in ts for e in extents(t.labels)):
-            sizes.index(extent)
+        distinct = {id(t.labels): t.labels for ts in record.nodes.values() for t in ts}
+        for labels in distinct.values():
+            for extent in extents(labels):
+                sizes.index(extent)
         self._born = np.array([b.born for b in record.buffers], dtype=np.int64)
         self._dies = np.array([b.dies for b in record.buffers], dtype=np.int64)
         self._steps = record.steps + 2
         self._unlabelled = unlabelled
-        self._count = sizes.counter()
+        self._counter = _Counter(sizes.rows)
         self._extents = sizes.rows
 
     def emptied(self, keep: np.ndarray) -> list[np.ndarray]:
         """Return the channels of every dim of a parameter or activation of which nothing stays."""
-        return [self._extents[i].ravel() for i in np.flatnonzero(self._count(keep)[:-1] == 0)]
+        return [self._extents[i].ravel() for i in np.flatnonzero(self._sizes(keep)[:-1] == 0)]
 
     def __call__(self, keep: np.ndarray) -> Costs:
         """Return the costs when `keep` (channels,) says which channels stay."""
-        sizes = self._count(keep)
-        macs = int(_evaluate(self._work, sizes).sum())
-        state = _evaluate(self._state, sizes)
-        params = int(state[self._is_parameter].sum()) + self._unlabelled[0]
+        sizes = self._sizes(keep)
+        return Costs(*(self._measure[name](sizes) for name in RESOURCES))
+
+    def within(self, keep: np.ndarray, bounds: Mapping[str, float]) -> bool:
+        """Say whether the network of the channels `keep` (channels,) costs at most `bounds`: resource -> number."""
+        sizes = self._sizes(keep)
+        return all(self._measure[name](sizes) <= bound for name, bound in bounds.items())
+
+    def _sizes(self, keep: np.ndarray) -> np.ndarray:
+        return self._counter.sizes(self._counter.by_row(keep))
+
+    @property
+    def _measure(self) -> dict[str, Callable[[np.ndarray], int]]:
+        return {"macs": self._macs, "params": self._params, "memory": self._memory}
+
+    def _macs(self, sizes: np.ndarray) -> int:
+        return int(_evaluate(self._work, sizes).sum())
+
+    def _params(self, sizes: np.ndarray) -> int:
+        return int(_evaluate(self._state, sizes)[self._is_parameter].sum()) + self._unlabelled[0]
+
+    def _memory(self, sizes: np.ndarray) -> int:
         live = np.zeros(self._steps + 1, dtype=np.int64)
         activations = _evaluate(self._buffers, sizes)
         np.add.at(live, self._born, activations)
         np.add.at(live, self._dies + 1, -activations)
-        memory = int((state * self._itemsize).sum()) + self._unlabelled[1] + int(np.cumsum(live).max(initial=0))
-        return Costs(macs, params, memory)
+        state = int((_evaluate(self._state, sizes) * self._itemsize).sum())
+        return state + self._unlabelled[1] + int(np.cumsum(live).max(initial=0))
+
+    def macs_with(self, keep: np.ndarray, part: np.ndarray, count: int) -> np.ndarray:
+        """Return the macs of `keep` together with each of several disjoint parts.
+
+        Args:
+            keep: (channels,) bool, what stays in any case.
+            part: (channels,) which part a channel is of, or -1.
+            count: how many parts there are.
+
+        Returns:
+            (count,) macs. The work is linear in the network, however many parts there are.
+        """
+        counter, (factors, indices) = self._counter, self._work
+        by_row = counter.by_row(keep)
+        sizes = counter.sizes(by_row)
+        n = len(sizes)
+        of = np.append(part, -1)[counter.flat]
+        real = of >= 0
+        pairs, more = np.unique(of[real] * max(len(by_row), 1) + counter.row_of[real], return_counts=True)
+        row = pairs % max(len(by_row), 1)
+        key = pairs // max(len(by_row), 1) * n + counter.dim_of[row]
+        changed, start = np.unique(key, return_index=True)
+        if not len(changed):
+            return np.full(count, float(self._macs(sizes)))
+        fresh = np.maximum(np.maximum.reduceat(by_row[row] + more, start), sizes[changed % n])
+        term, place = np.nonzero(indices >= 0)
+        order = np.argsort(indices[term, place], kind="stable")
+        dim = indices[term, place][order]
+        touched = spans(np.searchsorted(dim, changed % n, "left"), np.searchsorted(dim, changed % n, "right"))
+        repeat = np.searchsorted(dim, changed % n, "right") - np.searchsorted(dim, changed % n, "left")
+        hit = np.unique(np.repeat(changed // n, repeat) * len(factors) + term[order][touched])
+        which, term = hit // max(len(factors), 1), hit % max(len(factors), 1)
+        wanted = which[:, None] * n + indices[term] % n
+        at = np.minimum(np.searchsorted(changed, wanted), len(changed) - 1)
+        after = np.where(changed[at] == wanted, fresh[at], sizes[indices[term]]).prod(axis=1)
+        delta = factors[term] * (after - sizes[indices[term]].prod(axis=1))
+        return self._macs(sizes) + np.bincount(which, delta, count)
+
+
+def spans(start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+    """Return start[0], .., stop[0] - 1, start[1], .., one range after the other."""
+    count = stop - start
+    return np.repeat(start, count) + np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
 
 
 _Products = tuple[np.ndarray, np.ndarray]
@@ -144,7 +237,9 @@ def _products(sizes: _Sizes, terms: Iterable[tuple[int, tuple[Extent, ...]]]) ->
     listed = [(fixed, [sizes.index(e) for e in dims]) for fixed, dims in terms]
     rank = max((len(dims) for _, dims in listed), default=0)
     factors = np.array([fixed for fixed, _ in listed], dtype=np.int64)
-    indices = np.array([dims + [-1] * (rank - len(dims)) for _, dims in listed], dtype=np.int64).reshape(len(listed), rank)
+    indices = np.array([dims + [-1] * (rank - len(dims)) for _, dims in listed], dtype=np.int64).reshape(
+        len(listed), rank
+    )
     return factors, indices
 
 

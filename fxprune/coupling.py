@@ -13,12 +13,13 @@ import numpy as np
 from fxprune import explaining
 from fxprune.atoms import FIXED
 from fxprune.channels import Frozen, Site, find_frozen, find_products, find_rows, find_sites
-from fxprune.closing import Classes, close
+from fxprune.closing import Classes, close, owner
 from fxprune.costs import CostModel
 from fxprune.errors import CouplingError, TraceError
 from fxprune.grouping import Group, Members, Products, Rows, find_groups, mixed
 from fxprune.interpreting import Interpretation, InterpretationError, Labelled, interpret, tensors_in
 from fxprune.labels import Labels, Shape, fix
+from fxprune.pausing import without_collector
 from fxprune.tracing import Traced
 
 
@@ -84,24 +85,43 @@ class Coupling:
         return tuple(found)
 
     @cached_property
+    def entangled(self) -> np.ndarray:
+        """(channels,) which are part of a row, or a crossing or its parent: what stays of them depends on others."""
+        found = np.zeros(self.num_channels + 1, dtype=bool)
+        for batch in self.rows:
+            found[batch.columns] = found[batch.row] = True
+        for channels in (self.products.channel, self.products.row, self.products.column):
+            found[channels] = True
+        return found[:FIXED]
+
+    @cached_property
     def has_site(self) -> np.ndarray:
         """(channels,) which occur in a parameter or buffer."""
         return self._site_key != 0
 
     @cached_property
     def _site_key(self) -> np.ndarray:
-        key = np.zeros(self.num_channels, dtype=np.uint64)
+        key = np.zeros(self.num_channels + 1, dtype=np.uint64)
         hashes = mixed(np.arange(len(self.sites)))
-        for site, number in zip(self.sites, hashes, strict=True):
-            key[site.channels[site.channels != FIXED]] += number  # once, however often a channel occurs
-        return key
+        with np.errstate(over="ignore"):
+            for channels, where in self.arrays:
+                key[channels] += hashes[where].sum()  # once, however often a channel occurs
+        return key[:FIXED]
+
+    @cached_property
+    def arrays(self) -> list[tuple[np.ndarray, list[int]]]:
+        """Each distinct array of channels, flat, with the numbers of its sites."""
+        found: dict[int, tuple[np.ndarray, list[int]]] = {}
+        for number, site in enumerate(self.sites):
+            found.setdefault(id(owner(site.channels)), (site.channels.ravel(), []))[1].append(number)
+        return list(found.values())
 
     @cached_property
     def _grouped(self) -> tuple[tuple[Group, ...], Members]:
-        first = np.full(self.num_channels, len(self.sites), dtype=np.int64)
-        for index in reversed(range(len(self.sites))):
-            channels = self.sites[index].channels
-            first[channels[channels != FIXED]] = index
+        first = np.full(self.num_channels + 1, len(self.sites), dtype=np.int64)
+        for channels, where in sorted(self.arrays, key=lambda entry: -entry[1][0]):
+            first[channels] = where[0]
+        first = first[:FIXED]
         names = [f"{site.name}" for site in self.sites]
         return find_groups(
             self.num_channels, list(self.rows), self.products, self.is_frozen, self._site_key, names, first
@@ -119,9 +139,10 @@ class Coupling:
     def fingerprint(self) -> str:
         """A hash of the sites and their channels: equal for equal networks, on every machine."""
         digest = hashlib.sha256(f"{self.num_channels}".encode())
-        for site in self.sites:
-            digest.update(f"{site.name}:{site.dim}:{site.channels.shape}".encode())
-            digest.update(np.ascontiguousarray(site.channels).tobytes())
+        for channels, where in self.arrays:
+            about = [f"{self.sites[i].name}:{self.sites[i].dim}:{self.sites[i].channels.shape}" for i in where]
+            digest.update(" ".join(about).encode())
+            digest.update(channels.tobytes())
         return digest.hexdigest()
 
     @cached_property
@@ -158,6 +179,8 @@ class Coupling:
         Returns:
             A new array that keeps at most as much.
         """
+        if not self.rows and not len(self.products.channel):
+            return keep.copy()
         keep = np.append(keep, True)
         while True:
             before = keep.sum()
@@ -208,17 +231,9 @@ class Coupling:
                 return f"the rows at node {batch.node!r} would keep unequally many channels"
         return None
 
-    @cached_property
-    def _translated(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """Arrays of atoms, by id, with their channels."""
-        return {}
-
     def channels(self, atoms: np.ndarray) -> np.ndarray:
-        """Translate atoms to channels; the same array gives the same array."""
-        found = self._translated.get(id(atoms))
-        if found is None:
-            found = self._translated[id(atoms)] = (atoms, self.classes.of(atoms))
-        return found[1]
+        """Translate atoms to channels."""
+        return self.classes.channels(atoms)
 
     def to_channels(self, labels: Labels) -> Labels:
         """Translate labels from atoms to channels."""
@@ -227,13 +242,17 @@ class Coupling:
     @cached_property
     def tensors(self) -> Mapping[str, tuple[Shape, Labels]]:
         """Shape and channels of every parameter and buffer that has any."""
-        return {name: (shape, self.to_channels(labels)) for name, (shape, labels, _, _) in self.record.issued.items()}
+        found: dict[str, list[np.ndarray | None]] = {name: [None] * len(s) for name, (s, *_) in self.record.issued.items()}
+        for site in self.sites:
+            found[site.name][site.dim] = site.channels
+        return {name: (self.record.issued[name][0], tuple(labels)) for name, labels in found.items()}
 
     def at(self, node: str) -> list[Labelled]:
         """Return shape and channels of every tensor that a node returns."""
         return [Labelled(t.shape, self.to_channels(t.labels), t.dtype) for t in self.record.nodes.get(node, [])]
 
 
+@without_collector
 def couple(traced: Traced, *, unknown: str = "freeze", freeze: Mapping[str, str] | None = None) -> Coupling:
     """Find which channels of a traced network live and die together, and which may not go.
 
@@ -297,6 +316,11 @@ def _freeze_nodes(record: Interpretation, traced: Traced, freeze: dict[str, str]
                 f"freeze names node {name!r}, which the graph does not have. Its nodes are in `traced.graph`."
             )
         record.ledger.node = name
+        inside = f"{nodes[name].target}." if nodes[name].op == "call_module" else None
+        for state, (shape, labels, _, _) in record.issued.items():
+            if inside and state.startswith(inside):
+                for d in range(len(shape)):
+                    fix(record.ledger, labels, d, reason)
         for node in [nodes[name], *nodes[name].all_input_nodes]:
             for t in record.nodes.get(node.name, []):
                 for d in range(len(t.shape)):

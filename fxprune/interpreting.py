@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune import labels as algebra
 from fxprune.atoms import Ledger
-from fxprune.calling import call_of, plain_calls
+from fxprune.calling import call_of, call_of_function, plain_calls
 from fxprune.cloning import State, clone, named_state, submodule
 from fxprune.labels import Extent, Labels, Shape
 from fxprune.rules import Op, lookup
@@ -112,7 +112,9 @@ def _convolution_meta(
     x: Any, w: Any, b: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, extra: Any, groups: int
 ) -> torch.Tensor:
     rank = w.ndim - 2
-    stride, padding, dilation, extra = (list(v) * (rank if len(v) == 1 else 1) for v in (stride, padding, dilation, extra))
+    stride, padding, dilation, extra = (
+        list(v) * (rank if len(v) == 1 else 1) for v in (stride, padding, dilation, extra)
+    )
     channels = w.shape[0] // groups if transposed else w.shape[1]
     if x.ndim != w.ndim or x.shape[1] != channels * groups:
         return torch.ops.aten.convolution.default(x, w, b, stride, padding, dilation, transposed, extra, groups)
@@ -130,6 +132,28 @@ def _convolution_meta(
 def _batch_norm_meta(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     same = torch.empty(x.shape, dtype=x.dtype, device="meta") if x.is_contiguous() else torch.empty_like(x)
     return same, *(torch.empty(x.shape[1], dtype=x.dtype, device="meta") for _ in range(2))
+
+
+def _mean_meta(x: torch.Tensor, dims: Any, keepdim: bool = False) -> torch.Tensor:
+    gone = {d % x.ndim for d in dims or ()}
+    if not gone or len(gone) != len(dims) or min(dims) < -x.ndim or max(dims) >= x.ndim or not x.is_floating_point():
+        return torch.ops.aten.mean.dim(x, dims, keepdim)
+    shape = [1 if d in gone else n for d, n in enumerate(x.shape) if keepdim or d not in gone]
+    return torch.empty(shape, dtype=x.dtype, device="meta")
+
+
+def _addmm_meta(bias: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    usual = (
+        x.ndim == w.ndim == 2
+        and x.shape[1] == w.shape[0]
+        and bias.shape == w.shape[1:]
+        and bias.dtype == x.dtype == w.dtype
+    )
+    return (
+        torch.empty((x.shape[0], w.shape[1]), dtype=x.dtype, device="meta")
+        if usual
+        else torch.ops.aten.addmm.default(bias, x, w)
+    )
 
 
 @functools.cache
@@ -217,6 +241,10 @@ class Labelling(TorchDispatchMode):
             return _pointwise_meta(func, args)
         if func is _aten.native_batch_norm.default:
             return _batch_norm_meta(args[0])
+        if func is _aten.mean.dim:
+            return _mean_meta(*args)
+        if func is _aten.addmm.default:
+            return _addmm_meta(*args)
         if func is _aten.convolution.default:
             return _convolution_meta(*args)
         key = _call_key(func, args) if _returns_fresh(func) else None
@@ -320,7 +348,9 @@ class Labelling(TorchDispatchMode):
             found = rule(op, *args, **kwargs)
             labels = found if isinstance(found, list) else [found]
         for tensor, mine in zip(results, labels, strict=True):
-            if len(mine) != tensor.ndim or any(ids is not None and ids.shape[d] != tensor.shape[d] for d, ids in enumerate(mine)):
+            if len(mine) != tensor.ndim or any(
+                ids is not None and ids.shape[d] != tensor.shape[d] for d, ids in enumerate(mine)
+            ):
                 raise RuntimeError(f"the rule of {op.name} returned labels that do not fit shape {tuple(tensor.shape)}")
             origin = self._origin.get(id(tensor))
             if origin is None:
@@ -373,7 +403,8 @@ class GraphRunner(fx.Interpreter):
     """Run a graph under `Labelling`, node by node."""
 
     def __init__(self, root: torch.nn.Module, graph: fx.Graph, mode: Labelling) -> None:
-        super().__init__(root, garbage_collect_values=False, graph=graph)  # pyright: ignore[reportArgumentType]
+        super().__init__(torch.nn.Module(), garbage_collect_values=False, graph=graph)  # pyright: ignore[reportArgumentType]
+        self.module = root  # pyright: ignore[reportAttributeAccessIssue] (not above: it would list all modules in it)
         self.mode = mode
         self._plain_calls = plain_calls()
         self._meta: dict[str, Any] = {}
@@ -396,13 +427,15 @@ class GraphRunner(fx.Interpreter):
         return self._meta[target]
 
     def _call(self, n: fx.Node) -> torch.Tensor | None:
-        """Return the result of a common layer without running it; None where it has to be run."""
-        if n.op != "call_module" or len(n.args) != 1 or n.kwargs or not self._plain_calls:
+        """Return the result of a common layer or operator without running it; None where it has to be run."""
+        if n.op not in ("call_module", "call_function") or n.kwargs:
             return None
-        x = self.env[n.args[0]] if isinstance(n.args[0], fx.Node) else None
-        if not isinstance(x, torch.Tensor):
-            return None
-        call = call_of(submodule(self.module, str(n.target)), x)
+        operands = [self.env[a] if isinstance(a, fx.Node) else None for a in n.args]
+        call = None
+        if n.op == "call_function":
+            call = call_of_function(n.target, operands)
+        elif self._plain_calls and len(operands) == 1 and isinstance(operands[0], torch.Tensor):
+            call = call_of(submodule(self.module, str(n.target)), operands[0])
         return None if call is None else self.mode.call(*call)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -418,9 +451,11 @@ class GraphRunner(fx.Interpreter):
         mode.ledger.node = n.name
         try:
             value = self._call(n)
-            if value is None:
-                with mode:
-                    value = super().run_node(n)
+            if value is not None:
+                mode.record.nodes[n.name] = [Labelled(tuple(value.shape), mode.labels(value), value.dtype)]
+                return value
+            with mode:
+                value = super().run_node(n)
         except Exception as error:
             raise InterpretationError(n.name) from error
         tensors = tensors_in(value)
@@ -475,7 +510,9 @@ def to_meta(value: Any) -> Any:
     return pytree.tree_map(move, value)
 
 
-def interpret(root: torch.nn.Module, state: Iterable[State], graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interpretation:
+def interpret(
+    root: torch.nn.Module, state: Iterable[State], graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Interpretation:
     """Run a graph on labels.
 
     Args:

@@ -14,11 +14,14 @@ from tabulate import tabulate
 from fxprune.allocating import allocate
 from fxprune.atoms import FIXED
 from fxprune.budgets import Budget
+from fxprune.closing import owner
 from fxprune.constraining import Constraints, constrain
 from fxprune.costs import RESOURCES, CostChange, Costs
 from fxprune.coupling import Coupling
 from fxprune.errors import ArtifactError, PlanError
+from fxprune.labels import Labels
 from fxprune.methods import Magnitude, Method
+from fxprune.pausing import without_collector
 from fxprune.tasks import Task
 
 SCHEMA = 1
@@ -62,7 +65,10 @@ class Plan:
     """(channels,) which stay, on the coupling of this fingerprint; None for a plan that was read."""
 
     def __str__(self) -> str:
-        rows = [[i, g.name, g.kind, g.sites, g.before, g.after, f"{g.after / g.before:.0%}"] for i, g in enumerate(self.groups)]
+        rows = [
+            [i, g.name, g.kind, g.sites, g.before, g.after, f"{g.after / g.before:.0%}"]
+            for i, g in enumerate(self.groups)
+        ]
         table = tabulate(rows, headers=["group", "first site", "kind", "sites", "before", "after", "kept"])
         return f"{table}\n\n{costs_table(self.costs)}"
 
@@ -111,10 +117,14 @@ class Plan:
         try:
             data = json.loads(text)
         except ValueError as error:
-            raise ArtifactError(f"not a plan: the JSON breaks off or is damaged ({error}). Save the plan again.") from error
+            raise ArtifactError(
+                f"not a plan: the JSON breaks off or is damaged ({error}). Save the plan again."
+            ) from error
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             found = data.get("schema") if isinstance(data, dict) else type(data).__name__
-            raise ArtifactError(f"the plan has schema {found!r}, this version reads schema {SCHEMA}. Save it again with this version.")
+            raise ArtifactError(
+                f"the plan has schema {found!r}, this version reads schema {SCHEMA}. Save it again with this version."
+            )
         try:
             sites = data["sites"]
             return Plan(
@@ -127,7 +137,9 @@ class Plan:
                 data["fingerprint"],
             )
         except (KeyError, TypeError) as error:
-            raise ArtifactError(f"the plan lacks a field or has one too many: {error}. Save it again with this version.") from error
+            raise ArtifactError(
+                f"the plan lacks a field or has one too many: {error}. Save it again with this version."
+            ) from error
 
 
 def frozen(array: np.ndarray) -> np.ndarray:
@@ -139,9 +151,15 @@ def frozen(array: np.ndarray) -> np.ndarray:
 def costs_table(costs: CostChange) -> str:
     """Return macs, params and memory before and after, as text."""
     rows = [
-        [name, f"{getattr(costs.before, name):,}", f"{getattr(costs.after, name):,}", f"{costs.share(name):.1%}"] for name in RESOURCES
+        [name, f"{getattr(costs.before, name):,}", f"{getattr(costs.after, name):,}", f"{costs.share(name):.1%}"]
+        for name in RESOURCES
     ]
-    return tabulate(rows, headers=["cost", "before", "after", "share"], disable_numparse=True, colalign=("left", "right", "right", "right"))
+    return tabulate(
+        rows,
+        headers=["cost", "before", "after", "share"],
+        disable_numparse=True,
+        colalign=("left", "right", "right", "right"),
+    )
 
 
 def plan(
@@ -168,18 +186,28 @@ def plan(
     """
     if not isinstance(budget, Budget):
         raise PlanError(f"the budget is {budget!r}. Pass `fxprune.Budget(macs=0.5)`.")
-    method = method or Magnitude()
-    constraints = constraints or Constraints()
+    work = without_collector(_plan) if calibration is None else _plan
+    return work(coupling, budget, method or Magnitude(), calibration, tasks, constraints or Constraints())
+
+
+def _plan(
+    coupling: Coupling, budget: Budget, method: Method, calibration: Any, tasks: Any, constraints: Constraints
+) -> Plan:
     bound = constrain(coupling, constraints)
     dense = bound.costs(np.ones(bound.num_channels, dtype=bool))
     score = np.asarray(method.scores(bound, calibration, tasks), dtype=np.float64)
     if score.shape != (bound.num_channels,) or np.isnan(score).any():
-        raise PlanError(f"{method} returned scores of shape {score.shape}, or NaN. Return one finite number for each of {bound.num_channels} channels.")
+        raise PlanError(
+            f"{method} returned scores of shape {score.shape}, or NaN. Return one finite number for each of {bound.num_channels} channels."
+        )
     keep = allocate(bound, score, method.scope, constraints, budget.bounds(dense))
     return plan_of(bound, keep, method=repr(method), budget=budget.to_dict())
 
 
-def plan_of(coupling: Coupling, keep: np.ndarray, *, method: str = "by hand", budget: Mapping[str, float] | None = None) -> Plan:
+@without_collector
+def plan_of(
+    coupling: Coupling, keep: np.ndarray, *, method: str = "by hand", budget: Mapping[str, float] | None = None
+) -> Plan:
     """Return the plan that keeps exactly the channels `keep` (channels,) bool.
 
     Raises:
@@ -187,48 +215,69 @@ def plan_of(coupling: Coupling, keep: np.ndarray, *, method: str = "by hand", bu
     """
     problem = coupling.violation(keep)
     if problem:
-        raise PlanError(f"these channels cannot be kept: {problem}. Start from `coupling.groups()`, and call `coupling.settle(keep)`.")
+        raise PlanError(
+            f"these channels cannot be kept: {problem}. Start from `coupling.groups()`, and call `coupling.settle(keep)`."
+        )
     dense = coupling.costs(np.ones(coupling.num_channels, dtype=bool))
     kept, sizes = _kept(coupling, keep)
     counts = _sites_per_channel(coupling)
     groups = []
     for group in coupling.groups():
         choices = np.concatenate(group.cells)
-        groups.append(GroupWidth(group.name, group.kind, int(counts[choices].max()), len(choices), int(keep[choices].sum())))
-    return Plan(kept, sizes, CostChange(dense, coupling.costs(keep)), tuple(groups), method, dict(budget or {}), coupling.fingerprint, frozen(keep.copy()))
+        groups.append(
+            GroupWidth(group.name, group.kind, int(counts[choices].max()), len(choices), int(keep[choices].sum()))
+        )
+    return Plan(
+        kept,
+        sizes,
+        CostChange(dense, coupling.costs(keep)),
+        tuple(groups),
+        method,
+        dict(budget or {}),
+        coupling.fingerprint,
+        frozen(keep.copy()),
+    )
 
 
 def _sites_per_channel(coupling: Coupling) -> np.ndarray:
     per_channel = np.zeros(coupling.num_channels + 1)
-    for site in coupling.sites:
-        per_channel[site.channels] += 1  # once, however often a channel occurs
+    for channels, where in coupling.arrays:
+        per_channel[channels] += len(where)  # once, however often a channel occurs
     return coupling.members.total(per_channel[:-1])
 
 
 def _kept(coupling: Coupling, keep: np.ndarray) -> tuple[dict[tuple[str, int], np.ndarray], dict[tuple[str, int], int]]:
     kept, sizes = {}, {}
     keep = np.append(keep, True)
+    frees = np.append(~coupling.is_frozen, False)
+    known: dict[int, np.ndarray | None] = {}
     for name, (shape, labels) in coupling.tensors.items():
         for dim, ids in enumerate(labels):
-            if ids is None or _stays_whole(coupling, ids):
+            if ids is None:
                 continue
-            sizes[name, dim] = shape[dim]
-            flags = keep[ids]
-            if ids.size == shape[dim]:
-                kept[name, dim] = frozen(np.flatnonzero(flags))
+            if ids.size != shape[dim]:
+                if frees[ids].any():
+                    sizes[name, dim], kept[name, dim] = shape[dim], _kept_by_row(labels, dim, keep, frees)
                 continue
-            rows = np.moveaxis(flags, dim, -1)
-            stay = np.ones(rows.shape[:-1], dtype=bool)
-            for other, owner in enumerate(labels):
-                if other != dim and owner is not None and not _stays_whole(coupling, owner):
-                    stay &= np.moveaxis(keep[owner], dim, -1)[..., 0]
-            kept[name, dim] = frozen(np.stack([np.flatnonzero(row) for row in rows[stay]]))
+            home = id(owner(ids))
+            if home not in known:
+                known[home] = frozen(np.flatnonzero(keep[ids])) if frees[ids].any() else None
+            positions = known[home]
+            if positions is not None:
+                sizes[name, dim], kept[name, dim] = shape[dim], positions
     return kept, sizes
 
 
-def _stays_whole(coupling: Coupling, ids: np.ndarray) -> bool:
-    """Say whether nothing along these labels may ever go."""
-    return bool(coupling.is_frozen[ids[ids != FIXED]].all())
+def _kept_by_row(labels: Labels, dim: int, keep: np.ndarray, frees: np.ndarray) -> np.ndarray:
+    """Return (rows that stay, n) positions that stay along a dim that differs from row to row."""
+    ids = labels[dim]
+    assert ids is not None
+    rows = np.moveaxis(keep[ids], dim, -1)
+    stay = np.ones(rows.shape[:-1], dtype=bool)
+    for other, row in enumerate(labels):
+        if other != dim and row is not None and frees[row].any():
+            stay &= np.moveaxis(keep[row], dim, -1)[..., 0]
+    return frozen(np.stack([np.flatnonzero(row) for row in rows[stay]]))
 
 
 def keep_of(coupling: Coupling, plan: Plan) -> np.ndarray:
@@ -243,12 +292,18 @@ def keep_of(coupling: Coupling, plan: Plan) -> np.ndarray:
     keep = np.ones(coupling.num_channels + 1, dtype=bool)
     for (name, dim), positions in plan.kept.items():
         if name not in tensors or dim >= len(tensors[name][0]):
-            raise ArtifactError(f"the plan cuts {name!r} along dim {dim}, and this network has no such parameter. Use the model class the plan was made for.")
+            raise ArtifactError(
+                f"the plan cuts {name!r} along dim {dim}, and this network has no such parameter. Use the model class the plan was made for."
+            )
         shape, labels = tensors[name]
         if shape[dim] != plan.sizes[name, dim]:
-            raise ArtifactError(f"{name!r}: the plan expects size {plan.sizes[name, dim]} along dim {dim}, found {shape[dim]}. Use the model the plan was made for.")
+            raise ArtifactError(
+                f"{name!r}: the plan expects size {plan.sizes[name, dim]} along dim {dim}, found {shape[dim]}. Use the model the plan was made for."
+            )
         if positions.size and not 0 <= positions.min() <= positions.max() < shape[dim]:
-            raise ArtifactError(f"{name!r}: the plan keeps position {positions.max()} along dim {dim}, which has size {shape[dim]}. The plan is damaged.")
+            raise ArtifactError(
+                f"{name!r}: the plan keeps position {positions.max()} along dim {dim}, which has size {shape[dim]}. The plan is damaged."
+            )
         ids = labels[dim]
         if ids is None or positions.ndim > 1:
             continue

@@ -41,6 +41,11 @@ def resizes(*kinds: type[nn.Module]) -> Callable[[Callable[..., None]], Callable
     return register
 
 
+def is_sized(module: nn.Module) -> bool:
+    """Say whether a module repeats sizes in attributes."""
+    return any(kind in RESIZERS for kind in type(module).__mro__)
+
+
 def resize(module: nn.Module, call: Call) -> None:
     """Set the size attributes of a module to what its parameters and its call now say."""
     for kind in type(module).__mro__:
@@ -76,6 +81,9 @@ def fits(module: nn.Module, inputs: list[Shape], outputs: list[Shape]) -> bool:
         return tuple(module.weight.shape) == (y[-1], x[-1]) and x[:-1] == y[:-1]  # pyright: ignore
     if kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
         return x == y and module.num_features == x[1]
+    if kind is nn.AdaptiveAvgPool2d and len(x) > 2:
+        size = module.output_size
+        return x[:-2] == y[:-2] and y[-2:] == ((size, size) if isinstance(size, int) else size)
     return kind in _SHAPE_KEEPING and x == y
 
 
@@ -88,9 +96,9 @@ def linear(module: Any, call: Call) -> None:
 @resizes(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def convolution(module: Any, call: Call) -> None:
     """weight: (out, in / groups, *kernel)."""
-    module.in_channels = call.inputs[0][-len(module.kernel_size) - 1]
-    module.out_channels = module.weight.shape[0]
-    module.groups = module.in_channels // module.weight.shape[1]
+    out, width = module.weight.shape[:2]
+    channels = call.inputs[0][-len(module.kernel_size) - 1]
+    vars(module).update(in_channels=channels, out_channels=out, groups=channels // width)
 
 
 @resizes(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

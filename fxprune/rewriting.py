@@ -12,18 +12,22 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxprune import positions as positions  # its fixers enter the table
-from fxprune.cloning import clone
+from fxprune.cloning import clone, named_state, submodule
+from fxprune.closing import owner
 from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError
-from fxprune.interpreting import Labelled, bind, meta_tensor, named_state, tensors_in, to_meta
+from fxprune.interpreting import Labelled, bind, meta_tensor, tensors_in, to_meta
 from fxprune.labels import Labels, Shape
 from fxprune.literals import FIXERS, plain_name
+from fxprune.pausing import without_collector
 from fxprune.planning import Plan, keep_of
-from fxprune.resizing import Call, fits, resize
+from fxprune.resizing import Call, fits, is_sized, resize
 from fxprune.slicing import Kept, kept_size, sliced_like
+from fxprune.tracing import attach
 from fxprune.slimming import SlimModule
 
 
+@without_collector
 def rewrite(coupling: Coupling, plan: Plan) -> fx.GraphModule:
     """Build the slim network of a plan.
 
@@ -41,14 +45,27 @@ def rewrite(coupling: Coupling, plan: Plan) -> fx.GraphModule:
     keep = np.append(keep_of(coupling, plan), True)
     prediction = Prediction(coupling, keep)
     root = _sliced(coupling, keep)
-    graph = fx.Graph(tracer_cls=coupling.traced.graph._tracer_cls)
-    graph.set_codegen(coupling.traced.graph._codegen)
-    renamed: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(coupling.traced.graph, renamed))
+    graph = _copied(coupling.traced.graph)
     _resize_modules(root, graph, prediction)
     _fix_literals(coupling, root, graph, prediction)
     graph.lint()
     return SlimModule(root, graph)
+
+
+def _copied(graph: fx.Graph) -> fx.Graph:
+    """Copy a graph: `copy.deepcopy` without its detours."""
+    new = fx.Graph(tracer_cls=graph._tracer_cls)
+    new.set_codegen(graph._codegen)
+    twin: dict[fx.Node, fx.Node] = {}
+    for n in graph.nodes:
+        args, kwargs = fx.node.map_arg((n.args, n.kwargs), twin.__getitem__)
+        if n.op == "output":
+            new.output(args[0])
+            break
+        twin[n] = new.create_node(n.op, n.target, name=n.name, type_expr=n.type)
+        attach(twin[n], args, kwargs)
+        twin[n].meta.update(n.meta)
+    return new
 
 
 class Prediction:
@@ -59,18 +76,26 @@ class Prediction:
         self.coupling = coupling
         self.keep = keep
         self._sizes: dict[tuple[int, int], int] = {}
+        self._shapes: dict[str, list[Shape]] = {}
 
     def shapes(self, node: str) -> list[Shape]:
         """Return the predicted shape of every tensor that a node returns."""
-        return [self._shape(t) for t in self.coupling.record.nodes.get(node, [])]
+        found = self._shapes.get(node)
+        if found is None:
+            found = self._shapes[node] = [self._shape(t) for t in self.coupling.record.nodes.get(node, [])]
+        return found
 
     def _shape(self, t: Labelled) -> Shape:
-        return tuple(n if ids is None else self._size(ids, d) for d, (n, ids) in enumerate(zip(t.shape, t.labels, strict=True)))
+        return tuple(
+            [n if ids is None else self._size(ids, d) for d, (n, ids) in enumerate(zip(t.shape, t.labels, strict=True))]
+        )
 
     def _size(self, ids: np.ndarray, dim: int) -> int:
-        found = self._sizes.get((id(ids), dim))
+        plain = ids.size == ids.shape[dim]
+        key = (id(owner(ids)), -1) if plain else (id(ids), dim)
+        found = self._sizes.get(key)
         if found is None:
-            found = self._sizes[id(ids), dim] = kept_size(self.coupling.channels(ids), dim, self.keep)
+            found = self._sizes[key] = kept_size(self.coupling.channels(ids), dim, self.keep)
         return found
 
     def kept(self, node: str, dim: int) -> np.ndarray | None:
@@ -102,13 +127,17 @@ def _resize_modules(root: nn.Module, graph: fx.Graph, prediction: Prediction) ->
     for node in graph.nodes:
         if node.op == "call_module" and node.target not in seen:
             seen.add(node.target)
-            inputs = [shape for source in node.all_input_nodes for shape in prediction.shapes(source.name)]
-            first = node.all_input_nodes[0].name if node.all_input_nodes else ""
+            module = submodule(root, str(node.target))
+            if not is_sized(module):
+                continue
+            sources = [source.name for source in node.all_input_nodes]
+            inputs = [shape for source in sources for shape in prediction.shapes(source)]
+            first = sources[0] if sources else ""
 
             def rows(dim: int, count: int, first: str = first) -> int:
                 return prediction.rows(first, dim, count)
 
-            resize(root.get_submodule(node.target), Call(inputs, prediction.shapes(node.name), rows))
+            resize(module, Call(inputs, prediction.shapes(node.name), rows))
 
 
 def _fix_literals(coupling: Coupling, root: nn.Module, graph: fx.Graph, prediction: Prediction) -> None:
@@ -116,7 +145,7 @@ def _fix_literals(coupling: Coupling, root: nn.Module, graph: fx.Graph, predicti
     traced = coupling.traced
     fixer = _Fixer(root, graph, prediction)
     with torch.no_grad():
-        fixer.run(*bind(graph, to_meta(traced.args), to_meta(traced.kwargs)), enable_io_processing=False)
+        fixer.run_all(bind(graph, to_meta(traced.args), to_meta(traced.kwargs)))
     if fixer.failed:
         lines = [f"  node {node!r}{traced.where(node)}: {reason}" for node, reason in fixer.failed.items()]
         raise RewriteError(
@@ -136,18 +165,29 @@ class _Fixer(fx.Interpreter):
     """Runs the slim graph on meta copies of what it uses; is the `Context` that fixers ask."""
 
     def __init__(self, root: nn.Module, graph: fx.Graph, prediction: Prediction) -> None:
-        super().__init__(root, graph=graph)  # pyright: ignore[reportArgumentType]
+        super().__init__(nn.Module(), garbage_collect_values=False, graph=graph)  # pyright: ignore[reportArgumentType]
+        self.module = root  # pyright: ignore[reportAttributeAccessIssue] (not above: it would list all modules in it)
         self.prediction = prediction
         self.record = prediction.coupling.record
         self.failed: dict[str, str] = {}
 
+    def run_all(self, values: list[Any]) -> None:
+        """Go through all nodes; `values` are those of the placeholders. A certain node leaves no value until one is asked for."""
+        self.args_iter = iter(values)
+        for n in self.graph.nodes:
+            value = self.run_node(n)
+            if value is not None or not self.prediction.shapes(n.name):
+                self.env[n] = value
+
     def run_node(self, n: fx.Node) -> Any:
-        """Fix a node, run it and compare its shapes with the prediction."""
+        """Fix a node, run it and compare its shapes with the prediction; None where they are certain."""
         predicted = self.prediction.shapes(n.name)
         try:
             self._fix(n)
             if self._certain(n, predicted):
-                return self._stand_in(n)
+                return None
+            for source in n.all_input_nodes:
+                self._at(source)
             value = super().run_node(n)
         except Exception as error:
             self.failed[n.name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
@@ -171,18 +211,29 @@ class _Fixer(fx.Interpreter):
         found = super().fetch_attr(target)
         if isinstance(found, torch.Tensor):
             return meta_tensor(found)
-        return clone(found, {id(t): meta_tensor(t) for _, t, _ in named_state(found)}) if isinstance(found, nn.Module) else found
+        return (
+            clone(found, {id(t): meta_tensor(t) for _, t, _ in named_state(found)})
+            if isinstance(found, nn.Module)
+            else found
+        )
 
     def _certain(self, n: fx.Node, predicted: list[Shape]) -> bool:
         """Say whether the shape of a common op can be told without running it, and is the predicted one."""
         if n.op == "call_module":
-            return fits(super().fetch_attr(str(n.target)), self._inputs(n), predicted)
+            return fits(submodule(self.module, str(n.target)), self._inputs(n), predicted)
         if n.op == "call_function" and n.target in _BROADCASTING and len(predicted) == 1:
             return np.broadcast_shapes(*self._inputs(n)) == predicted[0]
         return False
 
     def _inputs(self, n: fx.Node) -> list[Shape]:
-        return [tuple(t.shape) for t in tensors_in(self.fetch_args_kwargs_from_env(n))]
+        """Return the shapes of the tensors that go in, each node's once: they were found to be as predicted."""
+        return [shape for source in n.all_input_nodes for shape in self.prediction.shapes(source.name)]
+
+    def _at(self, n: fx.Node) -> Any:
+        """Return the value of a node that was run, or what stands in for it."""
+        if n not in self.env:
+            self.env[n] = self._stand_in(n)
+        return self.env[n]
 
     def _pin_numbers(self, n: fx.Node) -> None:
         """Keep numbers that were computed from a size, and now would differ, at their dense value."""
@@ -193,7 +244,8 @@ class _Fixer(fx.Interpreter):
                 return arg if before == self.env[arg] else before
             return arg
 
-        n.args, n.kwargs = fx.node.map_aggregate((n.args, n.kwargs), pin)
+        if any(isinstance(self.env.get(source), (int, float)) for source in n.all_input_nodes):
+            n.args, n.kwargs = fx.node.map_aggregate((n.args, n.kwargs), pin)
 
     def _stand_in(self, n: fx.Node) -> Any:
         """Return tensors of the predicted shapes."""
@@ -206,7 +258,7 @@ class _Fixer(fx.Interpreter):
 
     def value(self, arg: Any) -> Any:
         """Return what an argument evaluates to in the slim network."""
-        return pytree.tree_map(lambda a: self.env[a] if isinstance(a, fx.Node) else a, arg)
+        return pytree.tree_map(lambda a: self._at(a) if isinstance(a, fx.Node) else a, arg)
 
     def dense(self, arg: Any) -> Any:
         """Return what a number or constant was in the dense network; None for tensors whose values are not known."""
@@ -232,4 +284,3 @@ class _Fixer(fx.Interpreter):
     def rows(self, node: fx.Node, dim: int, count: int) -> int:
         """Return how many of `count` equal rows of a dim stay."""
         return self.prediction.rows(node.name, dim, count)
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from fxprune.closing import owner
 from fxprune.labels import Labels
 
 
@@ -18,11 +19,12 @@ class Kept:
 
     def positions(self, channels: np.ndarray) -> torch.Tensor | None:
         """Return the positions that stay along one dim, or None where all do."""
-        found = self._positions.get(id(channels))
+        home = owner(channels)
+        found = self._positions.get(id(home))
         if found is None:
             flags = self.keep[channels].ravel()
             index = None if flags.all() else torch.from_numpy(np.flatnonzero(flags))
-            found = self._positions[id(channels)] = (channels, index)
+            found = self._positions[id(home)] = (home, index)
         return found[1]
 
 
@@ -57,7 +59,10 @@ def _by_mask(value: torch.Tensor, labels: Labels, keep: np.ndarray) -> torch.Ten
     for ids in labels:
         if ids is not None:
             mask &= keep[ids]
-    sizes = [n if ids is None else kept_size(ids, d, keep) for d, (n, ids) in enumerate(zip(value.shape, labels, strict=True))]
+    sizes = [
+        n if ids is None else kept_size(ids, d, keep)
+        for d, (n, ids) in enumerate(zip(value.shape, labels, strict=True))
+    ]
     return value[torch.from_numpy(mask).to(value.device)].reshape(sizes)
 
 

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.cloning import State, clone, modules_in, named_state
 from fxprune.errors import TraceError
+from fxprune.pausing import without_collector
 
 TRAINING = "fxprune_training"
 """Name of the submodule that answers whether the network is in training mode."""
@@ -127,11 +128,15 @@ def _taking_part(root: nn.Module, graph: fx.Graph) -> tuple[tuple[State, ...], l
     targets = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
     used: list[State] = []
     unused: list[str] = []
+    called = {"": False}
+
+    def is_called(name: str) -> bool:
+        if name not in called:
+            called[name] = name in targets or is_called(name.rpartition(".")[0])
+        return called[name]
+
     for item in named_state(root):
-        holder = item[0].rpartition(".")[0]
-        while holder and holder not in targets:
-            holder = holder.rpartition(".")[0]
-        if holder or item[0] in targets:
+        if is_called(item[0].rpartition(".")[0]) or item[0] in targets:
             used.append(item)
         elif item[2]:
             unused.append(item[0])
@@ -144,6 +149,14 @@ def _left_out(unused: list[str]) -> list[str]:
 
 
 _PLAIN = {int, float, str, bool, type(None)}
+
+
+def attach(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Give a new node its arguments: `create_node` would search each for symbolic sizes, which are not met here."""
+    if args:
+        type(node).args.__set__(node, args)  # pyright: ignore[reportAttributeAccessIssue]
+    if kwargs:
+        type(node).kwargs.__set__(node, kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Tracer(fx.Tracer):
@@ -164,16 +177,32 @@ class Tracer(fx.Tracer):
         asks = code is not None and "training" in code.co_names
         return asks and not any(True for _ in m.parameters()) and not any(True for _ in m.children())
 
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Record a leaf, walk through the others; the stack of modules that torch notes at every node is not needed."""
         path = self.path_of_module(m)
-        return self.create_proxy("call_module", path, args, kwargs) if self.is_leaf_module(m, path) else forward(*args, **kwargs)
+        return (
+            self.create_proxy("call_module", path, args, kwargs)
+            if self.is_leaf_module(m, path)
+            else forward(*args, **kwargs)
+        )
 
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+    def create_node(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any = None,
+    ) -> fx.Node:
         """Note the source line of each node."""
-        node = super().create_node(*args, **kwargs)
-        if node.op not in ("placeholder", "output"):
-            self.sources[node.name] = _user_line(sys._getframe(1))
+        if kind in ("placeholder", "output"):
+            return super().create_node(kind, target, args, kwargs, name, type_expr)
+        node = super().create_node(kind, target, (), {}, name, type_expr)
+        attach(node, args, kwargs)
+        self.sources[node.name] = _user_line(sys._getframe(1))
         return node
 
     def create_arg(self, a: Any) -> Any:
@@ -195,7 +224,7 @@ class Tracer(fx.Tracer):
             return proxy
         value = self.fixed[name]
         target = f"fxprune_expect_{name}"
-        self.root.add_module(target, Expect(name, value))
+        self.root.add_module(target, Expect(name, value).train(bool(int(self.flag))))
         self.create_node("call_module", target, (proxy.node,), {})
         return value
 
@@ -264,6 +293,7 @@ def shared_copy(model: nn.Module) -> Any:
     return clone(model)
 
 
+@without_collector
 def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
     fixed = _fixed(model, args, kwargs)
     root, graph, tracer = _trace_once(model, fixed, model.training)
@@ -272,21 +302,15 @@ def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if asked and not _merge_modes(graph, _trace_once(model, fixed, not model.training)[1]):
         mode = "train" if model.training else "eval"
         lines = ", ".join(f"{os.path.basename(line)}" for line in asked[:3])
-        notes.append(f"forward takes another path in the other mode ({lines}); the slim network follows the {mode}() path in both")
+        notes.append(
+            f"forward takes another path in the other mode ({lines}); the slim network follows the {mode}() path in both"
+        )
     if any(n.op == "call_module" and n.target == TRAINING for n in graph.nodes):
-        root.add_module(TRAINING, TrainingFlag())
+        root.add_module(TRAINING, TrainingFlag().train(model.training))
     one_path = bool(notes)
-    _set_modes(root, model)
     state, unused = _taking_part(root, graph)
     notes += _left_out(unused)
     return Traced(model, root, graph, args, kwargs, "symbolic_trace", one_path, tuple(notes), tracer.sources, state)
-
-
-def _set_modes(root: nn.Module, model: nn.Module) -> None:
-    """Give every module of a traced copy the mode of its original."""
-    own = {name: m.training for name, m in modules_in(model)}
-    for name, m in modules_in(root):
-        vars(m)["training"] = own.get(name, model.training)
 
 
 def _fixed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -306,10 +330,13 @@ def _fixed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
 def _trace_once(model: nn.Module, fixed: Mapping[str, Any], training: bool) -> tuple[nn.Module, fx.Graph, Tracer]:
     root = shared_copy(model)
     tracer = Tracer(fixed, training)
-    for _, m in modules_in(root):
-        if m.training == model.training:
-            vars(m)["training"] = tracer.flag
+    modes = [(vars(m), m.training) for _, m in modules_in(root)]
+    for attributes, mode in modes:
+        if mode == model.training:
+            attributes["training"] = tracer.flag
     graph = tracer.trace(root)
+    for attributes, mode in modes:
+        attributes["training"] = mode
     graph._tracer_cls = fx.Tracer  # what unpickling a module of this graph calls
     return root, graph, tracer
 
@@ -342,7 +369,10 @@ def _merge_modes(graph: fx.Graph, other: fx.Graph) -> bool:
 
 def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
     root = shared_copy(model)
-    auto = pytree.tree_map(lambda v: dict.fromkeys(range(v.ndim), torch.export.Dim.AUTO) if isinstance(v, torch.Tensor) else None, (args, kwargs))
+    auto = pytree.tree_map(
+        lambda v: dict.fromkeys(range(v.ndim), torch.export.Dim.AUTO) if isinstance(v, torch.Tensor) else None,
+        (args, kwargs),
+    )
     try:
         program = torch.export.export(root, args, kwargs, dynamic_shapes=(*auto[0], *auto[1].values()), strict=False)
         notes = ["traced by torch.export"]
@@ -367,7 +397,9 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     state, _ = _taking_part(graph_module, graph_module.graph)
     used = {id(t) for _, t, _ in state}
     notes += _left_out([name for name, t, is_parameter in named_state(model) if is_parameter and id(t) not in used])
-    return Traced(model, graph_module, graph_module.graph, args, kwargs, "export", model.training, tuple(notes), sources, state)
+    return Traced(
+        model, graph_module, graph_module.graph, args, kwargs, "export", model.training, tuple(notes), sources, state
+    )
 
 
 def _ask_for_mode(graph: fx.Graph) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,3 +192,13 @@ def test_latency_pairs_the_runs():
     latency = demo.Latency(1, (2.0, 4.0, 8.0), (1.0, 1.0, 4.0))
     assert latency.change == -0.5
     assert np.isclose(latency.to_dict()["quartiles_ms"]["dense"][1], 4)
+
+
+def test_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    readme = Path(__file__).parents[1] / "README.md"
+    blocks = re.findall(r"^```python\n(.*?)^```", readme.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(blocks), {})
+    promised = [line[2:] for line in blocks[1].splitlines() if line.startswith("# ")]
+    assert "\n".join(promised) in capsys.readouterr().out

@@ -8,10 +8,13 @@ import numpy as np
 import torch
 
 from fxprune.atoms import FIXED
+from fxprune.closing import owner
 from fxprune.coupling import Coupling, Site
 
 
-def add_up(coupling: Coupling, sites: list[Site], measure: Callable[[str, torch.Tensor, tuple[int, ...]], torch.Tensor]) -> np.ndarray:
+def add_up(
+    coupling: Coupling, sites: list[Site], measure: Callable[[str, torch.Tensor, tuple[int, ...]], torch.Tensor]
+) -> np.ndarray:
     """Sum a measure of parameters over the sites of each channel.
 
     Args:
@@ -22,23 +25,32 @@ def add_up(coupling: Coupling, sites: list[Site], measure: Callable[[str, torch.
     Returns:
         (channels,) float64.
     """
-    score = np.zeros(coupling.num_channels + 1)
-    module = coupling.traced.root
+    state = {name: tensor.detach() for name, tensor, _ in coupling.traced.state}
+    weights: list[np.ndarray] = []
+    channels: list[np.ndarray] = []
     for site in sites:
-        holder, _, key = site.name.rpartition(".")
-        value = getattr(module.get_submodule(holder), key).detach()
+        value = state[site.name]
         dims = tuple(d for d in range(value.ndim) if site.channels.shape[d] == 1)
-        reduced = measure(site.name, value, dims).double().cpu().numpy()
-        channels = np.where(site.channels == FIXED, coupling.num_channels, site.channels).ravel()
-        score += np.bincount(channels, weights=reduced.ravel(), minlength=len(score))
-    return score[:-1]
+        reduced = measure(site.name, value, dims)
+        if reduced.device.type != "cpu" or reduced.dtype not in (torch.float32, torch.float64):
+            reduced = reduced.double().cpu()
+        weights.append(reduced.numpy().ravel())
+        channels.append(site.channels.ravel())
+    if not sites:
+        return np.zeros(coupling.num_channels)
+    at = np.concatenate(channels)
+    at[at == FIXED] = coupling.num_channels
+    return np.bincount(at, np.concatenate(weights, dtype=np.float64), coupling.num_channels + 1)[:-1]
 
 
 def weight_sites(coupling: Coupling) -> list[Site]:
     """Return the sites that say most of a channel: those on weights with two dims or more, where it has any."""
     weights = [s for s in coupling.sites if s.is_parameter and s.channels.ndim >= 2]
+    vectors = [s for s in coupling.sites if s.is_parameter and s.channels.ndim < 2]
+    homes = [owner(s.channels) for s in vectors]
     covered = np.zeros(coupling.num_channels + 1, dtype=bool)
     for site in weights:
         covered[site.channels] = True
-    vectors = [s for s in coupling.sites if s.is_parameter and s.channels.ndim < 2 and not covered[s.channels].any()]
+    free = {id(channels): not covered[channels].any() for channels in {id(c): c for c in homes}.values()}
+    vectors = [s for s, home in zip(vectors, homes, strict=True) if free[id(home)]]
     return weights + vectors

@@ -35,7 +35,9 @@ def taylor(coupling: Coupling, calibration: Iterable[Any] | None, tasks: Mapping
     """
     if calibration is None or not tasks:
         missing = "calibration batches" if calibration is None else "tasks"
-        raise PlanError(f"Taylor needs {missing}: pass `calibration=loader, tasks={{'name': fxprune.Task(loss)}}`, or use `Magnitude()`.")
+        raise PlanError(
+            f"Taylor needs {missing}: pass `calibration=loader, tasks={{'name': fxprune.Task(loss)}}`, or use `Magnitude()`."
+        )
     gradients = _gradients(coupling, calibration, tasks)
 
     def measure(name: str, weight: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
@@ -58,7 +60,9 @@ def _gradients(coupling: Coupling, calibration: Iterable[Any], tasks: Mapping[st
             p.requires_grad_(True)
         for batch in calibration:
             losses = run_batch(module, batch, tasks)
-            found = torch.autograd.grad(torch.stack(list(losses.values())).sum(), list(names.values()), allow_unused=True)
+            found = torch.autograd.grad(
+                torch.stack(list(losses.values())).sum(), list(names.values()), allow_unused=True
+            )
             for name, gradient in zip(names, found, strict=True):
                 if gradient is not None:
                     total[name] = total[name] + gradient if name in total else gradient

@@ -100,7 +100,7 @@ class Outcome:
             before, after = getattr(self.report.costs.before, resource), getattr(self.report.costs.after, resource)
             yield resource, f"{before:,}", f"{after:,}", f"{after:,}", _percent(self.report.costs.share(resource) - 1)
         for latency in self.latencies:
-            name = f"latency of {latency.batch_size}, ms"
+            name = f"latency, batch of {latency.batch_size}, ms"
             yield name, _spread(latency.dense), "", _spread(latency.slim), _percent(latency.change)
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class Outcome:
 
 
 def _percent(change: float) -> str:
-    return f"{change:+.1%}"
+    return f"{round(change, 3) + 0.0:+.1%}"  # never -0.0%
 
 
 def _spread(milliseconds: tuple[float, ...]) -> str:

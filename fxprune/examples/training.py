@@ -25,7 +25,7 @@ class Recipe:
     test_scenes: int = 2_000
     epochs: int = 7
     learning_rate: float = 4e-3
-    tune_epochs: int = 4
+    tune_epochs: int = 3
     tune_learning_rate: float = 3e-3
 
     @classmethod
