@@ -89,7 +89,7 @@ def compile(
         step("done")
     notes = tuple(f"node {node!r} was frozen: {reason}" for node, reason in freeze.items())
     report = make_report(coupling, chosen, verification, notes)
-    slim.meta[RECORD] = Compiled(chosen, report, describe_inputs(traced.args, traced.kwargs), unknown, freeze)
+    slim.meta[RECORD] = Compiled(report, describe_inputs(traced.args, traced.kwargs), unknown, freeze)
     return slim
 
 

@@ -34,24 +34,38 @@ class Report:
     """The account of one compilation. `fxprune.report(slim)` returns it.
 
     Attributes:
-        costs: macs, params and memory before and after.
-        groups: what every group kept.
+        plan: what every parameter keeps, how it was chosen, and what it costs.
         frozen: what could not go, most channels first.
         verification: slim against masked original, or None if it was switched off.
-        method: how channels were ranked.
-        budget: what was asked.
         frontend: how the model was traced.
         notes: what else a user should know.
     """
 
-    costs: CostChange
-    groups: tuple[GroupWidth, ...]
+    plan: Plan
     frozen: tuple[FrozenRow, ...]
     verification: Verification | None
-    method: str
-    budget: Mapping[str, float]
     frontend: str
     notes: tuple[str, ...] = ()
+
+    @property
+    def costs(self) -> CostChange:
+        """Macs, params and memory before and after."""
+        return self.plan.costs
+
+    @property
+    def groups(self) -> tuple[GroupWidth, ...]:
+        """What every group kept."""
+        return self.plan.groups
+
+    @property
+    def method(self) -> str:
+        """How channels were ranked."""
+        return self.plan.method
+
+    @property
+    def budget(self) -> Mapping[str, float]:
+        """What was asked."""
+        return self.plan.budget
 
     def __str__(self) -> str:
         asked = ", ".join(f"{name}={value:g}" for name, value in self.budget.items())
@@ -111,9 +125,8 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """What travels with a slim network: its plan and its report, and how to trace the original again."""
+    """What travels with a slim network: its report, plan included, and how to trace the original again."""
 
-    plan: Plan
     report: Report
     inputs: Any
     unknown: str = "freeze"
@@ -138,9 +151,7 @@ def make_report(
     """Put a report together."""
     traced = coupling.traced
     notes = (*traced.notes, *notes)
-    return Report(
-        plan.costs, plan.groups, frozen_rows(coupling), verification, plan.method, plan.budget, traced.frontend, notes
-    )
+    return Report(plan, frozen_rows(coupling), verification, traced.frontend, notes)
 
 
 def compiled(slim: nn.Module) -> Compiled:

@@ -66,7 +66,7 @@ def save(slim: nn.Module, path: str | os.PathLike[str]) -> None:
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{folder} is a file. Pass the path of a folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    data = {"plan": json.loads(record.plan.to_json()), "inputs": record.inputs, "freeze": dict(record.freeze)}
+    data = {"plan": json.loads(record.report.plan.to_json()), "inputs": record.inputs, "freeze": dict(record.freeze)}
     save_model(slim, str(folder / WEIGHTS))
     (folder / PLAN).write_text(json.dumps(data))
 
@@ -100,9 +100,8 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, example_inputs: Any 
         load_model(slim, str(weights))
     except (SafetensorError, RuntimeError, OSError) as error:
         raise ArtifactError(f"{weights} does not fit or is damaged: {error}. Save the network again.") from error
-    slim.meta[RECORD] = Compiled(
-        plan, make_report(coupling, plan, None, ("loaded from a file",)), data["inputs"], "freeze", data["freeze"]
-    )
+    report = make_report(coupling, plan, None, ("loaded from a file",))
+    slim.meta[RECORD] = Compiled(report, data["inputs"], "freeze", data["freeze"])
     return slim
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from fxprune.errors import ArtifactError
 from fxprune.planning import Plan
-from fxprune.reporting import compiled
+from fxprune.reporting import report
 
 
 def transfer(
@@ -27,7 +27,7 @@ def transfer(
     Raises:
         ArtifactError: the optimizer's parameters are not those of the original model.
     """
-    plan = compiled(slim).plan
+    plan = report(slim).plan
     named = _names(optimizer, slim, model)
     targets = dict(slim.named_parameters())
     groups = []
@@ -61,7 +61,7 @@ def _names(optimizer: torch.optim.Optimizer, slim: nn.Module, model: nn.Module |
             f"the optimizer has {len(params)} parameters, the slim network {len(targets)}: which is which cannot be "
             f"told. Pass `model=` too."
         )
-    plan = compiled(slim).plan
+    plan = report(slim).plan
     for p, (name, q) in zip(params, targets, strict=True):
         expected = tuple(plan.sizes.get((name, d), n) for d, n in enumerate(q.shape))
         if tuple(p.shape) != expected:

@@ -160,7 +160,7 @@ def test_names_kinds_and_dtypes_of_state_are_kept() -> None:
 def test_surviving_weights_are_bit_identical() -> None:
     model = settled(Residual())
     slim = compiled(model)
-    plan = fxprune.reporting.compiled(slim).plan
+    plan = fxprune.report(slim).plan
     for name, dense in model.named_parameters():
         assert torch.equal(dict(slim.named_parameters())[name], plan.cut(name, dense))
     rows, columns = plan.kept["a1.weight", 0].tolist(), plan.kept["a1.weight", 1].tolist()
@@ -214,7 +214,7 @@ def test_batch_and_spatial_sizes_stay_dynamic(shape: tuple[int, ...]) -> None:
     model = settled(Residual()).double()
     slim = compiled(model, X.double())
     x = torch.randn(shape, dtype=torch.float64)
-    plan = fxprune.reporting.compiled(slim).plan
+    plan = fxprune.report(slim).plan
     expected = fxprune.verifying.run_masked(fxprune.verifying.masked_copy(model, plan), (x,), {})
     torch.testing.assert_close(slim(x), expected, rtol=1e-9, atol=1e-12)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune import ArtifactError, Budget, Plan
-from fxprune.reporting import compiled
+from fxprune.reporting import report
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -95,7 +95,7 @@ def test_tied_weights_and_other_inputs_come_back(inputs: Any, tmp_path: Path) ->
 
 
 def test_a_plan_survives_json() -> None:
-    plan = compiled(slimmed(settled(Residual()))).plan
+    plan = report(slimmed(settled(Residual()))).plan
     again = Plan.from_json(plan.to_json())
     assert again.kept.keys() == plan.kept.keys()
     assert all(np.array_equal(again.kept[key], kept) for key, kept in plan.kept.items())
@@ -108,7 +108,7 @@ def test_a_plan_survives_json() -> None:
 
 
 def test_a_plan_cuts_another_checkpoint_of_the_class() -> None:
-    plan = Plan.from_json(compiled(slimmed(settled(Residual()))).plan.to_json())
+    plan = Plan.from_json(report(slimmed(settled(Residual()))).plan.to_json())
     torch.manual_seed(99)
     other = settled(Residual())
     coupling = fxprune.couple(fxprune.trace(other, X))
@@ -121,7 +121,7 @@ def test_a_plan_cuts_another_checkpoint_of_the_class() -> None:
 
 def test_a_plan_of_another_class_names_the_parameter(saved: tuple[Any, Path]) -> None:
     slim, folder = saved
-    plan = compiled(slim).plan
+    plan = report(slim).plan
     for call in (
         lambda: fxprune.rewrite(fxprune.couple(fxprune.trace(Chain(), X)), plan),
         lambda: fxprune.load(folder, Chain()),
@@ -156,7 +156,7 @@ def edited(plan: Plan, change: Callable[[dict[str, Any]], None]) -> str:
     ],
 )
 def test_json_that_is_no_plan_is_refused(change: Callable[[dict[str, Any]], None], words: str) -> None:
-    plan = compiled(slimmed(settled(Residual()))).plan
+    plan = report(slimmed(settled(Residual()))).plan
     with pytest.raises(ArtifactError, match=words):
         Plan.from_json(edited(plan, change))
 
@@ -178,7 +178,7 @@ def test_a_plan_with_other_positions_is_refused(kept: list[int], words: str) -> 
         site = next(s for s in data["sites"] if (s["name"], s["dim"]) == ("a2.weight", 1))
         site["kept"] = kept
 
-    plan = Plan.from_json(edited(compiled(slimmed(model)).plan, change))
+    plan = Plan.from_json(edited(report(slimmed(model)).plan, change))
     with pytest.raises(ArtifactError, match=words) as caught:
         fxprune.rewrite(fxprune.couple(fxprune.trace(model, X)), plan)
     assert ".weight'" in str(caught.value)

@@ -13,7 +13,7 @@ from small import Chain, Residual, settled
 from torch import nn
 
 import fxprune
-from fxprune.reporting import compiled
+from fxprune.reporting import report
 
 X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.randint(0, 5, (8,), generator=torch.Generator().manual_seed(1))
@@ -46,7 +46,7 @@ def test_state_is_cut_as_the_parameters_are(name: str) -> None:
     model, optimizer, slim = trained(OPTIMIZERS[name], lambda m: m.parameters())
     before = copy.deepcopy(optimizer.state_dict())
     moved = fxprune.transfer(optimizer, slim)
-    plan = compiled(slim).plan
+    plan = report(slim).plan
     assert type(moved) is type(optimizer)
     assert len(moved.state) == len(list(slim.parameters()))
     for (key, dense), thin in zip(model.named_parameters(), slim.parameters(), strict=True):

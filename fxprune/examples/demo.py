@@ -20,11 +20,9 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.drawing import draw_groups
-from fxprune.errors import ArtifactError
 from fxprune.examples.networks import SceneNet
 from fxprune.examples.scenes import make_splits
 from fxprune.examples.training import Recipe, evaluate, train
-from fxprune.reporting import compiled
 
 Scores = Mapping[str, float]
 
@@ -167,7 +165,7 @@ def run(*, seed: int = 0, budget: float = 0.5, out: Path = Path("fxprune_demo"),
     with _timed("saving", seconds):
         fxprune.save(slim, out / "slim")
         check_saved(slim, out / "slim", splits.test.images[:8])
-        draw_groups(coupling, out / "groups.png", compiled(slim).plan)
+        draw_groups(coupling, out / "groups.png", fxprune.report(slim).plan)
 
     outcome = Outcome(before, cut, tuned, fxprune.report(slim), latencies, seconds, _machine())
     (out / "report.json").write_text(json.dumps(outcome.to_dict(), indent=2) + "\n", encoding="utf-8")
@@ -178,7 +176,7 @@ def run(*, seed: int = 0, budget: float = 0.5, out: Path = Path("fxprune_demo"),
 
 def _make_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
-        raise ArtifactError(f"{out} is a file. Pass the path of a folder.")
+        raise fxprune.ArtifactError(f"{out} is a file. Pass the path of a folder.")
     out.mkdir(parents=True, exist_ok=True)
 
 
@@ -224,7 +222,7 @@ def check_saved(slim: nn.Module, folder: Path, images: Tensor) -> None:
     for task, answer in expected.items():
         error = ((found[task] - answer).abs().max() / answer.abs().max()).item()
         if not error <= 1e-12:  # also when it is NaN
-            raise ArtifactError(f"{folder}: the network read back gives another {task} (relative error {error:.1e}).")
+            raise fxprune.ArtifactError(f"{folder}: the network read back gives another {task} (relative error {error:.1e}).")
 
 
 def _machine() -> str:

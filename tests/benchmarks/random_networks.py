@@ -39,6 +39,8 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import fxprune
+from fxprune.allocating import steps_of_all
+from fxprune.planning import plan_of
 from fxprune.reporting import frozen_rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the next two modules are
@@ -120,7 +122,9 @@ def check(seed: int) -> Outcome:
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")
+    """Return the first line of a message, with the next one where it only announces a list."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
 
 
 def _run(seed: int, outcome: Outcome) -> None:
@@ -140,7 +144,7 @@ def _run(seed: int, outcome: Outcome) -> None:
         coupling = timed("couple", lambda: fxprune.couple(traced, freeze=outcome.refrozen))
         outcome.unreported += [site for site in unreported(coupling) if site not in outcome.unreported]
         keep = timed("plan", lambda coupling=coupling: random_keep(coupling, seed))
-        plan = timed("plan", lambda coupling=coupling, keep=keep: fxprune.planning.plan_of(coupling, keep))
+        plan = timed("plan", lambda coupling=coupling, keep=keep: plan_of(coupling, keep))
         if attempt == 0:
             outcome.stuck = _what_holds(coupling)
         try:
@@ -166,9 +170,7 @@ def _run(seed: int, outcome: Outcome) -> None:
 
 def _what_holds(coupling: fxprune.Coupling) -> list[str] | None:
     """Return why nothing can go, most channels first, or None when something can."""
-    everything = fxprune.allocating.steps_of_all(
-        coupling, np.ones(coupling.num_channels), "uniform", fxprune.Constraints()
-    )
+    everything = steps_of_all(coupling, np.ones(coupling.num_channels), "uniform", fxprune.Constraints())
     if len(everything):
         return None
     reasons = list(dict.fromkeys(row.reason for row in frozen_rows(coupling)))
