@@ -66,6 +66,8 @@ class Ledger:
     freezes: list[Freeze] = field(default_factory=list)
     births: list[tuple[int, str]] = field(default_factory=list)
     """(first atom, node) of every issue, ascending."""
+    _constant: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=bool))
+    """(at least atoms + 1,): which are made of a constant, wholly or in part; the last entry serves `FIXED`."""
     _rows_seen: dict[tuple[bytes, int], np.ndarray] = field(default_factory=dict)
     _owned: set[tuple[bytes, bytes]] = field(default_factory=set)
     _products_seen: dict[bytes, np.ndarray] = field(default_factory=dict)
@@ -78,6 +80,37 @@ class Ledger:
         self.births.append((self.num_atoms, self.node))
         self.num_atoms += n
         return atoms
+
+    def mark(self, atoms: np.ndarray) -> None:
+        """Remember that these atoms are made of a constant: the dense network has them whatever else goes."""
+        if not atoms.size:
+            return
+        if len(self._constant) <= self.num_atoms:
+            self._constant = np.append(self._constant, np.zeros(self.num_atoms + 1, dtype=bool))
+        self._constant[atoms] = True
+
+    def is_constant(self, atoms: np.ndarray) -> np.ndarray:
+        """Return which atoms are made of a constant, wholly or in part."""
+        if len(self._constant) == 1:
+            return np.zeros(atoms.shape, dtype=bool)
+        return (atoms < len(self._constant)) & self._constant.take(atoms, mode="clip") & (atoms != FIXED)
+
+    def chosen(self, a: np.ndarray, b: np.ndarray, constant: bool) -> np.ndarray:
+        """Return, of two tied atoms at each position, one that is made of a constant, or one that is not."""
+        if len(self._constant) == 1 or a.shape != b.shape:
+            return a
+        swap = (self.is_constant(a) != constant) & (self.is_constant(b) == constant)
+        return np.where(swap, b, a) if swap.any() else a
+
+    def constants(self, atoms: np.ndarray) -> np.ndarray:
+        """Return the constants that these atoms are made of: of a crossing, those among its parents."""
+        found, left = [np.empty(0, dtype=np.int64)], np.unique(atoms[self.is_constant(atoms)])
+        while left.size:
+            crossing = np.array([atom in self._parents for atom in left.tolist()], dtype=bool)
+            found.append(left[~crossing])
+            parents = np.array([self._parents[atom] for atom in left[crossing].tolist()], dtype=np.int64).ravel()
+            left = np.unique(parents[self.is_constant(parents)])
+        return np.unique(np.concatenate(found))
 
     def tie(self, a: np.ndarray, b: np.ndarray, reason: str = "is tied to positions that cannot go") -> None:
         """Say that `a` and `b` (broadcast against each other) live and die together, position by position."""
@@ -125,6 +158,7 @@ class Ledger:
         if row is None:
             row = self.fresh((columns.shape[0],))
             row[(columns == FIXED).any(1)] = FIXED
+            self.mark(row[self.is_constant(columns).any(1) & (row != FIXED)])
             self._rows_seen[key] = row
             self.rows.append(RowBatch(columns, row, self.node))
         return np.expand_dims(row.reshape(moved.shape[:-1]), dim)
@@ -141,6 +175,7 @@ class Ledger:
         atoms = self._products_seen.get(key)
         if atoms is None:
             atoms = self.fresh((len(pairs),))
+            self.mark(atoms[self.is_constant(pairs).any(1)])
             self._products_seen[key] = atoms
             self.products.append(ProductBatch(atoms, pairs[:, 0], pairs[:, 1], self.node))
             self._parents.update(zip(atoms.tolist(), map(tuple, pairs.tolist()), strict=True))
@@ -156,15 +191,3 @@ class Ledger:
             return None
         pairs = np.array([self._parents[atom] for atom in flat], dtype=np.int64)
         return pairs[:, 0].reshape(ids.shape), pairs[:, 1].reshape(ids.shape)
-
-    def ancestry(self, ids: np.ndarray) -> np.ndarray:
-        """Return the atoms `ids` and all parents of those that are crossings: (n,)."""
-        atoms = ids[ids != FIXED]
-        if not self._parents:
-            return atoms
-        found: set[int] = set()
-        todo = set(atoms.tolist())
-        while todo:
-            found |= todo
-            todo = {parent for atom in todo for parent in self._parents.get(atom, ())} - found
-        return np.array(sorted(found), dtype=np.int64)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from fxprune.closing import owner
+from fxprune.closing import distinct, owner
 from fxprune.interpreting import Interpretation
 from fxprune.labels import Extent, extents
 
@@ -214,7 +214,7 @@ class CostModel:
         dim = indices[term, place][order]
         touched = spans(np.searchsorted(dim, changed % n, "left"), np.searchsorted(dim, changed % n, "right"))
         repeat = np.searchsorted(dim, changed % n, "right") - np.searchsorted(dim, changed % n, "left")
-        hit = np.unique(np.repeat(changed // n, repeat) * len(factors) + term[order][touched])
+        hit = distinct(np.repeat(changed // n, repeat) * len(factors) + term[order][touched])
         which, term = hit // max(len(factors), 1), hit % max(len(factors), 1)
         wanted = which[:, None] * n + indices[term] % n
         at = np.minimum(np.searchsorted(changed, wanted), len(changed) - 1)

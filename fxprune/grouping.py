@@ -16,7 +16,7 @@ from math import gcd
 import numpy as np
 
 from fxprune.atoms import FIXED
-from fxprune.closing import components
+from fxprune.closing import components, distinct
 
 PLAIN, COLUMN, ROW = 0, 1, 2
 
@@ -111,7 +111,7 @@ def find_members(num_channels: int, rows: list[Rows], products: Products, emptie
         real = (row != FIXED) & (batch.columns != FIXED)
         source.append(row[real])
         target.append(batch.columns[real])
-    edges = np.unique(np.concatenate(source) * num_channels + np.concatenate(target))
+    edges = distinct(np.concatenate(source) * num_channels + np.concatenate(target))
     a, b = edges // num_channels, edges % num_channels
     a, b = a[a != b], b[a != b]
     known = np.arange(num_channels) * (num_channels + 1)
@@ -128,7 +128,7 @@ def _follow(pairs: np.ndarray, a: np.ndarray, b: np.ndarray, n: int) -> np.ndarr
     start, end = np.searchsorted(a, at, "left"), np.searchsorted(a, at, "right")
     count = end - start
     offset = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-    return np.unique(np.repeat(pairs // n, count) * n + b[np.repeat(start, count) + offset])
+    return distinct(np.repeat(pairs // n, count) * n + b[np.repeat(start, count) + offset])
 
 
 def mixed(numbers: np.ndarray) -> np.ndarray:
@@ -334,7 +334,7 @@ def _numbered(
             group_of[cell] = index
     real = (group_of[members.choice] >= 0) & (site_key[members.channel] != 0)
     group, channel = group_of[members.choice[real]], members.channel[real]
-    pairs = np.unique(group * len(site_key) + channel)
+    pairs = distinct(group * len(site_key) + channel)
     shared = np.bincount(pairs % len(site_key), minlength=len(site_key))
     overlap = np.ones(len(drafts), dtype=np.int64)
     np.maximum.at(overlap, pairs // len(site_key), shared[pairs % len(site_key)])

@@ -129,9 +129,10 @@ def _convolution_meta(
     return torch.empty((x.shape[0], out, *space), dtype=x.dtype, device="meta")
 
 
-def _batch_norm_meta(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _batch_norm_meta(x: torch.Tensor, training: bool) -> tuple[torch.Tensor, ...]:
     same = torch.empty(x.shape, dtype=x.dtype, device="meta") if x.is_contiguous() else torch.empty_like(x)
-    return same, *(torch.empty(x.shape[1], dtype=x.dtype, device="meta") for _ in range(2))
+    size = x.shape[1] if training else 0
+    return same, *(torch.empty(size, dtype=x.dtype, device="meta") for _ in range(2))
 
 
 def _mean_meta(x: torch.Tensor, dims: Any, keepdim: bool = False) -> torch.Tensor:
@@ -197,7 +198,6 @@ class Labelling(TorchDispatchMode):
         self._origin = {id(item[1]): item for item in state}
         self._state_labels: dict[str, Labels] = {}
         self._twins: dict[int, torch.Tensor] = {}
-        self._constants: list[tuple[int, int]] = []
         self._returned: dict[Any, tuple[bool, list[tuple[torch.Size, torch.dtype]]]] = {}
         self._rules: dict[Any, Any] = {}
 
@@ -240,7 +240,7 @@ class Labelling(TorchDispatchMode):
         if func.overloadpacket in _FLOAT_POINTWISE:
             return _pointwise_meta(func, args)
         if func is _aten.native_batch_norm.default:
-            return _batch_norm_meta(args[0])
+            return _batch_norm_meta(args[0], args[5])
         if func is _aten.mean.dim:
             return _mean_meta(*args)
         if func is _aten.addmm.default:
@@ -290,16 +290,8 @@ class Labelling(TorchDispatchMode):
     def constant(self, shape: Shape) -> np.ndarray:
         """Issue fresh atoms for channels made of a constant, which can be cut anywhere."""
         atoms = self.ledger.fresh(shape)
-        if atoms.size:
-            self._constants.append((int(atoms.flat[0]), self.ledger.num_atoms))
+        self.ledger.mark(atoms)
         return atoms
-
-    def is_constant(self, atoms: np.ndarray) -> np.ndarray:
-        """Return which atoms were issued for constants."""
-        found = np.zeros(atoms.shape, dtype=bool)
-        for start, stop in self._constants:
-            found |= (atoms >= start) & (atoms < stop)
-        return found
 
     def count(self, fixed: int, dims: tuple[Extent, ...]) -> None:
         """Record multiply-accumulates."""
@@ -348,10 +340,11 @@ class Labelling(TorchDispatchMode):
             found = rule(op, *args, **kwargs)
             labels = found if isinstance(found, list) else [found]
         for tensor, mine in zip(results, labels, strict=True):
-            if len(mine) != tensor.ndim or any(
-                ids is not None and ids.shape[d] != tensor.shape[d] for d, ids in enumerate(mine)
+            shape = tensor.shape
+            if len(mine) != len(shape) or any(
+                [ids is not None and ids.shape[d] != shape[d] for d, ids in enumerate(mine)]
             ):
-                raise RuntimeError(f"the rule of {op.name} returned labels that do not fit shape {tuple(tensor.shape)}")
+                raise RuntimeError(f"the rule of {op.name} returned labels that do not fit shape {tuple(shape)}")
             origin = self._origin.get(id(tensor))
             if origin is None:
                 tensor._labels = mine  # pyright: ignore[reportAttributeAccessIssue]
@@ -372,7 +365,7 @@ class Labelling(TorchDispatchMode):
             if not fresh:
                 owners[t.untyped_storage()._cdata] = buffer
         for t in results:
-            if id(t) not in self._origin:
+            if id(t) not in self._origin and t.numel():
                 self.own(t, None if fresh else owners.get(t.untyped_storage()._cdata))
 
     def own(self, tensor: torch.Tensor, buffer: Buffer | None = None) -> None:
@@ -414,6 +407,10 @@ class GraphRunner(fx.Interpreter):
         self.args_iter = iter(values)
         for n in self.graph.nodes:
             self.env[n] = self.run_node(n)
+        for n in self.graph.nodes:
+            if n.op == "get_attr":
+                tensors = tensors_in(self.env[n])
+                self.mode.record.nodes[n.name] = [Labelled(tuple(t.shape), self.mode.labels(t), t.dtype) for t in tensors]
 
     def fetch_attr(self, target: str) -> Any:
         """Return what a node refers to, with its tensors on the meta device."""
@@ -463,7 +460,8 @@ class GraphRunner(fx.Interpreter):
             for t in tensors:
                 for d in range(t.ndim):
                     algebra.fix(mode.ledger, mode.labels(t), d, "is an output of the network")
-        mode.record.nodes[n.name] = [Labelled(tuple(t.shape), mode.labels(t), t.dtype) for t in tensors]
+        if n.op != "get_attr":  # a parameter takes its labels from what it is first used on
+            mode.record.nodes[n.name] = [Labelled(tuple(t.shape), mode.labels(t), t.dtype) for t in tensors]
         if not tensors:
             mode.record.numbers[n.name] = value
         elif len(tensors) == 1 and (constant := mode.value(tensors[0])) is not None:
@@ -531,7 +529,7 @@ def interpret(
 def bind(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Lay example inputs out in the order of the graph's placeholders, defaults included."""
     if isinstance(graph._codegen, fx.graph._PyTreeCodeGen):
-        return list(graph._codegen.process_inputs(*args, **kwargs))
+        return pytree.arg_tree_leaves(*args, **kwargs)
     values = []
     for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder"):
         if i < len(args):

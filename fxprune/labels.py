@@ -79,6 +79,7 @@ def align(ledger: Ledger, labels: Labels, dim: int, over: Iterable[int]) -> Labe
             column = (
                 ledger.fresh(tuple(1 if e == d else n for e, n in enumerate(ids.shape))) if known is None else known
             )
+            ledger.mark(column[ledger.is_constant(ids).any(axis=d, keepdims=True)])
             ledger.tie(ids, ledger.product(row, column))
         ids = column
     return (*labels[:dim], ids, *labels[dim + 1 :])
@@ -114,6 +115,7 @@ def broadcast(ledger: Ledger, x: Labels, x_shape: Shape, y: Labels, y_shape: Sha
         a, b = x[d], y[d]
         if a is not None and b is not None:
             ledger.tie(a, b)
+            x = (*x[:d], ledger.chosen(a, b, constant=False), *x[d + 1 :])
     shape = tuple(np.broadcast_shapes(x_shape, y_shape))
     return tuple(y[d] if x_shape[d] == 1 else x[d] for d in range(ndim)), shape
 
@@ -196,9 +198,11 @@ def _joined(
     if any(dim in rag(labels[d], d) for labels in rows):
         return _end_to_end(ledger, rows, d, dim, lengths)
     columns = _alike(ledger, rows, d, dim)
+    result = columns[0]
     for other in columns[1:]:
-        ledger.tie(columns[0], other)
-    return columns[0]
+        ledger.tie(result, other)
+        result = ledger.chosen(result, other, constant=True)
+    return result
 
 
 def _end_to_end(

@@ -117,6 +117,12 @@ def _pad(func: Any, x: torch.Tensor, pad: Any, *args: Any) -> torch.Tensor:
     return x
 
 
+@_absent_aware(aten.where)
+def _where(func: Any, condition: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """What is chosen from is absent in both or in none: a condition on what is absent chose at random."""
+    return _mark(func(condition, a, b), a.isnan() | b.isnan())
+
+
 @_absent_aware(aten.mean)
 def _mean(func: Any, x: torch.Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> torch.Tensor:
     mean = _moments(x, _dims(dim, x))[0]

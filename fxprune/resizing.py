@@ -96,7 +96,7 @@ def linear(module: Any, call: Call) -> None:
 @resizes(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def convolution(module: Any, call: Call) -> None:
     """weight: (out, in / groups, *kernel)."""
-    out, width = module.weight.shape[:2]
+    out, width = module._parameters["weight"].shape[:2] if "weight" in module._parameters else module.weight.shape[:2]
     channels = call.inputs[0][-len(module.kernel_size) - 1]
     vars(module).update(in_channels=channels, out_channels=out, groups=channels // width)
 
@@ -112,9 +112,9 @@ def transposed_convolution(module: Any, call: Call) -> None:
 @resizes(nn.modules.batchnorm._NormBase)
 def batch_norm(module: Any, call: Call) -> None:
     """weight: (channels,)."""
-    state = module.weight if module.weight is not None else module.running_mean
-    shape = call.inputs[0]
-    module.num_features = shape[1] if state is None else state.shape[0]
+    state = module._parameters.get("weight")
+    state = module._buffers.get("running_mean") if state is None else state
+    vars(module)["num_features"] = call.inputs[0][1] if state is None else state.shape[0]
 
 
 @resizes(nn.LayerNorm, nn.RMSNorm)

@@ -190,13 +190,18 @@ class _Fixer(fx.Interpreter):
                 self._at(source)
             value = super().run_node(n)
         except Exception as error:
-            self.failed[n.name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            self._fail(n, f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
             return self._stand_in(n)
         found = [tuple(t.shape) for t in tensors_in(value)]
         if found != predicted:
-            self.failed[n.name] = f"shape {found} after the rewrite, {predicted} predicted"
+            self._fail(n, f"shape {found} after the rewrite, {predicted} predicted")
             return self._stand_in(n)
         return value
+
+    def _fail(self, n: fx.Node, reason: str) -> None:
+        """Note what went wrong at a node: a module that is called at several has one size for all of them."""
+        shared = [m for m in n.graph.nodes if m.op == n.op == "call_module" and m.target == n.target]
+        self.failed |= {m.name: reason for m in shared or [n]}
 
     def _fix(self, n: fx.Node) -> None:
         if n.op in ("call_function", "call_method"):

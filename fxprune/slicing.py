@@ -38,14 +38,15 @@ def slice_tensor(value: torch.Tensor, labels: Labels, kept: Kept) -> torch.Tenso
     """
     value = value.detach()
     result = value
-    ragged = any(ids is not None and ids.size != value.shape[d] for d, ids in enumerate(labels))
-    if ragged:
+    shape = value.shape
+    if any([ids is not None and ids.size != shape[d] for d, ids in enumerate(labels)]):
         result = _by_mask(value, labels, kept.keep)
     else:
-        for d, ids in enumerate(labels):
-            index = None if ids is None else kept.positions(ids)
-            if index is not None:
-                result = result.index_select(d, index.to(value.device))
+        found = [(d, kept.positions(ids)) for d, ids in enumerate(labels) if ids is not None]
+        cuts = [(d, index) for d, index in found if index is not None]
+        for d, index in cuts:
+            index = index if value.device.type == "cpu" else index.to(value.device)
+            result = result.index_select(d, index)
     if result is value:
         return value.clone()
     if value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last) and not value.is_contiguous():

@@ -23,11 +23,16 @@ def magnitude(coupling: Coupling, p: float = 2.0) -> np.ndarray:
     equation 4, for coupled layers.
     """
     latest: dict[str, torch.Tensor] = {}
+    room = torch.empty(0)
 
     def measure(name: str, weight: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+        nonlocal room
         if name not in latest:
             latest.clear()
-            latest[name] = weight.square() if p == 2 else weight.abs() ** p
+            if (room.dtype, room.device) != (weight.dtype, weight.device) or room.numel() < weight.numel():
+                room = torch.empty(weight.numel(), dtype=weight.dtype, device=weight.device)
+            out = room[: weight.numel()].view(weight.shape)  # fresh memory for each would cost more than the powers
+            latest[name] = torch.mul(weight, weight, out=out) if p == 2 else torch.pow(weight.abs(), p, out=out)
         total = latest[name]
         for run in _runs(dims):
             total = total.sum(dim=run, keepdim=True)

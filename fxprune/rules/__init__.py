@@ -46,10 +46,6 @@ class Labeller(Protocol):
         """Issue fresh atoms for channels made of a constant, which can be cut anywhere."""
         ...
 
-    def is_constant(self, atoms: np.ndarray) -> np.ndarray:
-        """Return which atoms were issued for constants."""
-        ...
-
     def count(self, fixed: int, dims: tuple[Extent, ...]) -> None:
         """Record multiply-accumulates: `fixed` times the kept size of each labelled dim."""
         ...
@@ -106,6 +102,16 @@ class Op:
             self.fix(self.labels(x), range(x.ndim))
         return algebra.blank(self.out.ndim)
 
+    def as_constant(self, labels: Labels) -> Labels:
+        """Return labels for what is there whatever goes, such as `ones_like(x)` or `x > 0`, cut where `labels` are."""
+        result = []
+        for ids in labels:
+            fresh = None if ids is None else self.host.constant(ids.shape)
+            if fresh is not None and ids is not None:
+                self.ledger.tie(fresh, ids)
+            result.append(fresh)
+        return tuple(result)
+
     def pick(self, labels: Labels, dim: int, positions: np.ndarray) -> Labels:
         """Keep some positions of a dim, in the given order."""
         return algebra.pick(self.ledger, labels, dim, positions)
@@ -125,9 +131,17 @@ class Op:
         for d in dims:
             ids = labels[d]
             if ids is not None:
-                atoms = self.ledger.ancestry(ids)
-                constant = atoms[self.host.is_constant(atoms)]
-                self.ledger.freeze(constant, f"is a constant that {self.name} takes a statistic over")
+                self.ledger.freeze(self.ledger.constants(ids), f"is a constant that {self.name} takes a statistic over")
+
+    def _hold_summed(self, x: Labels, w: Labels, dims: Iterable[int]) -> None:
+        """Freeze channels made of a constant where they are summed over and neither operand knows when they go."""
+        for d in dims:
+            a, b = x[d], w[d]
+            if a is not None and b is not None:
+                both = self.ledger.is_constant(a) & self.ledger.is_constant(b)
+                for ids in (a, b):
+                    held = np.broadcast_to(ids, both.shape)[both]
+                    self.ledger.freeze(self.ledger.constants(held), f"is a constant that {self.name} sums over")
 
     def per_channel(
         self, labels: Labels, shape: Shape, params: Iterable[torch.Tensor | None], at: Sequence[int]
@@ -161,6 +175,8 @@ class Op:
         self, x: Labels, x_shape: Shape, w: Labels, w_shape: Shape, dims: Iterable[int], each: int = 1
     ) -> Labels:
         """Multiply two operands pointwise and sum over `dims`; `each` more macs are spent at every position."""
+        dims = list(dims)
+        self._hold_summed(x, w, dims)
         labels, shape = algebra.broadcast(self.ledger, x, x_shape, w, w_shape)
         fixed = math.prod(n for n, ids in zip(shape, labels, strict=True) if ids is None)
         self.host.count(fixed * each, algebra.extents(labels))

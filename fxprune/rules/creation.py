@@ -26,7 +26,7 @@ def homogeneous(op: Op, *args: Any, **kwargs: Any) -> Labels:
 @rule(aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.rand_like, aten.randn_like)
 def like(op: Op, x: torch.Tensor, *args: Any, **kwargs: Any) -> Labels:
     """x: any shape; the result is cut where `x` is."""
-    return op.labels(x)
+    return op.as_constant(op.labels(x))
 
 
 @rule(aten.arange, aten.linspace, aten.scalar_tensor, aten.eye)

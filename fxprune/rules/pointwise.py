@@ -36,7 +36,10 @@ def pointwise(op: Op, *args: Any, **kwargs: Any) -> Labels | list[Labels]:
     labels = op.broadcast(*operands) if operands else ()
     if op.out is args[0]:
         return op.labels(args[0])
-    return labels if isinstance(op.out, torch.Tensor) else [labels] * len(op.out)
+    if not isinstance(op.out, torch.Tensor):
+        return [labels] * len(op.out)
+    always_there = op.out.dtype == torch.bool or op.func.overloadpacket is aten.nan_to_num
+    return op.as_constant(labels) if always_there else labels
 
 
 @rule(aten.fill, aten.zero, aten.uniform, aten.normal, aten.exponential)

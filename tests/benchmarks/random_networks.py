@@ -31,11 +31,13 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from tabulate import tabulate
+from torch import fx
+from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 import fxprune
@@ -53,6 +55,7 @@ ATTEMPTS = 8  # as often as `compile` starts over
 CHUNK = 250  # networks per child process
 LIMIT = 300  # seconds for one network
 STAGES = ("build", "trace", "couple", "plan", "rewrite", "verify")
+T = TypeVar("T")
 FAILURES = ("mismatch", "crash", "unreported")
 
 
@@ -127,8 +130,11 @@ def _first_line(error: Exception) -> str:
     return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
 
 
+Timed = Callable[[str, Callable[[], T]], T]
+
+
 def _run(seed: int, outcome: Outcome) -> None:
-    def timed(stage: str, call: Callable[[], Any]) -> Any:
+    def timed(stage: str, call: Callable[[], T]) -> T:
         start = time.perf_counter()
         try:
             return call()
@@ -140,21 +146,7 @@ def _run(seed: int, outcome: Outcome) -> None:
     model, inputs = timed("build", lambda: (build(network), example_inputs(network)))
     traced = timed("trace", lambda: fxprune.trace(model, inputs))
     outcome.frontend = traced.frontend
-    for attempt in range(ATTEMPTS):
-        coupling = timed("couple", lambda: fxprune.couple(traced, freeze=outcome.refrozen))
-        outcome.unreported += [site for site in unreported(coupling) if site not in outcome.unreported]
-        keep = timed("plan", lambda coupling=coupling: random_keep(coupling, seed))
-        plan = timed("plan", lambda coupling=coupling, keep=keep: plan_of(coupling, keep))
-        if attempt == 0:
-            outcome.stuck = _what_holds(coupling)
-        try:
-            slim = timed("rewrite", lambda coupling=coupling, plan=plan: fxprune.rewrite(coupling, plan))
-            break
-        except fxprune.RewriteError as error:
-            fresh = {node: reason for node, reason in error.nodes.items() if node not in outcome.refrozen}
-            if not fresh or attempt == ATTEMPTS - 1:
-                raise
-            outcome.refrozen |= fresh
+    coupling, plan, slim = _cut(traced, seed, outcome, timed)
     outcome.removed = plan.costs.after != plan.costs.before
     outcome.share = plan.costs.share("params")
     result = timed("verify", lambda: fxprune.verify(coupling, plan, slim))
@@ -164,8 +156,30 @@ def _run(seed: int, outcome: Outcome) -> None:
     if found != plan.costs.after.params:
         raise fxprune.VerificationError(f"{found} parameters are left, {plan.costs.after.params} were predicted")
     with torch.no_grad():
-        leaves = torch.utils._pytree.tree_leaves(slim(*inputs))
+        leaves = pytree.tree_leaves(slim(*inputs))
     outcome.finite = all(bool(t.isfinite().all()) for t in leaves if isinstance(t, torch.Tensor))
+
+
+def _cut(
+    traced: fxprune.Traced, seed: int, outcome: Outcome, timed: Timed[Any]
+) -> tuple[fxprune.Coupling, fxprune.Plan, fx.GraphModule]:
+    """Couple, plan at random and rewrite; freeze nodes whose sizes cannot be rewritten, and start over."""
+    attempts = 0
+    while True:
+        attempts += 1
+        coupling = timed("couple", lambda: fxprune.couple(traced, freeze=outcome.refrozen))
+        outcome.unreported += [site for site in unreported(coupling) if site not in outcome.unreported]
+        if attempts == 1:
+            outcome.stuck = _what_holds(coupling)
+        plan = timed("plan", lambda coupling=coupling: plan_of(coupling, random_keep(coupling, seed)))
+        try:
+            slim = timed("rewrite", lambda coupling=coupling, plan=plan: fxprune.rewrite(coupling, plan))
+            return coupling, plan, slim
+        except fxprune.RewriteError as error:
+            fresh = {node: reason for node, reason in error.nodes.items() if node not in outcome.refrozen}
+            if not fresh or attempts == ATTEMPTS:
+                raise
+            outcome.refrozen |= fresh
 
 
 def _what_holds(coupling: fxprune.Coupling) -> list[str] | None:
