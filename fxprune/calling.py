@@ -1,7 +1,7 @@
-"""The ATen call that a common layer or operator makes, so that its labels follow without running the layer and the dispatcher.
+"""The ATen call that a common layer or operator makes: its labels follow without the layer and the dispatcher.
 
-Only what is asked for is here: `rules/` alone says what an op does. A layer that is not in the table, or is called in an
-unusual way, is run.
+Only what is asked for is here: `rules/` alone says what an op does. A layer that is not in the table, or is called in
+an unusual way, is run.
 """
 
 from __future__ import annotations
@@ -85,13 +85,8 @@ def plain_calls() -> bool:
 def convolution(module: Any, x: torch.Tensor) -> Call | None:
     """x: (b, c, *space). Zeros around it, the same number on both sides."""
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    usual = (
-        module.padding_mode == "zeros"
-        and type(module.padding) is tuple
-        and weight is not None
-        and weight.dtype == x.dtype
-    )
-    if not usual or x.ndim != weight.ndim or x.shape[1] != weight.shape[1] * module.groups:
+    usual = module.padding_mode == "zeros" and type(module.padding) is tuple and weight.dtype == x.dtype
+    if weight is None or not usual or x.ndim != weight.ndim or x.shape[1] != weight.shape[1] * module.groups:
         return None
     fixed = module.stride, module.padding, module.dilation, False, (0,) * (x.ndim - 2), module.groups
     return aten.convolution.default, (x, weight, bias, *fixed)

@@ -1,4 +1,4 @@
-"""Copy the structure of a module, with other tensors in it: much faster than `copy.deepcopy`, and no weight is copied."""
+"""Copy the structure of a module, with other tensors in it: faster than `copy.deepcopy`, and no weight is copied."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ State = tuple[str, torch.Tensor, bool]
 
 
 def modules_in(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (qualified name, module) of a module and all inside, shared ones once: `named_modules` without recursion."""
+    """Yield (name, module) of a module and all inside, shared ones once: `named_modules` without recursion."""
     seen: set[int] = set()
     stack: list[tuple[str, nn.Module]] = [("", module)]
     while stack:
@@ -65,7 +65,7 @@ def clone(module: nn.Module, tensors: Mapping[int, torch.Tensor] | None = None) 
 
     Args:
         module: any module; not touched.
-        tensors: id of a parameter, buffer or tensor attribute -> what takes its place; others are shared. None: all are.
+        tensors: id of a parameter, buffer or tensor attribute -> what takes its place; others (None: all) are shared.
     """
     return _Cloner(module, tensors).clone(module)
 

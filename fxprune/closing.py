@@ -22,7 +22,7 @@ def distinct(numbers: np.ndarray) -> np.ndarray:
 
 
 def owner(ids: np.ndarray) -> np.ndarray:
-    """Return the array in whose memory `ids` is a mere reshaping, or `ids` itself: equal owners have equal positions."""
+    """Return the array of which `ids` is a mere reshaping, or `ids` itself: equal owners have equal positions."""
     base = ids.base
     return base if type(base) is np.ndarray and base.size == ids.size and ids.flags.c_contiguous else ids
 
@@ -48,7 +48,7 @@ class Classes:
         return self.of_atom[atoms]
 
     def channels(self, atoms: np.ndarray) -> np.ndarray:
-        """Return the channels of labels, where reshapings of one array share the memory (and the owner) of the result."""
+        """Return the channels of labels; those of reshapings of one array share their memory, and so their owner."""
         home = owner(atoms)
         found = self._known.get(id(home))
         if found is None:

@@ -242,7 +242,9 @@ class Coupling:
     @cached_property
     def tensors(self) -> Mapping[str, tuple[Shape, Labels]]:
         """Shape and channels of every parameter and buffer that has any."""
-        found: dict[str, list[np.ndarray | None]] = {name: [None] * len(s) for name, (s, *_) in self.record.issued.items()}
+        found: dict[str, list[np.ndarray | None]] = {
+            name: [None] * len(s) for name, (s, *_) in self.record.issued.items()
+        }
         for site in self.sites:
             found[site.name][site.dim] = site.channels
         return {name: (self.record.issued[name][0], tuple(labels)) for name, labels in found.items()}

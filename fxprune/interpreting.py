@@ -342,7 +342,7 @@ class Labelling(TorchDispatchMode):
         for tensor, mine in zip(results, labels, strict=True):
             shape = tensor.shape
             if len(mine) != len(shape) or any(
-                [ids is not None and ids.shape[d] != shape[d] for d, ids in enumerate(mine)]
+                ids is not None and ids.shape[d] != shape[d] for d, ids in enumerate(mine)
             ):
                 raise RuntimeError(f"the rule of {op.name} returned labels that do not fit shape {tuple(shape)}")
             origin = self._origin.get(id(tensor))
@@ -405,12 +405,14 @@ class GraphRunner(fx.Interpreter):
     def run_all(self, values: Iterable[Any]) -> None:
         """Run all nodes; `values` are those of the placeholders."""
         self.args_iter = iter(values)
-        for n in self.graph.nodes:
+        for n in self.graph.nodes:  # pyright: ignore[reportGeneralTypeIssues, reportAttributeAccessIssue]
             self.env[n] = self.run_node(n)
-        for n in self.graph.nodes:
+        for n in self.graph.nodes:  # pyright: ignore[reportGeneralTypeIssues, reportAttributeAccessIssue]
             if n.op == "get_attr":
                 tensors = tensors_in(self.env[n])
-                self.mode.record.nodes[n.name] = [Labelled(tuple(t.shape), self.mode.labels(t), t.dtype) for t in tensors]
+                self.mode.record.nodes[n.name] = [
+                    Labelled(tuple(t.shape), self.mode.labels(t), t.dtype) for t in tensors
+                ]
 
     def fetch_attr(self, target: str) -> Any:
         """Return what a node refers to, with its tensors on the meta device."""
@@ -451,6 +453,8 @@ class GraphRunner(fx.Interpreter):
             if value is not None:
                 mode.record.nodes[n.name] = [Labelled(tuple(value.shape), mode.labels(value), value.dtype)]
                 return value
+            if n.op in ("get_attr", "call_module"):
+                self.fetch_attr(str(n.target))  # its twins are no part of the graph: made outside the mode
             with mode:
                 value = super().run_node(n)
         except Exception as error:

@@ -82,7 +82,7 @@ def fits(module: nn.Module, inputs: list[Shape], outputs: list[Shape]) -> bool:
     if kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
         return x == y and module.num_features == x[1]
     if kind is nn.AdaptiveAvgPool2d and len(x) > 2:
-        size = module.output_size
+        size: Any = module.output_size
         return x[:-2] == y[:-2] and y[-2:] == ((size, size) if isinstance(size, int) else size)
     return kind in _SHAPE_KEEPING and x == y
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx, nn
+from torch.fx.node import map_aggregate, map_arg
 from torch.utils import _pytree as pytree
 
 from fxprune import positions as positions  # its fixers enter the table
@@ -23,8 +24,8 @@ from fxprune.pausing import without_collector
 from fxprune.planning import Plan, keep_of
 from fxprune.resizing import Call, fits, is_sized, resize
 from fxprune.slicing import Kept, kept_size, sliced_like
-from fxprune.tracing import attach
 from fxprune.slimming import SlimModule
+from fxprune.tracing import attach
 
 
 @without_collector
@@ -58,7 +59,7 @@ def _copied(graph: fx.Graph) -> fx.Graph:
     new.set_codegen(graph._codegen)
     twin: dict[fx.Node, fx.Node] = {}
     for n in graph.nodes:
-        args, kwargs = fx.node.map_arg((n.args, n.kwargs), twin.__getitem__)
+        args, kwargs = map_arg((n.args, n.kwargs), twin.__getitem__)
         if n.op == "output":
             new.output(args[0])
             break
@@ -172,9 +173,9 @@ class _Fixer(fx.Interpreter):
         self.failed: dict[str, str] = {}
 
     def run_all(self, values: list[Any]) -> None:
-        """Go through all nodes; `values` are those of the placeholders. A certain node leaves no value until one is asked for."""
+        """Go through all nodes; `values` are those of the placeholders. A certain one has no value until it is asked for."""
         self.args_iter = iter(values)
-        for n in self.graph.nodes:
+        for n in self.graph.nodes:  # pyright: ignore[reportGeneralTypeIssues, reportAttributeAccessIssue]
             value = self.run_node(n)
             if value is not None or not self.prediction.shapes(n.name):
                 self.env[n] = value
@@ -250,7 +251,7 @@ class _Fixer(fx.Interpreter):
             return arg
 
         if any(isinstance(self.env.get(source), (int, float)) for source in n.all_input_nodes):
-            n.args, n.kwargs = fx.node.map_aggregate((n.args, n.kwargs), pin)
+            n.args, n.kwargs = map_aggregate((n.args, n.kwargs), pin)
 
     def _stand_in(self, n: fx.Node) -> Any:
         """Return tensors of the predicted shapes."""

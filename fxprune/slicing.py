@@ -39,7 +39,7 @@ def slice_tensor(value: torch.Tensor, labels: Labels, kept: Kept) -> torch.Tenso
     value = value.detach()
     result = value
     shape = value.shape
-    if any([ids is not None and ids.size != shape[d] for d, ids in enumerate(labels)]):
+    if any(ids is not None and ids.size != shape[d] for d, ids in enumerate(labels)):
         result = _by_mask(value, labels, kept.keep)
     else:
         found = [(d, kept.positions(ids)) for d, ids in enumerate(labels) if ids is not None]

@@ -222,7 +222,9 @@ def check_saved(slim: nn.Module, folder: Path, images: Tensor) -> None:
     for task, answer in expected.items():
         error = ((found[task] - answer).abs().max() / answer.abs().max()).item()
         if not error <= 1e-12:  # also when it is NaN
-            raise fxprune.ArtifactError(f"{folder}: the network read back gives another {task} (relative error {error:.1e}).")
+            raise fxprune.ArtifactError(
+                f"{folder}: the network read back gives another {task} (relative error {error:.1e})."
+            )
 
 
 def _machine() -> str:

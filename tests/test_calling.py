@@ -1,0 +1,119 @@
+"""What the table of calls says of a layer is what the layer does."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxprune.calling import CALLS, FUNCTIONS, call_of, call_of_function
+
+IMAGE = (2, 8, 4, 4)
+LAYERS = [
+    (nn.Conv2d(8, 4, 3, padding=1, stride=2), IMAGE),
+    (nn.Conv2d(8, 8, 3, groups=8, dilation=2, padding=2, bias=False), IMAGE),
+    (nn.Conv1d(8, 4, 3), (2, 8, 5)),
+    (nn.Conv3d(8, 4, 1), (2, 8, 3, 3, 3)),
+    (nn.BatchNorm1d(8).eval(), (2, 8)),
+    (nn.BatchNorm1d(8).eval(), (2, 8, 5)),
+    (nn.BatchNorm2d(8, affine=False).eval(), IMAGE),
+    (nn.BatchNorm2d(8, momentum=None).eval(), IMAGE),
+    (nn.BatchNorm3d(8).eval(), (2, 8, 3, 3, 3)),
+    (nn.AdaptiveAvgPool2d(1), IMAGE),
+    (nn.AdaptiveAvgPool2d((1, 1)), IMAGE),
+    (nn.Sigmoid(), IMAGE),
+    *[
+        (kind(inplace), IMAGE)
+        for kind in (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid, nn.SiLU)
+        for inplace in (False, True)
+    ],
+]
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every ATen call that computes something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Any, tuple[Any, ...], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is not torch.ops.aten.empty.memory_format:
+            self.seen.append((func, args, out))
+        return out
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return a is b
+    if isinstance(a, (tuple, list)):
+        return list(a) == list(b)
+    return a == b
+
+
+def recorded(function: Any, *args: Any) -> tuple[Any, tuple[Any, ...], Any]:
+    with torch.no_grad(), Recorder() as recorder:
+        function(*args)
+    (only,) = recorder.seen
+    return only
+
+
+@pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=lambda v: str(v) if isinstance(v, nn.Module) else "")
+def test_a_layer_makes_the_call_that_the_table_says(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    meta = layer.to("meta")
+    x = torch.empty(shape, device="meta")
+    call = call_of(meta, x)
+    assert call is not None
+    func, args, _ = recorded(meta, x)
+    assert func is call[0]
+    assert len(args) == len(call[1])
+    assert all(same(a, b) for a, b in zip(args, call[1], strict=True))
+
+
+def test_every_layer_of_the_table_is_tested() -> None:
+    assert set(CALLS) == {type(layer) for layer, _ in LAYERS}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=str)
+def test_a_function_makes_the_call_that_the_table_says(function: Any) -> None:
+    count = 1 if function in (torch.relu, torch.sigmoid) else 2
+    operands = [torch.empty(IMAGE, device="meta") for _ in range(count)]
+    call = call_of_function(function, operands)
+    assert call is not None
+    func, args, _ = recorded(function, *operands)
+    assert func is call[0]
+    assert all(same(a, b) for a, b in zip(args, call[1], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(8, 4, 3, padding="same"), IMAGE),
+        (nn.Conv2d(8, 4, 3, padding=1, padding_mode="reflect"), IMAGE),
+        (nn.Conv2d(8, 4, 3), (8, 4, 4)),
+        (nn.BatchNorm2d(8), IMAGE),
+        (nn.BatchNorm2d(8, track_running_stats=False).eval(), IMAGE),
+        (nn.AdaptiveAvgPool2d(2), IMAGE),
+        (nn.GELU(), IMAGE),
+    ],
+    ids=str,
+)
+def test_unusual_layers_are_run(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    assert call_of(layer, torch.empty(shape)) is None
+
+
+def test_layers_with_hooks_are_run() -> None:
+    layer = nn.ReLU()
+    layer.register_forward_hook(lambda module, args, out: out + 1)
+    assert call_of(layer, torch.empty(IMAGE)) is None
+
+
+def test_functions_of_numbers_and_integers_are_run() -> None:
+    assert call_of_function(operator.add, [torch.empty(2), 1]) is None
+    assert call_of_function(operator.add, [torch.ones(2, dtype=torch.int64)] * 2) is None
+    assert call_of_function(operator.add, [torch.empty(2), torch.empty(2, dtype=torch.float64)]) is None
