@@ -85,8 +85,9 @@ def plain_calls() -> bool:
 def convolution(module: Any, x: torch.Tensor) -> Call | None:
     """x: (b, c, *space). Zeros around it, the same number on both sides."""
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    usual = module.padding_mode == "zeros" and type(module.padding) is tuple and weight.dtype == x.dtype
-    if weight is None or not usual or x.ndim != weight.ndim or x.shape[1] != weight.shape[1] * module.groups:
+    if weight is None or weight.dtype != x.dtype or module.padding_mode != "zeros" or type(module.padding) is not tuple:
+        return None
+    if x.ndim != weight.ndim or x.shape[1] != weight.shape[1] * module.groups:
         return None
     fixed = module.stride, module.padding, module.dilation, False, (0,) * (x.ndim - 2), module.groups
     return aten.convolution.default, (x, weight, bias, *fixed)

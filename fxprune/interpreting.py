@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
+from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -532,7 +533,7 @@ def interpret(
 
 def bind(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Lay example inputs out in the order of the graph's placeholders, defaults included."""
-    if isinstance(graph._codegen, fx.graph._PyTreeCodeGen):
+    if isinstance(graph._codegen, _PyTreeCodeGen):
         return pytree.arg_tree_leaves(*args, **kwargs)
     values = []
     for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder"):
