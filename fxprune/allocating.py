@@ -45,14 +45,18 @@ def steps_of(group: Group, score: np.ndarray, scope: str, constraints: Constrain
     width, per_step = group.width, sum(group.takes)
     limit = min(width - max(constraints.min_width, per_step), int(constraints.max_ratio * width + 1e-9))
     path = path[: max(limit, 0) // per_step]
-    left = width - per_step * np.arange(1, len(path) + 1)
-    stops = np.flatnonzero(left % constraints.multiple_of == 0) if constraints.multiple_of > 1 else np.arange(len(path))
-    path = path[: stops[-1] + 1 if len(stops) else 0]
-    total = score[path].sum(axis=1)
-    mean = total.mean() if len(total) and total.mean() > 0 else 1.0
-    share = 1 - (left[stops] / width) ** group.overlap
-    keys = share if scope == "uniform" else np.maximum.accumulate(total / mean)[stops]
-    step = np.searchsorted(stops, np.arange(len(path)), "left")
+    stops = step = np.arange(len(path))
+    left = width - per_step * (stops + 1)
+    if constraints.multiple_of > 1:
+        stops = np.flatnonzero(left % constraints.multiple_of == 0)
+        path = path[: stops[-1] + 1 if len(stops) else 0]
+        step = np.searchsorted(stops, np.arange(len(path)), "left")
+    if scope == "uniform":
+        keys = 1 - (left[stops] / width) ** group.overlap
+    else:
+        total = score[path].sum(axis=1)
+        mean = total.mean() if len(total) and total.mean() > 0 else 1.0
+        keys = np.maximum.accumulate(total / mean)[stops]
     return Steps(group.index, path.ravel(), np.repeat(step, per_step), keys)
 
 
@@ -76,12 +80,8 @@ class Allocation:
         first = np.cumsum([0] + [len(p.keys) for p in paths])
         step = np.concatenate([place[p.step + start] for p, start in zip(paths, first[:-1], strict=True)] or [empty])
         choices = np.concatenate([p.choices for p in paths] or [empty])
-        members = coupling.members
-        start = np.searchsorted(members.choice, choices, "left")
-        count = np.searchsorted(members.choice, choices, "right") - start
-        offset = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-        self._channels = members.channel[np.repeat(start, count) + offset]
-        self._owner = np.repeat(step, count)
+        self._channels, which = coupling.members.of(choices)
+        self._owner = step[which]
 
     def __len__(self) -> int:
         return len(self.group)

@@ -29,7 +29,7 @@ class Group:
         index: position in `coupling.groups()`.
         name: the first parameter the group has a site on.
         kind: "channels", "balanced" (a step takes from every row) or "rows" (a step takes a whole row).
-        cells: each an array of choices, named by their channel.
+        cells: each an ascending array of choices, named by their channel.
         takes: how many choices one step takes out of each cell.
         overlap: how many groups decide over the same parameters (rows and columns of one layer: 2).
     """
@@ -60,7 +60,7 @@ class Group:
         steps = min(
             int(np.isfinite(score[cell]).sum()) // take for cell, take in zip(self.cells, self.takes, strict=True)
         )
-        ranked = [cell[np.lexsort((cell, score[cell]))] for cell in self.cells]
+        ranked = [cell[np.argsort(score[cell], kind="stable")] for cell in self.cells]
         return np.concatenate(
             [cell[: steps * take].reshape(steps, take) for cell, take in zip(ranked, self.takes, strict=True)], axis=1
         )
@@ -72,6 +72,15 @@ class Members:
 
     choice: np.ndarray
     channel: np.ndarray
+
+    def of(self, choices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the members of some choices, and for each which of the choices it is a member of."""
+        if not len(self.choice) or len(self.choice) == self.choice[-1] + 1:  # every choice has one member, itself
+            return choices, np.arange(len(choices))
+        start = np.searchsorted(self.choice, choices, "left")
+        count = np.searchsorted(self.choice, choices, "right") - start
+        offset = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+        return self.channel[np.repeat(start, count) + offset], np.repeat(np.arange(len(choices)), count)
 
     def total(self, score: np.ndarray) -> np.ndarray:
         """Add up a per-channel score over the members of every choice: (channels,) -> (channels,)."""

@@ -22,23 +22,26 @@ def magnitude(coupling: Coupling, p: float = 2.0) -> np.ndarray:
     Source: Li et al., Pruning Filters for Efficient ConvNets (2017), for one layer; Fang et al., DepGraph (2023),
     equation 4, for coupled layers.
     """
+    sites = weight_sites(coupling)
+    cut = {site.name for site in sites}
+    largest = max((t.numel() for name, t, _ in coupling.traced.state if name in cut), default=0)
     latest: dict[str, torch.Tensor] = {}
-    room = torch.empty(0)
+    room = torch.empty(largest)  # for the powers of one weight at a time; fresh memory for each costs more
 
     def measure(name: str, weight: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
         nonlocal room
         if name not in latest:
             latest.clear()
-            if (room.dtype, room.device) != (weight.dtype, weight.device) or room.numel() < weight.numel():
-                room = torch.empty(weight.numel(), dtype=weight.dtype, device=weight.device)
-            out = room[: weight.numel()].view(weight.shape)  # fresh memory for each would cost more than the powers
+            if (room.dtype, room.device) != (weight.dtype, weight.device):
+                room = torch.empty(largest, dtype=weight.dtype, device=weight.device)
+            out = room[: weight.numel()].view(weight.shape)
             latest[name] = torch.mul(weight, weight, out=out) if p == 2 else torch.pow(weight.abs(), p, out=out)
         total = latest[name]
         for run in _runs(dims):
             total = total.sum(dim=run, keepdim=True)
         return total
 
-    return add_up(coupling, weight_sites(coupling), measure)
+    return add_up(coupling, sites, measure)
 
 
 def _runs(dims: tuple[int, ...]) -> list[tuple[int, ...]]:
