@@ -166,7 +166,8 @@ def steps_of_all(coupling: Coupling, score: np.ndarray, scope: str, constraints:
             held = members.choice[np.isin(members.channel, np.concatenate(emptied))]
             if np.isinf(total[held]).all():
                 raise CouplingError(
-                    f"nothing would be left of {len(emptied)} dims, whatever is held: a bug in fxprune, please report it."
+                    f"nothing would be left of {len(emptied)} dims, whatever is held: a bug in fxprune, please report "
+                    "it."
                 )
         total[held] = np.inf
 
@@ -206,11 +207,25 @@ def _impossible(coupling: Coupling, constraints: Constraints, bounds: dict[str, 
     ]
     frozen = int((coupling.is_frozen & coupling.has_site).sum())
     free = int((~coupling.is_frozen & coupling.has_site).sum())
-    binding = f"{frozen:,} of {frozen + free:,} channels are frozen, and {constraints} holds for {len(coupling.groups())} groups"
-    first = coupling.groups()[0].name if coupling.groups() else "name"
-    return (
-        "the budget cannot be met.\n  "
-        + "\n  ".join(lines)
-        + f"\n{binding}. Raise the budget, loosen the constraints, or ask "
-        f"`coupling.why_frozen({first!r})` what holds a layer."
-    )
+    groups = coupling.groups()
+    binding = f"{frozen:,} of {frozen + free:,} channels are frozen, "
+    if groups:
+        binding += (
+            f"and {constraints} holds for {len(groups)} groups. Raise the budget, loosen the constraints, or ask "
+            f"`coupling.why_frozen({groups[0].name!r})` what holds a layer."
+        )
+    else:
+        binding += f"and nothing is left that may go{_largest_reason(coupling)}. Raise the budget, or free these."
+    return "the budget cannot be met.\n  " + "\n  ".join(lines) + f"\n{binding}"
+
+
+def _largest_reason(coupling: Coupling) -> str:
+    """Return which node holds most channels, and why, as words; or nothing if nothing is frozen."""
+    counts: dict[tuple[str, str, str], int] = {}
+    for f in coupling.frozen:
+        key = (f.node, coupling.traced.where(f.node), f.reason)
+        counts[key] = counts.get(key, 0) + int(coupling.has_site[f.channels].sum())
+    if not counts:
+        return ""
+    node, where, reason = max(counts, key=lambda key: counts[key])
+    return f": {counts[node, where, reason]:,} because node {node!r}{where} {reason}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from torch import fx, nn
@@ -14,9 +15,9 @@ from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling, couple
 from fxprune.errors import PlanError, RewriteError
 from fxprune.methods import Method
-from fxprune.planning import Plan, plan
+from fxprune.planning import Plan, check_request, plan
 from fxprune.reporting import Compiled, make_report
-from fxprune.rewriting import rewrite
+from fxprune.rewriting import rewrite, submodule
 from fxprune.saving import describe_inputs
 from fxprune.slimming import RECORD
 from fxprune.tasks import Task
@@ -25,8 +26,7 @@ from fxprune.verifying import verify as verify_slim
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 8
-"""How often planning starts over with nodes frozen whose sizes cannot be rewritten."""
+BAR = "{desc:<8} {bar:20} {n}/{total} [{elapsed}]"
 
 
 def compile(
@@ -49,7 +49,7 @@ def compile(
         example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs; costs are counted on them.
         budget: upper bounds, such as `Budget(macs=0.5)`.
         method: how channels are ranked, from `fxprune.methods`; default `Magnitude()`.
-        calibration: batches `(inputs, targets)`, for methods that need data.
+        calibration: batches `(inputs, targets)`, for methods that need data; an iterator is read into a list.
         tasks: name -> Task, for methods that need losses.
         constraints: what must stay whatever the method says.
         verify: compare the slim network with the masked original in float64. Without it nothing is run on the original.
@@ -66,54 +66,67 @@ def compile(
         PlanError: the budget cannot be met, or the request makes no sense.
         VerificationError: the slim network differs from the masked original.
     """
-    if not isinstance(budget, Budget):
-        raise PlanError(f"the budget is {budget!r}. Pass `fxprune.Budget(macs=0.5)`.")
-    with tqdm(
-        total=5, desc="trace", disable=not progress, bar_format="{desc:<8} {bar:20} {n}/{total} [{elapsed}]"
-    ) as bar:
-
-        def step(name: str) -> None:
-            bar.update()
-            bar.set_description(name)
-
+    check_request(budget, method, calibration, tasks, constraints)
+    batches = list(calibration) if isinstance(calibration, Iterator) else calibration  # planning may start over
+    choose = partial(plan, budget=budget, method=method, calibration=batches, tasks=tasks, constraints=constraints)
+    with tqdm(total=5, desc="trace", disable=not progress, bar_format=BAR) as bar:
         traced = trace(model, example_inputs)
-        step("couple")
+        _step(bar, "couple")
         coupling = couple(traced, unknown=unknown)
-        step("plan")
-        coupling, chosen, slim, freeze = _plan_and_rewrite(
-            traced, coupling, unknown, budget, method, calibration, tasks, constraints
-        )
-        step("verify")
+        _step(bar, "plan")
+        coupling, chosen, slim, freeze = _plan_and_rewrite(coupling, unknown, choose)
         bar.update()
+        _step(bar, "verify")
         verification = verify_slim(coupling, chosen, slim) if verify else None
-        step("done")
+        _step(bar, "done")
     notes = tuple(f"node {node!r} was frozen: {reason}" for node, reason in freeze.items())
     report = make_report(coupling, chosen, verification, notes)
-    slim.meta[RECORD] = Compiled(report, describe_inputs(traced.args, traced.kwargs), unknown, freeze)
+    slim.meta[RECORD] = Compiled(report, describe_inputs(traced.args, traced.kwargs), freeze)
     return slim
 
 
+def _step(bar: tqdm[Any], name: str) -> None:
+    bar.update()
+    bar.set_description(name)
+
+
 def _plan_and_rewrite(
-    traced: Traced,
-    coupling: Coupling,
-    unknown: str,
-    budget: Budget,
-    method: Any,
-    calibration: Any,
-    tasks: Any,
-    constraints: Any,
+    coupling: Coupling, unknown: str, choose: Callable[[Coupling], Plan]
 ) -> tuple[Coupling, Plan, fx.GraphModule, dict[str, str]]:
-    """Plan and rewrite; where sizes in the graph cannot be rewritten, freeze those nodes and start over."""
+    """Plan and rewrite; where sizes in the graph cannot be rewritten, freeze those nodes and start over.
+
+    Each round freezes a node more, so that this ends.
+
+    Returns:
+        The coupling and the plan of the last round, the slim network, and the nodes frozen: node -> reason.
+    """
+    traced = coupling.traced
     freeze: dict[str, str] = {}
-    for attempt in range(ATTEMPTS):
-        chosen = plan(coupling, budget, method=method, calibration=calibration, tasks=tasks, constraints=constraints)
+    while True:
+        try:
+            chosen = choose(coupling)
+        except PlanError as error:
+            if not freeze:
+                raise
+            lines = [f"  node {node!r}{traced.where(node)} {reason}" for node, reason in freeze.items()]
+            raise PlanError(f"{error}\nThese nodes were frozen before:\n" + "\n".join(lines)) from error
         try:
             return coupling, chosen, rewrite(coupling, chosen), freeze
         except RewriteError as error:
-            fresh = {node: reason for node, reason in error.nodes.items() if node not in freeze}
-            if not fresh or attempt == ATTEMPTS - 1:
+            fresh = {node: _why(traced, node, reason) for node, reason in error.nodes.items() if node not in freeze}
+            if not fresh:
                 raise
-            logger.info("frozen and planned again: %s", fresh)
-            freeze |= {node: f"holds a size that cannot be rewritten ({reason})" for node, reason in fresh.items()}
-            coupling = couple(traced, unknown=unknown, freeze=freeze)
-    raise AssertionError("unreachable")
+        logger.info("frozen and planned again: %s", fresh)
+        freeze |= fresh
+        coupling = couple(traced, unknown=unknown, freeze=freeze)
+
+
+def _why(traced: Traced, name: str, reason: str) -> str:
+    """Say why a node whose sizes cannot be rewritten is frozen."""
+    node = next(n for n in traced.graph.nodes if n.name == name)
+    if node.op != "call_module":
+        return f"holds a size that cannot be rewritten ({reason})"
+    kind = type(submodule(traced.root, str(node.target)))
+    known = f"nn.{kind.__name__}" if kind.__module__.startswith("torch.nn.") else kind.__name__
+    article = "an" if known[0] in "aeiounAEIOU" else "a"
+    return f"is {article} {known}, whose sizes cannot be rewritten yet ({reason})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from torch import fx
@@ -39,11 +40,13 @@ class Constraints:
     tie: Sequence[Sequence[str]] = ()
 
     def __post_init__(self) -> None:
-        for field in ("keep_inputs", "keep_outputs", "tie"):
-            if isinstance(getattr(self, field), str):
-                raise PlanError(
-                    f"Constraints({field}={getattr(self, field)!r}) is one string. Pass a list: `{field}=[...]`."
-                )
+        self._check_names()
+        for field in ("min_width", "multiple_of"):
+            value = getattr(self, field)
+            if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+                raise PlanError(f"Constraints({field}={value!r}) is not a whole number. Pass 1, 8, 16, ..")
+        if not isinstance(self.max_ratio, (int, float, np.number)) or isinstance(self.max_ratio, bool):
+            raise PlanError(f"Constraints(max_ratio={self.max_ratio!r}) is no number. Pass a number from 0 to 1.")
         if self.min_width < 1:
             raise PlanError(
                 f"Constraints(min_width={self.min_width}): every group keeps at least one channel. Pass 1 or more."
@@ -54,6 +57,28 @@ class Constraints:
             )
         if not 0 <= self.max_ratio <= 1:
             raise PlanError(f"Constraints(max_ratio={self.max_ratio}) is not a share. Pass a number from 0 to 1.")
+
+    def _check_names(self) -> None:
+        for field in ("keep_inputs", "keep_outputs", "tie"):
+            if isinstance(getattr(self, field), str):
+                raise PlanError(
+                    f"Constraints({field}={getattr(self, field)!r}) is one string. Pass a list: `{field}=[...]`."
+                )
+        for field in ("keep_inputs", "keep_outputs"):
+            if not _are_names(getattr(self, field)):
+                raise PlanError(
+                    f"Constraints({field}={getattr(self, field)!r}) is not a list of strings. Pass a list of layer "
+                    f"names: `{field}=['conv1']`."
+                )
+        if not isinstance(self.tie, Sequence) or not all(_are_names(names) and len(names) > 1 for names in self.tie):
+            raise PlanError(
+                f"Constraints(tie={self.tie!r}) is not a list of tuples of two or more layer names. Pass "
+                "`tie=[('conv1', 'conv2')]`."
+            )
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(name, str) for name in value)
 
 
 def layers(graph: fx.Graph) -> dict[str, list[fx.Node]]:

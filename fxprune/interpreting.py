@@ -188,6 +188,28 @@ def _call_key(func: Any, args: Any) -> Any:
     return tuple(key)
 
 
+@functools.cache
+def _makes_tensors(func: Any) -> bool:
+    """Say whether an op makes tensors out of none, on a device that it is told."""
+    arguments = func._schema.arguments
+    return any(a.name == "device" for a in arguments) and not any("Tensor" in str(a.type) for a in arguments)
+
+
+def on_meta(func: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Let an op that is told a device, or makes tensors, use the meta device."""
+    if kwargs.get("device") is not None or _makes_tensors(func):
+        return {**kwargs, "device": "meta"}
+    return kwargs
+
+
+class OnMeta(TorchDispatchMode):
+    """Keep on the meta device what forward sends elsewhere."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one op on the meta device."""
+        return func(*args, **on_meta(func, kwargs or {}))
+
+
 class Labelling(TorchDispatchMode):
     """Carry labels through every ATen call."""
 
@@ -215,7 +237,7 @@ class Labelling(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one ATen call on meta tensors and label what comes out."""
-        kwargs = kwargs or {}
+        kwargs = on_meta(func, kwargs or {})
         out = self._run(func, args, kwargs)
         results = tensors_in(out)
         inputs = tensors_in(args) + tensors_in(kwargs) if kwargs else tensors_in(args)
@@ -543,6 +565,8 @@ def bind(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list
             values.append(kwargs[node.target])
         elif node.args:
             values.append(node.args[0])
+        elif str(node.target).startswith("*"):
+            values.append({} if str(node.target).startswith("**") else ())
         else:
             raise TypeError(f"missing input {node.target!r}")
     return values

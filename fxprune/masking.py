@@ -177,12 +177,45 @@ def _softmax(func: Any, x: torch.Tensor, dim: int, *args: Any) -> torch.Tensor:
     return _mark(func(_present(x, -torch.inf), dim, *args), x.isnan())
 
 
-class AbsentIsNaN(TorchDispatchMode):
-    """Run a module whose parameters hold NaN at removed positions, as if those positions were not there."""
+_WIDE = {
+    torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64,
+    torch.complex64: torch.complex128,
+}  # fmt: skip
+_DEFAULT_FLOAT = {aten.zeros, aten.ones, aten.empty, aten.rand, aten.randn, aten.linspace, aten.eye}
+
+
+class InFloat64(TorchDispatchMode):
+    """Run a module in float64, whatever precision its forward asks for.
+
+    Attributes:
+        random: names of the ops that drew random numbers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.random: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Use the absent-aware form of an op where it has one and NaN is about."""
+        """Widen the precision that an op is asked for."""
         kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.random.add(str(func.overloadpacket))
+        if kwargs.get("dtype") in _WIDE:
+            kwargs = {**kwargs, "dtype": _WIDE[kwargs["dtype"]]}
+        elif kwargs.get("dtype") is None and func.overloadpacket in _DEFAULT_FLOAT:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return self.run(func, args, kwargs)
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run one op."""
+        return func(*args, **kwargs)
+
+
+class AbsentIsNaN(InFloat64):
+    """Run a module whose parameters hold NaN at removed positions, as if those positions were not there."""
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Use the absent-aware form of an op where it has one and NaN is about."""
         reference = _REFERENCE.get(func.overloadpacket)
         if reference is not None and any(
             isinstance(a, torch.Tensor) and a.is_floating_point() and bool(a.isnan().any()) for a in args

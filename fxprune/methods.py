@@ -22,6 +22,7 @@ from fxprune.tasks import Task
 __all__ = ["BatchNormScale", "Magnitude", "Method", "Random", "Taylor"]
 
 Scope = Literal["uniform", "global"]
+SCOPES: tuple[Scope, ...] = ("uniform", "global")
 
 
 class Method(Protocol):
@@ -61,6 +62,8 @@ class Magnitude:
 @dataclass(frozen=True, slots=True)
 class Taylor:
     """Rank channels by the first-order change of the loss. See `fxprune.criteria.taylor`. Needs calibration and tasks.
+
+    The loss of each task is called as `loss(outputs, batch)`: what the network returned, and the batch as it came.
 
     Attributes:
         scope: "uniform" or "global".

@@ -20,7 +20,7 @@ from fxprune.costs import RESOURCES, CostChange, Costs
 from fxprune.coupling import Coupling
 from fxprune.errors import ArtifactError, PlanError
 from fxprune.labels import Labels
-from fxprune.methods import Magnitude, Method
+from fxprune.methods import SCOPES, Magnitude, Method
 from fxprune.pausing import without_collector
 from fxprune.tasks import Task
 
@@ -112,7 +112,7 @@ class Plan:
         """Read a plan.
 
         Raises:
-            ArtifactError: not the JSON of a plan, or of another schema version.
+            ArtifactError: not the JSON of a plan, or of another schema version, or an entry of the wrong type.
         """
         try:
             data = json.loads(text)
@@ -126,20 +126,58 @@ class Plan:
                 f"the plan has schema {found!r}, this version reads schema {SCHEMA}. Save it again with this version."
             )
         try:
-            sites = data["sites"]
+            sites = {_site_of(s): s for s in data["sites"]}
             return Plan(
-                {(s["name"], s["dim"]): frozen(np.array(s["kept"], dtype=np.int64)) for s in sites},
-                {(s["name"], s["dim"]): s["size"] for s in sites},
-                CostChange(Costs(**data["costs"]["before"]), Costs(**data["costs"]["after"])),
-                tuple(GroupWidth(**g) for g in data["groups"]),
-                data["method"],
-                data["budget"],
-                data["fingerprint"],
+                {key: _positions_of(s) for key, s in sites.items()},
+                {key: s["size"] for key, s in sites.items()},
+                CostChange(*(Costs(**_typed(data["costs"][k], COSTS, f"costs.{k}")) for k in ("before", "after"))),
+                tuple(GroupWidth(**_typed(g, GROUP, f"groups[{i}]")) for i, g in enumerate(data["groups"])),
+                **_typed({k: data[k] for k in HEAD}, HEAD, "the plan"),
             )
         except (KeyError, TypeError) as error:
             raise ArtifactError(
                 f"the plan lacks a field or has one too many: {error}. Save it again with this version."
             ) from error
+
+
+HEAD = {"method": str, "budget": dict, "fingerprint": str}
+COSTS = dict.fromkeys(RESOURCES, int)
+GROUP = {"name": str, "kind": str, "sites": int, "before": int, "after": int}
+
+
+def _typed(entry: Any, types: Mapping[str, type], where: str) -> dict[str, Any]:
+    """Return an entry of the JSON of a plan, whose fields have the types they should have."""
+    if not isinstance(entry, dict):
+        raise ArtifactError(_damaged(f"{where}: expected an object, found {entry!r:.60}"))
+    for name, kind in types.items():
+        if name in entry and (not isinstance(entry[name], kind) or isinstance(entry[name], bool)):
+            raise ArtifactError(_damaged(f"{where}: {name!r}: expected {kind.__name__}, found {entry[name]!r:.60}"))
+    return entry
+
+
+def _damaged(what: str) -> str:
+    return f"the plan is damaged: {what}. Save it again."
+
+
+def _site_of(site: Any) -> tuple[str, int]:
+    _typed(site, {"name": str, "dim": int, "size": int}, "sites")
+    if site["dim"] < 0 or site["size"] < 1:
+        raise ArtifactError(_damaged(f"{site['name']!r} has dim {site['dim']} of size {site['size']}"))
+    return site["name"], site["dim"]
+
+
+def _positions_of(site: Mapping[str, Any]) -> np.ndarray:
+    """Return what a site keeps: whole numbers, or rows of equally many."""
+    kept = site["kept"]
+    rows = kept if isinstance(kept, list) and kept and all(isinstance(row, list) for row in kept) else [kept]
+    where = f"{site['name']!r} along dim {site['dim']}"
+    for row in rows:
+        if not isinstance(row, list) or any(type(k) is not int or k >= site["size"] for k in row):
+            raise ArtifactError(_damaged(f"{where}: expected positions (whole numbers), found {row!r:.60}"))
+    lengths = {len(row) for row in rows}
+    if len(lengths) != 1:
+        raise ArtifactError(_damaged(f"{where}: expected rows of one length, found {sorted(lengths)}"))
+    return frozen(np.array(kept, dtype=np.int64))
 
 
 def frozen(array: np.ndarray) -> np.ndarray:
@@ -184,21 +222,66 @@ def plan(
     Raises:
         PlanError: the budget cannot be met, a pattern matches nothing, or the method lacks its data.
     """
-    if not isinstance(budget, Budget):
-        raise PlanError(f"the budget is {budget!r}. Pass `fxprune.Budget(macs=0.5)`.")
+    check_request(budget, method, calibration, tasks, constraints)
     work = without_collector(_plan) if calibration is None else _plan
     return work(coupling, budget, method or Magnitude(), calibration, tasks, constraints or Constraints())
 
 
+def check_request(
+    budget: Budget,
+    method: Method | None,
+    calibration: Iterable[Any] | None,
+    tasks: Mapping[str, Task] | None,
+    constraints: Constraints | None,
+) -> None:
+    """Check the types of what `plan` and `compile` are asked.
+
+    Raises:
+        PlanError: one of them is something else.
+    """
+    if not isinstance(budget, Budget):
+        raise PlanError(f"the budget is {budget!r}. Pass `fxprune.Budget(macs=0.5)`.")
+    if method is not None:
+        if isinstance(method, type) or not callable(getattr(method, "scores", None)) or not hasattr(method, "scope"):
+            what = f"the class {method.__name__}" if isinstance(method, type) else repr(method)
+            raise PlanError(f"the method is {what}, not an instance of a method. Pass `methods.Magnitude()`.")
+        if method.scope not in SCOPES:
+            raise PlanError(f"the method {method!r} has scope {method.scope!r}. Pass one of {SCOPES}.")
+    if calibration is not None and not (hasattr(calibration, "__iter__") or hasattr(calibration, "__getitem__")):
+        raise PlanError(f"the calibration is {calibration!r}, which cannot be iterated. Pass a list of batches.")
+    if tasks is not None:
+        if not isinstance(tasks, Mapping):
+            raise PlanError(
+                f"tasks is a {type(tasks).__name__}, not a mapping. Pass `tasks={{'name': fxprune.Task(loss)}}`."
+            )
+        for name, task in tasks.items():
+            if not isinstance(name, str) or not isinstance(task, Task):
+                raise PlanError(f"tasks has {name!r}: {task!r}. Pass `tasks={{'name': fxprune.Task(loss)}}`.")
+    if constraints is not None and not isinstance(constraints, Constraints):
+        raise PlanError(f"the constraints are {constraints!r}. Pass `fxprune.Constraints(min_width=8)`.")
+
+
 def _plan(
-    coupling: Coupling, budget: Budget, method: Method, calibration: Any, tasks: Any, constraints: Constraints
+    coupling: Coupling,
+    budget: Budget,
+    method: Method,
+    calibration: Iterable[Any] | None,
+    tasks: Mapping[str, Task] | None,
+    constraints: Constraints,
 ) -> Plan:
     bound = constrain(coupling, constraints)
     dense = bound.costs(np.ones(bound.num_channels, dtype=bool))
     score = np.asarray(method.scores(bound, calibration, tasks), dtype=np.float64)
-    if score.shape != (bound.num_channels,) or np.isnan(score).any():
+    if score.shape != (bound.num_channels,):
         raise PlanError(
-            f"{method} returned scores of shape {score.shape}, or NaN. Return one finite number for each of {bound.num_channels} channels."
+            f"{method} returned scores of shape {score.shape}, expected ({bound.num_channels},). Return one number for "
+            "each channel."
+        )
+    wrong = np.flatnonzero(~np.isfinite(score))
+    if len(wrong):
+        raise PlanError(
+            f"{method} returned {len(wrong)} of {len(score)} scores that are not finite: {score[wrong[0]]} for channel "
+            f"{wrong[0]}. Return finite numbers; check the weights, and the losses where the method uses them."
         )
     keep = allocate(bound, score, method.scope, constraints, budget.bounds(dense))
     return plan_of(bound, keep, method=repr(method), budget=budget.to_dict())
@@ -216,7 +299,8 @@ def plan_of(
     problem = coupling.violation(keep)
     if problem:
         raise PlanError(
-            f"these channels cannot be kept: {problem}. Start from `coupling.groups()`, and call `coupling.settle(keep)`."
+            f"these channels cannot be kept: {problem}. Start from `coupling.groups()`, and call "
+            "`coupling.settle(keep)`."
         )
     dense = coupling.costs(np.ones(coupling.num_channels, dtype=bool))
     kept, sizes = _kept(coupling, keep)
@@ -293,18 +377,28 @@ def keep_of(coupling: Coupling, plan: Plan) -> np.ndarray:
     for (name, dim), positions in plan.kept.items():
         if name not in tensors or dim >= len(tensors[name][0]):
             raise ArtifactError(
-                f"the plan cuts {name!r} along dim {dim}, and this network has no such parameter. Use the model class the plan was made for."
+                f"the plan cuts {name!r} along dim {dim}, and this network has no such parameter. Use the model class "
+                "the plan was made for."
             )
         shape, labels = tensors[name]
         if shape[dim] != plan.sizes[name, dim]:
             raise ArtifactError(
-                f"{name!r}: the plan expects size {plan.sizes[name, dim]} along dim {dim}, found {shape[dim]}. Use the model the plan was made for."
+                f"{name!r}: the plan expects size {plan.sizes[name, dim]} along dim {dim}, found {shape[dim]}. Use the "
+                "model the plan was made for."
             )
         if positions.size and not 0 <= positions.min() <= positions.max() < shape[dim]:
             raise ArtifactError(
-                f"{name!r}: the plan keeps position {positions.max()} along dim {dim}, which has size {shape[dim]}. The plan is damaged."
+                f"{name!r}: the plan keeps position {positions.max()} along dim {dim}, which has size {shape[dim]}. "
+                "The plan is damaged."
             )
         ids = labels[dim]
+        by_row = ids is not None and ids.size != shape[dim]
+        if positions.ndim != 1 + by_row:
+            expected, found = ("rows of positions", "one row") if by_row else ("one row of positions", "several")
+            raise ArtifactError(
+                f"{name!r} along dim {dim}: expected {expected}, found {found}. The plan is damaged, or of another "
+                "network."
+            )
         if ids is None or positions.ndim > 1:
             continue
         gone = np.ones(shape[dim], dtype=bool)
@@ -323,7 +417,7 @@ def _rows_of(plan: Plan, tensors: Mapping[str, Any], keep: np.ndarray) -> np.nda
         shape, labels = tensors[name]
         ids = np.moveaxis(labels[dim], dim, -1).reshape(-1, shape[dim])
         first = plan.kept.get((name, 0))
-        rows = range(len(ids)) if first is None else first
+        rows = range(len(ids)) if first is None or first.ndim > 1 else first
         for row, stays in zip(rows, positions, strict=False):
             gone = np.ones(shape[dim], dtype=bool)
             gone[stays] = False
@@ -339,7 +433,7 @@ def _checked(coupling: Coupling, plan: Plan, keep: np.ndarray) -> np.ndarray:
         if mine is None or not np.array_equal(mine, positions):
             have = "all positions" if mine is None else f"{mine.shape[-1]} positions"
             raise ArtifactError(
-                f"{name!r}: the plan keeps {positions.shape[-1]} positions along dim {dim}, but the channels coupled to them leave {have}. "
-                "The plan is damaged, or of another network."
+                f"{name!r}: the plan keeps {positions.shape[-1]} positions along dim {dim}, but the channels coupled "
+                f"to them leave {have}. The plan is damaged, or of another network."
             )
     return keep

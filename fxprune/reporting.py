@@ -129,7 +129,6 @@ class Compiled:
 
     report: Report
     inputs: Any
-    unknown: str = "freeze"
     freeze: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -55,8 +55,8 @@ def resize(module: nn.Module, call: Call) -> None:
 
 
 _SHAPE_KEEPING = (
-    nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU, nn.ELU, nn.Identity,
-    nn.Dropout,
+    nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU, nn.ELU,
+    nn.Identity, nn.Dropout,
 )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from fxprune.cloning import clone, named_state, submodule
 from fxprune.closing import owner
 from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError
-from fxprune.interpreting import Labelled, bind, meta_tensor, tensors_in, to_meta
+from fxprune.interpreting import Labelled, OnMeta, bind, meta_tensor, tensors_in, to_meta
 from fxprune.labels import Labels, Shape
 from fxprune.literals import FIXERS, plain_name
 from fxprune.pausing import without_collector
@@ -100,7 +100,7 @@ class Prediction:
         return found
 
     def kept(self, node: str, dim: int) -> np.ndarray | None:
-        """Return (rows, size) bool: what stays along a dim of a node's tensor, in every row that stays; None if unlabelled."""
+        """Return (rows, size) bool: what stays along a dim, in every row that stays; None where it is unlabelled."""
         t = self.coupling.record.nodes[node][0]
         labels = self.coupling.to_channels(t.labels)
         ids = labels[dim]
@@ -151,7 +151,8 @@ def _fix_literals(coupling: Coupling, root: nn.Module, graph: fx.Graph, predicti
         lines = [f"  node {node!r}{traced.where(node)}: {reason}" for node, reason in fixer.failed.items()]
         raise RewriteError(
             "sizes in the graph cannot be rewritten:\n" + "\n".join(lines) + "\nFreeze them with "
-            f"`couple(traced, freeze={dict.fromkeys(fixer.failed, 'cannot be rewritten')!r})` and plan again; `compile` does so by itself.",
+            f"`couple(traced, freeze={dict.fromkeys(fixer.failed, 'cannot be rewritten')!r})` and plan again; `compile` "
+            "does so by itself.",
             nodes=fixer.failed,
         )
 
@@ -170,10 +171,11 @@ class _Fixer(fx.Interpreter):
         self.module = root  # pyright: ignore[reportAttributeAccessIssue] (not above: it would list all modules in it)
         self.prediction = prediction
         self.record = prediction.coupling.record
+        self._on_meta = OnMeta()
         self.failed: dict[str, str] = {}
 
     def run_all(self, values: list[Any]) -> None:
-        """Go through all nodes; `values` are those of the placeholders. A certain one has no value until it is asked for."""
+        """Go through all nodes; `values` are the placeholders'. A certain node has no value until it is asked for."""
         self.args_iter = iter(values)
         for n in self.graph.nodes:  # pyright: ignore[reportGeneralTypeIssues, reportAttributeAccessIssue]
             value = self.run_node(n)
@@ -189,7 +191,8 @@ class _Fixer(fx.Interpreter):
                 return None
             for source in n.all_input_nodes:
                 self._at(source)
-            value = super().run_node(n)
+            with self._on_meta:
+                value = super().run_node(n)
         except Exception as error:
             self._fail(n, f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
             return self._stand_in(n)

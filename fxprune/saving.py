@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import fx, nn
 
@@ -18,9 +18,10 @@ from fxprune.planning import Plan
 from fxprune.reporting import Compiled, compiled, make_report
 from fxprune.rewriting import rewrite
 from fxprune.slimming import RECORD
-from fxprune.tracing import trace
+from fxprune.tracing import Traced, trace
 
 PLAN, WEIGHTS = "plan.json", "weights.safetensors"
+CASTS = {torch.float16: "half()", torch.bfloat16: "bfloat16()", torch.float32: "float()", torch.float64: "double()"}
 
 
 def describe_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
@@ -48,6 +49,22 @@ def _example(description: dict[str, Any]) -> Any:
     if "sequence" in description:
         return tuple(_example(v) for v in description["sequence"])
     return description["value"]
+
+
+def _examples(inputs: Any, path: Path) -> Any:
+    """Make example inputs from their description."""
+    if inputs is None:
+        raise ArtifactError(
+            "the example inputs of this network could not be saved. Pass `example_inputs=` as to `compile`."
+        )
+    try:
+        args = tuple(_example(a) for a in inputs["args"])
+        return args or {k: _example(v) for k, v in inputs["kwargs"].items()}
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ArtifactError(
+            f"{path}: the description of the example inputs is damaged ({type(error).__name__}: {error}). Pass "
+            "`example_inputs=` as to `compile`."
+        ) from error
 
 
 def save(slim: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -86,23 +103,48 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, example_inputs: Any 
     data = _read_plan(folder / PLAN)
     plan = Plan.from_json(json.dumps(data["plan"]))
     if example_inputs is None:
-        if data["inputs"] is None:
-            raise ArtifactError(
-                "the example inputs of this network could not be saved. Pass `example_inputs=` as to `compile`."
-            )
-        args = tuple(_example(a) for a in data["inputs"]["args"])
-        example_inputs = args or {k: _example(v) for k, v in data["inputs"]["kwargs"].items()}
+        example_inputs = _examples(data["inputs"], folder / PLAN)
     traced = trace(model, example_inputs)
+    _check_nodes(traced, data["freeze"], folder / PLAN)
     coupling = couple(traced, freeze=data["freeze"])
     slim = rewrite(coupling, plan)
     weights = folder / WEIGHTS
     try:
+        _check_dtypes(slim, weights)
         load_model(slim, str(weights))
     except (SafetensorError, RuntimeError, OSError) as error:
         raise ArtifactError(f"{weights} does not fit or is damaged: {error}. Save the network again.") from error
     report = make_report(coupling, plan, None, ("loaded from a file",))
-    slim.meta[RECORD] = Compiled(report, data["inputs"], "freeze", data["freeze"])
+    slim.meta[RECORD] = Compiled(report, data["inputs"], data["freeze"])
     return slim
+
+
+def _check_nodes(traced: Traced, freeze: Any, path: Path) -> None:
+    if not isinstance(freeze, dict) or not all(isinstance(reason, str) for reason in freeze.values()):
+        raise ArtifactError(f"{path}: 'freeze': expected node -> reason, found {freeze!r:.60}. Save the network again.")
+    missing = sorted(freeze.keys() - {n.name for n in traced.graph.nodes})
+    if missing:
+        raise ArtifactError(
+            f"{path} freezes node {missing[0]!r}, and the graph of {type(traced.model).__name__} has no such node. Use "
+            "the model class that was compiled."
+        )
+
+
+def _check_dtypes(slim: nn.Module, path: Path) -> None:
+    """Check that the weights of a file have the dtypes of the network, of which nothing is converted silently."""
+    state = slim.state_dict()
+    with safe_open(str(path), framework="pt") as file:
+        for name in file.keys():
+            if name not in state:
+                continue  # which names are missing or too many is said by `load_model`
+            expected = state[name].dtype
+            found = file.get_tensor(name).dtype
+            if found != expected:
+                call = CASTS.get(found, f"to({found})")
+                raise ArtifactError(
+                    f"{path}: {name!r}: expected {expected} as in the model, found {found}. Pass `model.{call}`, with "
+                    "`example_inputs=` of that dtype."
+                )
 
 
 def _read_plan(path: Path) -> dict[str, Any]:

@@ -10,6 +10,12 @@ RECORD = "fxprune"
 """Key of the compilation's record in `slim.meta`."""
 
 
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
+
+
 class SlimModule(fx.GraphModule):
     """A slim network. It trains, moves, copies, saves and exports like any `fx.GraphModule`."""
 
@@ -23,13 +29,18 @@ class SlimModule(fx.GraphModule):
         """
         super().__init__(nn.Module(), fx.Graph(), class_name)
         self.training = root.training
+        for table in _HOOKS:
+            getattr(self, table).update(getattr(root, table))
         for node in graph.nodes:
             if node.op in ("call_module", "get_attr"):
                 _take_over(root, self, node.target)
         self.graph = graph
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SlimModule:
-        return _with_record(super().__deepcopy__(memo), self.meta.get(RECORD))
+        twin = super().__deepcopy__(memo)
+        for table in _HOOKS:
+            getattr(twin, table).update(getattr(self, table))
+        return _with_record(twin, self.meta.get(RECORD))
 
     def __reduce__(self) -> Any:
         return _restore, (super().__reduce__(), self.meta.get(RECORD))

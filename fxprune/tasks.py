@@ -18,8 +18,8 @@ class Task:
     Attributes:
         loss: `(outputs, batch) -> scalar tensor`, lower is better. `outputs` is what the network returns, `batch` is a
             calibration batch as it came.
-        tolerance: how much the loss may get worse, relative (0.01 is one percent); None for no bound. Kept with the
-            plan; the methods here do not enforce it.
+        tolerance: how much the loss may get worse, relative (0.01 is one percent); None for no bound. Accepted, and
+            not used yet.
     """
 
     loss: Callable[[Any, Any], torch.Tensor]
@@ -30,12 +30,16 @@ class Task:
             raise PlanError(
                 f"Task(loss={self.loss!r}) cannot be called. Pass a function `(outputs, batch) -> scalar tensor`."
             )
-        if self.tolerance is not None and self.tolerance < 0:
-            raise PlanError(f"Task(tolerance={self.tolerance}) is negative. Pass a share such as 0.01, or None.")
+        if self.tolerance is None:
+            return
+        if not isinstance(self.tolerance, (int, float)) or isinstance(self.tolerance, bool):
+            raise PlanError(f"Task(tolerance={self.tolerance!r}) is no number. Pass a share such as 0.01, or None.")
+        if not self.tolerance >= 0:
+            raise PlanError(f"Task(tolerance={self.tolerance}) is negative or NaN. Pass a share such as 0.01, or None.")
 
 
 def run_batch(module: torch.nn.Module, batch: Any, tasks: Mapping[str, Task]) -> dict[str, torch.Tensor]:
-    """Run a batch and return each task's loss.
+    """Run a batch and return each task's `loss(outputs, batch)`, the batch as it came.
 
     A batch is the inputs, or a pair `(inputs, targets)`; inputs are a tensor, a tuple of positional inputs or a dict of
     keyword inputs.

@@ -288,11 +288,6 @@ def _inputs(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dic
     return args, kwargs
 
 
-def shared_copy(model: nn.Module) -> Any:
-    """Copy a module's structure; parameters, buffers and tensor attributes are the model's own."""
-    return clone(model)
-
-
 @without_collector
 def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
     fixed = _fixed(model, args, kwargs)
@@ -328,13 +323,20 @@ def _fixed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
 
 
 def _trace_once(model: nn.Module, fixed: Mapping[str, Any], training: bool) -> tuple[nn.Module, fx.Graph, Tracer]:
-    root = shared_copy(model)
+    state = [(name, t, t if is_parameter else t.detach().clone()) for name, t, is_parameter in named_state(model)]
+    root = clone(model, {id(t): own for _, t, own in state})
+    versions = [own._version for _, _, own in state]
     tracer = Tracer(fixed, training)
     modes = [(vars(m), m.training) for _, m in modules_in(root)]
     for attributes, mode in modes:
         if mode == model.training:
             attributes["training"] = tracer.flag
     graph = tracer.trace(root)
+    written = [name for (name, _, own), version in zip(state, versions, strict=True) if own._version != version]
+    if written:
+        raise TraceError(
+            f"forward writes to {', '.join(map(repr, written[:3]))}, which a symbolic trace does not record"
+        )
     for attributes, mode in modes:
         attributes["training"] = mode
     graph._tracer_cls = fx.Tracer  # what unpickling a module of this graph calls
@@ -368,7 +370,7 @@ def _merge_modes(graph: fx.Graph, other: fx.Graph) -> bool:
 
 
 def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
-    root = shared_copy(model)
+    root = clone(model)
     auto = pytree.tree_map(
         lambda v: dict.fromkeys(range(v.ndim), torch.export.Dim.AUTO) if isinstance(v, torch.Tensor) else None,
         (args, kwargs),

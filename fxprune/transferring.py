@@ -25,7 +25,8 @@ def transfer(
             in the order of `model.parameters()`, all of them, as `Adam(model.parameters())` has them.
 
     Raises:
-        ArtifactError: the optimizer's parameters are not those of the original model.
+        ArtifactError: the optimizer's parameters are not those of the original model, or it keeps state that is not
+            shaped like a parameter (LBFGS, Adafactor), which a plan cannot cut.
     """
     plan = report(slim).plan
     named = _names(optimizer, slim, model)
@@ -36,12 +37,32 @@ def transfer(
         groups.append({**{k: v for k, v in group.items() if k != "params"}, "params": params})
     accepted = inspect.signature(type(optimizer)).parameters
     settings = {k: v for k, v in optimizer.defaults.items() if k in accepted}
-    fresh = type(optimizer)([g for g in groups if g["params"]], **settings)
+    states = {}
     for p, state in optimizer.state.items():
         name = named.get(id(p))
         if name in targets:
-            fresh.state[targets[name]] = {k: _cut(plan, name, p, v) for k, v in state.items()}
+            _check(optimizer, name, p, state)
+            states[targets[name]] = {k: _cut(plan, name, p, v) for k, v in state.items()}
+    fresh = type(optimizer)([g for g in groups if g["params"]], **settings)
+    fresh.state.update(states)
     return fresh
+
+
+def _check(optimizer: torch.optim.Optimizer, name: str, p: torch.Tensor, state: dict[str, Any]) -> None:
+    """Check that what an optimizer keeps for a parameter is single numbers and tensors of its shape."""
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor):
+            if value.numel() <= 1 or value.shape == p.shape:
+                continue
+            found = f"a tensor of shape {tuple(value.shape)}"
+        elif isinstance(value, (list, tuple, dict)):
+            found = f"a {type(value).__name__}"
+        else:
+            continue
+        raise ArtifactError(
+            f"{type(optimizer).__name__} keeps {key!r} of {name!r} as {found}, expected the parameter's shape "
+            f"{tuple(p.shape)}: a plan cannot cut it. Make a new `{type(optimizer).__name__}(slim.parameters())`."
+        )
 
 
 def _names(optimizer: torch.optim.Optimizer, slim: nn.Module, model: nn.Module | None) -> dict[int, str]:

@@ -7,8 +7,8 @@ the absent positions, is what the slim network must return.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,11 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from fxprune.cloning import clone
 from fxprune.coupling import Coupling
 from fxprune.errors import VerificationError
 from fxprune.interpreting import bind, named_state, tensors_in
-from fxprune.masking import AbsentIsNaN
+from fxprune.masking import AbsentIsNaN, InFloat64
 from fxprune.planning import Plan
 
 TOLERANCE = 1e-9
@@ -60,7 +61,13 @@ class Verification:
 
 
 def _to_double(value: Any) -> Any:
-    return pytree.tree_map(lambda t: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t, value)
+    def widen(t: Any) -> Any:
+        if not isinstance(t, torch.Tensor):
+            return t
+        wide = torch.complex128 if t.is_complex() else torch.float64 if t.is_floating_point() else t.dtype
+        return t.detach().to(wide, copy=True)
+
+    return pytree.tree_map(widen, value)
 
 
 def _double_copy(module: nn.Module) -> nn.Module:
@@ -71,7 +78,7 @@ def _double_copy(module: nn.Module) -> nn.Module:
             torch.complex128 if t.is_complex() else torch.float64 if t.is_floating_point() else t.dtype, copy=True
         )
         memo[id(t)] = nn.Parameter(fresh, requires_grad=False) if is_parameter else fresh
-    return copy.deepcopy(module, memo).eval()
+    return clone(module, memo).eval()
 
 
 def masked_copy(module: nn.Module, plan: Plan) -> nn.Module:
@@ -94,14 +101,15 @@ def masked_copy(module: nn.Module, plan: Plan) -> nn.Module:
     return masked
 
 
-def run_masked(module: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Run a masked copy on float64 inputs."""
+def run_in(mode: InFloat64, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Run a module on float64 copies of its inputs, with ops that the mode can see."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    args, kwargs = _to_double((args, dict(kwargs)))
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), AbsentIsNaN():
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), mode:
             return module(*args, **kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
@@ -125,20 +133,23 @@ def _named_outputs(value: Any) -> dict[str, torch.Tensor]:
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return max |found - expected| / max |expected|; infinite where shapes differ, or what is finite does."""
+    """Return max |found - expected| / max |expected|; infinite where shapes differ, or what is infinite or NaN does."""
     if found.shape != expected.shape:
         return float("inf")
-    if not found.numel():
-        return 0.0
-    if not found.is_floating_point():
+    if expected.is_complex() and found.is_complex():
+        found, expected = torch.view_as_real(found), torch.view_as_real(expected)
+    if not expected.is_floating_point():
         return 0.0 if torch.equal(found, expected) else float("inf")
-    if not torch.equal(found.isfinite(), expected.isfinite()):
-        return float("inf")
     here = expected.isfinite()
+    if not torch.equal(found.nan_to_num()[~here], expected.nan_to_num()[~here]) or not torch.equal(
+        found.isnan(), expected.isnan()
+    ):
+        return float("inf")
     if not here.any():
         return 0.0
     scale = expected[here].abs().max().item()
-    return (found[here] - expected[here]).abs().max().item() / (scale or 1.0)
+    error = (found[here] - expected[here]).abs().max().item()
+    return error / (scale or 1.0) if math.isfinite(error) else float("inf")
 
 
 def verify(coupling: Coupling, plan: Plan, slim: fx.GraphModule) -> Verification:
@@ -150,24 +161,46 @@ def verify(coupling: Coupling, plan: Plan, slim: fx.GraphModule) -> Verification
         slim: from `rewrite`, before any of its weights were changed.
 
     Raises:
-        VerificationError: an output differs: which, by how much, and the first node that does.
+        VerificationError: an output differs (which, by how much, and the first node that does), or nothing can be
+            compared: forward draws random numbers, or returns no finite number.
     """
+    with torch.inference_mode(False):
+        return _verify(coupling, plan, slim)
+
+
+def _verify(coupling: Coupling, plan: Plan, slim: fx.GraphModule) -> Verification:
     traced = coupling.traced
-    args, kwargs = _to_double((traced.args, traced.kwargs))
     original = traced.module if traced.one_path and traced.model.training else traced.model
-    masked = _named_outputs(run_masked(masked_copy(original, plan), copy.deepcopy(args), copy.deepcopy(kwargs)))
-    with torch.no_grad():
-        found = _named_outputs(_double_copy(slim)(*copy.deepcopy(args), **copy.deepcopy(kwargs)))
-    errors = {name: relative_error(found[name], masked[name]) if name in found else float("inf") for name in masked}
+    reference, plain = AbsentIsNaN(), InFloat64()
+    try:
+        masked = _named_outputs(run_in(reference, masked_copy(original, plan), traced.args, traced.kwargs))
+        found = _named_outputs(run_in(plain, _double_copy(slim), traced.args, traced.kwargs))
+    except Exception as error:
+        raise VerificationError(
+            f"the networks do not run in float64 on the example inputs: {type(error).__name__}: {error}. Check that "
+            "`model(*example_inputs)` runs, or pass `verify=False`."
+        ) from error
+    names = list(dict.fromkeys([*masked, *found]))
+    both = masked.keys() & found.keys()
+    errors = {n: relative_error(found[n], masked[n]) if n in both else float("inf") for n in names}
     result = Verification(errors)
+    if not any(masked[n].isfinite().any() for n in both):
+        raise VerificationError(
+            "nothing can be compared: no output of the original holds a finite number. Pass other example inputs, or "
+            "`verify=False`."
+        )
     if not result.passed:
         name = max(errors, key=errors.__getitem__)
+        drawn = reference.random | plain.random
+        reason = (
+            f"Forward draws random numbers ({', '.join(sorted(drawn))}), which differ from run to run: pass `verify=False`."
+            if drawn
+            else f"{_first_difference(coupling, plan, slim)} This is a bug in fxprune or in a custom rule: please report "
+            "it; `Constraints(keep_outputs=[...])` on that layer is a way around it."
+        )
         raise VerificationError(
             f"output {name!r} of the slim network differs from the masked original by {errors[name]:.1e} (relative, "
-            f"float64). "
-            f"{_first_difference(coupling, plan, slim)} This is a bug in fxprune or in a custom rule: please report "
-            f"it; "
-            "`Constraints(keep_outputs=[...])` on that layer is a way around it."
+            f"float64). {reason}"
         )
     return result
 
@@ -192,10 +225,10 @@ def _first_difference(coupling: Coupling, plan: Plan, slim: fx.GraphModule) -> s
     values = bind(traced.graph, *_to_double((traced.args, traced.kwargs)))
     dense = _Recorder(masked_copy(traced.module, plan))  # pyright: ignore[reportArgumentType]
     with torch.no_grad(), AbsentIsNaN():
-        dense.run(*copy.deepcopy(values), enable_io_processing=False)
+        dense.run(*_to_double(values), enable_io_processing=False)
     short = _Recorder(_double_copy(slim))  # pyright: ignore[reportArgumentType]
-    with torch.no_grad():
-        short.run(*copy.deepcopy(values), enable_io_processing=False)
+    with torch.no_grad(), InFloat64():
+        short.run(*_to_double(values), enable_io_processing=False)
     for name, expected in dense.values.items():
         for a, b in zip(short.values.get(name, []), expected, strict=False):
             present = b[~b.isnan()] if b.is_floating_point() else b.reshape(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune import VerificationError
-from fxprune.verifying import AbsentIsNaN, masked_copy, relative_error, run_masked
+from fxprune.masking import AbsentIsNaN
+from fxprune.verifying import masked_copy, relative_error, run_in
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -65,7 +67,7 @@ def test_the_reference_is_the_masked_network_by_hand(seed: int) -> None:
     assert len(kept[0]) < 8 or len(kept[1]) < 12
     with torch.no_grad():
         expected = masked_by_hand(model, X, *kept)
-        reference, found = run_masked(masked_copy(model, plan), (X,), {}), slim(X)
+        reference, found = run_in(AbsentIsNaN(), masked_copy(model, plan), (X,), {}), slim(X)
     for name in expected:
         torch.testing.assert_close(reference[name], expected[name], rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-14)
@@ -75,7 +77,7 @@ def test_the_reference_differs_from_the_dense_network() -> None:
     model = settled(Residual()).double()
     coupling, plan, slim = halved(model)
     with torch.no_grad():
-        dense, masked = model(X), run_masked(masked_copy(model, plan), (X,), {})
+        dense, masked = model(X), run_in(AbsentIsNaN(), masked_copy(model, plan), (X,), {})
     assert relative_error(masked, dense) > 1e-3
     assert masked.isfinite().all()
     assert fxprune.verify(coupling, plan, slim).worst < 1e-12
@@ -87,7 +89,7 @@ def test_the_reference_of_the_whole_network_is_the_network() -> None:
     model = settled(Multitask()).double()
     plan = all_kept(fxprune.couple(fxprune.trace(model, X)))
     with torch.no_grad():
-        masked, dense = run_masked(masked_copy(model, plan), (X,), {}), model(X)
+        masked, dense = run_in(AbsentIsNaN(), masked_copy(model, plan), (X,), {}), model(X)
     assert all(torch.equal(masked[name], dense[name]) for name in dense)
 
 
@@ -225,3 +227,85 @@ def test_ops_of_the_reference_act_on_what_is_present(name: str) -> None:
     with AbsentIsNaN():
         found = OPS[name](absent, w)
     torch.testing.assert_close(found, OPS[name](x[:, here], w[here]))
+
+
+class Body(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.register_buffer("count", torch.zeros(1))
+        self.register_buffer("mean", torch.ones(8))
+
+
+class Casting(Body):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x).float().relu().to(torch.float32))
+
+
+class Elsewhere(Body):
+    def forward(self, x: torch.Tensor, **extra: object) -> torch.Tensor:
+        y = self.first(x.to(next(self.parameters()).device)).cpu()
+        return self.last(y + torch.zeros(1, 8, 1, 1))
+
+
+class Spectrum(Body):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.fft.rfft2(self.last(self.first(x)))
+
+
+class Noisy(Body):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        return self.last(y + torch.randn_like(y))
+
+
+class Hollow(Body):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x)) * float("nan")
+
+
+class Counting(Body):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count.add_(1)
+        return self.last(self.first(x))
+
+
+class Averaging(Body):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        if self.training:
+            self.mean.mul_(0.9).add_(y.detach().mean((0, 2, 3)), alpha=0.1)
+        return self.last(y * self.mean[:, None, None])
+
+
+IMAGE = torch.randn(2, 3, 6, 6)
+
+
+@pytest.mark.parametrize("kind", [Casting, Elsewhere, Spectrum])
+def test_precision_device_and_complex_outputs_are_no_obstacle(kind: type[Body]) -> None:
+    slim = fxprune.compile(kind().eval(), IMAGE, fxprune.Budget(macs=0.6), progress=False)
+    verification = fxprune.report(slim).verification
+    assert verification is not None
+    assert verification.passed
+
+
+@pytest.mark.parametrize(("kind", "words"), [(Noisy, "random numbers"), (Hollow, "nothing can be compared")])
+def test_what_cannot_be_compared_is_no_proof(kind: type[Body], words: str) -> None:
+    with pytest.raises(fxprune.VerificationError, match=words):
+        fxprune.compile(kind().eval(), IMAGE, fxprune.Budget(macs=0.6), progress=False)
+
+
+@pytest.mark.parametrize("kind", [Counting, Averaging])
+def test_buffers_of_the_model_are_never_written(kind: type[Body]) -> None:
+    model = kind().eval()
+    before = copy.deepcopy(model.state_dict())
+    fxprune.compile(model, IMAGE, fxprune.Budget(macs=0.6), progress=False)
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+def test_hooks_on_the_model_go_on() -> None:
+    model = Casting().eval()
+    model.register_forward_pre_hook(lambda module, args: (args[0] * 3,))
+    slim = fxprune.compile(model, IMAGE, fxprune.Budget(macs=1.0), progress=False)
+    assert torch.allclose(slim(IMAGE), model(IMAGE), atol=1e-6)
+    assert torch.allclose(copy.deepcopy(slim)(IMAGE), model(IMAGE), atol=1e-6)

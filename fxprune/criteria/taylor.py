@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,25 +18,27 @@ def taylor(coupling: Coupling, calibration: Iterable[Any] | None, tasks: Mapping
     """Return sum (w * dL/dw) squared per position, added up over the weights of each channel.
 
     L is the sum of the tasks' losses, averaged over the calibration batches. The network is differentiated in eval
-    mode; the model's own gradients are not touched.
+    mode; the model's own gradients are not touched, and it does not matter whether gradients are switched off around
+    the call. Each loss is called as `loss(outputs, batch)`, the batch as it came from `calibration`.
 
     Args:
         coupling: the coupled network.
         calibration: batches `(inputs, targets)`.
-        tasks: name -> Task.
+        tasks: name -> Task; its loss takes `(outputs, batch)`.
 
     Returns:
         (channels,) scores.
 
     Raises:
-        PlanError: no batches or no tasks.
+        PlanError: no batches or no tasks, or a loss that does not depend on the weights.
 
     Source: Molchanov et al., Importance Estimation for Neural Network Pruning (2019), equation 8, per filter.
     """
     if calibration is None or not tasks:
         missing = "calibration batches" if calibration is None else "tasks"
         raise PlanError(
-            f"Taylor needs {missing}: pass `calibration=loader, tasks={{'name': fxprune.Task(loss)}}`, or use `Magnitude()`."
+            f"Taylor needs {missing}: pass `calibration=loader, tasks={{'name': fxprune.Task(loss)}}`, or use "
+            "`Magnitude()`."
         )
     gradients = _gradients(coupling, calibration, tasks)
 
@@ -49,7 +51,7 @@ def taylor(coupling: Coupling, calibration: Iterable[Any] | None, tasks: Mapping
 
 def _gradients(coupling: Coupling, calibration: Iterable[Any], tasks: Mapping[str, Task]) -> dict[str, torch.Tensor]:
     module = coupling.traced.module
-    names = {name: p for name, p in module.named_parameters()}
+    names = dict(module.named_parameters())
     modes = {m: m.training for m in module.modules()}
     asked = {name: p.requires_grad for name, p in names.items()}
     total: dict[str, torch.Tensor] = {}
@@ -59,11 +61,7 @@ def _gradients(coupling: Coupling, calibration: Iterable[Any], tasks: Mapping[st
         for p in names.values():
             p.requires_grad_(True)
         for batch in calibration:
-            losses = run_batch(module, batch, tasks)
-            found = torch.autograd.grad(
-                torch.stack(list(losses.values())).sum(), list(names.values()), allow_unused=True
-            )
-            for name, gradient in zip(names, found, strict=True):
+            for name, gradient in zip(names, _of_batch(module, batch, tasks, list(names.values())), strict=True):
                 if gradient is not None:
                     total[name] = total[name] + gradient if name in total else gradient
             batches += 1
@@ -75,3 +73,22 @@ def _gradients(coupling: Coupling, calibration: Iterable[Any], tasks: Mapping[st
     if not batches:
         raise PlanError("the calibration data has no batches. Pass a list or a DataLoader, not an exhausted iterator.")
     return {name: gradient / batches for name, gradient in total.items()}
+
+
+def _of_batch(
+    module: torch.nn.Module, batch: Any, tasks: Mapping[str, Task], weights: list[torch.nn.Parameter]
+) -> Sequence[torch.Tensor | None]:
+    """Return the gradient of the sum of the losses of one batch for each weight."""
+    with torch.inference_mode(False), torch.enable_grad():
+        losses = run_batch(module, batch, tasks)
+        constant = [name for name, loss in losses.items() if not loss.requires_grad]
+        found: Sequence[torch.Tensor | None] = ()
+        if not constant:
+            found = torch.autograd.grad(torch.stack(list(losses.values())).sum(), weights, allow_unused=True)
+    if all(gradient is None for gradient in found):
+        names = ", ".join(repr(name) for name in constant or tasks)
+        raise PlanError(
+            f"the loss of task {names} does not depend on the weights. Compute it from `outputs`, without `.detach()`, "
+            "`.item()` or `torch.no_grad()`."
+        )
+    return found
