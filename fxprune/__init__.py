@@ -23,7 +23,8 @@ from fxprune.reporting import Report, report
 from fxprune.rewriting import rewrite
 from fxprune.saving import load, save
 from fxprune.tasks import Task
-from fxprune.tracing import Traced, trace
+from fxprune.traced import Traced
+from fxprune.tracing import trace
 from fxprune.transferring import transfer
 from fxprune.verifying import Verification, verify
 

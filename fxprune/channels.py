@@ -8,8 +8,8 @@ import numpy as np
 
 from fxprune.closing import Classes
 from fxprune.grouping import Products, Rows
-from fxprune.interpreting import Interpretation
-from fxprune.tracing import Traced
+from fxprune.records import Interpretation
+from fxprune.traced import Traced
 
 
 @dataclass(frozen=True, slots=True)

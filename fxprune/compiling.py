@@ -11,17 +11,19 @@ from torch import fx, nn
 from tqdm.auto import tqdm
 
 from fxprune.budgets import Budget
+from fxprune.cloning import submodule
 from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling, couple
 from fxprune.errors import PlanError, RewriteError
 from fxprune.methods import Method
 from fxprune.planning import Plan, check_request, plan
 from fxprune.reporting import Compiled, make_report
-from fxprune.rewriting import rewrite, submodule
+from fxprune.rewriting import rewrite
 from fxprune.saving import describe_inputs
 from fxprune.slimming import RECORD
 from fxprune.tasks import Task
-from fxprune.tracing import Traced, trace
+from fxprune.traced import Traced
+from fxprune.tracing import trace
 from fxprune.verifying import verify as verify_slim
 
 logger = logging.getLogger(__name__)

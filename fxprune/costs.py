@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from fxprune.closing import distinct, owner
-from fxprune.interpreting import Interpretation
 from fxprune.labels import Extent, extents
+from fxprune.records import Interpretation
 
 RESOURCES = ("macs", "params", "memory")
 

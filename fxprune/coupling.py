@@ -17,10 +17,12 @@ from fxprune.closing import Classes, close, owner
 from fxprune.costs import CostModel
 from fxprune.errors import CouplingError, TraceError
 from fxprune.grouping import Group, Members, Products, Rows, find_groups, mixed
-from fxprune.interpreting import Interpretation, InterpretationError, Labelled, interpret, tensors_in
+from fxprune.interpreting import InterpretationError, interpret
 from fxprune.labels import Labels, Shape, fix
 from fxprune.pausing import without_collector
-from fxprune.tracing import Traced
+from fxprune.records import Interpretation, Labelled
+from fxprune.traced import Traced
+from fxprune.values import tensors_in
 
 
 @dataclass(frozen=True)

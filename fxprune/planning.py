@@ -141,7 +141,7 @@ class Plan:
 
 
 HEAD = {"method": str, "budget": dict, "fingerprint": str}
-COSTS = dict.fromkeys(RESOURCES, int)
+COSTS: dict[str, type] = dict.fromkeys(RESOURCES, int)
 GROUP = {"name": str, "kind": str, "sites": int, "before": int, "after": int}
 
 
@@ -172,7 +172,7 @@ def _positions_of(site: Mapping[str, Any]) -> np.ndarray:
     rows = kept if isinstance(kept, list) and kept and all(isinstance(row, list) for row in kept) else [kept]
     where = f"{site['name']!r} along dim {site['dim']}"
     for row in rows:
-        if not isinstance(row, list) or any(type(k) is not int or k >= site["size"] for k in row):
+        if not isinstance(row, list) or any(type(k) is not int or abs(k) >> 62 for k in row):
             raise ArtifactError(_damaged(f"{where}: expected positions (whole numbers), found {row!r:.60}"))
     lengths = {len(row) for row in rows}
     if len(lengths) != 1:

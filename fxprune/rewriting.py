@@ -17,15 +17,17 @@ from fxprune.cloning import clone, named_state, submodule
 from fxprune.closing import owner
 from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError
-from fxprune.interpreting import Labelled, OnMeta, bind, meta_tensor, tensors_in, to_meta
 from fxprune.labels import Labels, Shape
 from fxprune.literals import FIXERS, plain_name
+from fxprune.meta import OnMeta, meta_tensor
 from fxprune.pausing import without_collector
 from fxprune.planning import Plan, keep_of
+from fxprune.records import Labelled
 from fxprune.resizing import Call, fits, is_sized, resize
 from fxprune.slicing import Kept, kept_size, sliced_like
 from fxprune.slimming import SlimModule
-from fxprune.tracing import attach
+from fxprune.traced import attach
+from fxprune.values import bind, tensors_in, to_meta
 
 
 @without_collector
@@ -151,8 +153,8 @@ def _fix_literals(coupling: Coupling, root: nn.Module, graph: fx.Graph, predicti
         lines = [f"  node {node!r}{traced.where(node)}: {reason}" for node, reason in fixer.failed.items()]
         raise RewriteError(
             "sizes in the graph cannot be rewritten:\n" + "\n".join(lines) + "\nFreeze them with "
-            f"`couple(traced, freeze={dict.fromkeys(fixer.failed, 'cannot be rewritten')!r})` and plan again; `compile` "
-            "does so by itself.",
+            f"`couple(traced, freeze={dict.fromkeys(fixer.failed, 'cannot be rewritten')!r})` and plan again; "
+            "`compile` does so by itself.",
             nodes=fixer.failed,
         )
 

@@ -18,7 +18,8 @@ from fxprune.planning import Plan
 from fxprune.reporting import Compiled, compiled, make_report
 from fxprune.rewriting import rewrite
 from fxprune.slimming import RECORD
-from fxprune.tracing import Traced, trace
+from fxprune.traced import Traced
+from fxprune.tracing import trace
 
 PLAN, WEIGHTS = "plan.json", "weights.safetensors"
 CASTS = {torch.float16: "half()", torch.bfloat16: "bfloat16()", torch.float32: "float()", torch.float64: "double()"}
@@ -134,9 +135,7 @@ def _check_dtypes(slim: nn.Module, path: Path) -> None:
     """Check that the weights of a file have the dtypes of the network, of which nothing is converted silently."""
     state = slim.state_dict()
     with safe_open(str(path), framework="pt") as file:
-        for name in file.keys():
-            if name not in state:
-                continue  # which names are missing or too many is said by `load_model`
+        for name in sorted(state.keys() & set(file.keys())):  # `load_model` says which are missing or too many
             expected = state[name].dtype
             found = file.get_tensor(name).dtype
             if found != expected:

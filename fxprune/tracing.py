@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
-import linecache
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from fxprune.cloning import State, clone, modules_in, named_state
+from fxprune.cloning import clone, modules_in, named_state
 from fxprune.errors import TraceError
+from fxprune.exporting import exported
 from fxprune.pausing import without_collector
+from fxprune.traced import TRAINING, Traced, TrainingFlag, attach, left_out, taking_part
 
-TRAINING = "fxprune_training"
-"""Name of the submodule that answers whether the network is in training mode."""
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(__file__)
-
-
-class TrainingFlag(nn.Module):
-    """Returns whether it is in training mode: stands for `self.training` in a traced graph."""
-
-    def forward(self) -> bool:
-        """Return `self.training`."""
-        return self.training
+_PLAIN = {int, float, str, bool, type(None)}
 
 
 class Expect(nn.Module):
@@ -47,8 +35,8 @@ class Expect(nn.Module):
         """Compare the value given with the one traced."""
         if given is not self.value and given != self.value:
             raise ValueError(
-                f"argument {self.name!r} was fixed to {self.value!r} when the network was traced, and is now {given!r}. "
-                f"Trace it with an example of {self.name!r} instead."
+                f"argument {self.name!r} was fixed to {self.value!r} when the network was traced, and is now "
+                f"{given!r}. Trace it with an example of {self.name!r} instead."
             )
 
 
@@ -75,88 +63,6 @@ def _user_line(frame: Any) -> str:
 @functools.cache
 def _is_users(path: str) -> bool:
     return not path.startswith((_TORCH, "<")) and os.path.dirname(path) != _HERE
-
-
-@dataclass(frozen=True)
-class Traced:
-    """A network as a graph. Made by `trace`.
-
-    Attributes:
-        model: the model it was traced from.
-        root: a module of the model's structure that shares its parameters and buffers; the graph runs on it.
-        graph: the fx graph.
-        args: positional example inputs.
-        kwargs: keyword example inputs.
-        frontend: "symbolic_trace" or "export".
-        one_path: forward takes another path in train() than in eval(); the graph is that of the model's mode.
-        notes: what a user should know about this trace.
-        sources: node -> file and line of the user's code.
-        state: (name, tensor, is a parameter) of everything that takes part in forward.
-    """
-
-    model: nn.Module = field(repr=False)
-    root: nn.Module = field(repr=False)
-    graph: fx.Graph = field(repr=False)
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    frontend: str
-    one_path: bool = False
-    notes: tuple[str, ...] = ()
-    sources: Mapping[str, str] = field(default_factory=dict, repr=False)
-    state: tuple[State, ...] = field(default=(), repr=False)
-
-    @cached_property
-    def module(self) -> fx.GraphModule:
-        """A module that computes what the model computes and shares its parameters and buffers."""
-        return fx.GraphModule(self.root, copy.deepcopy(self.graph), type(self.model).__name__)
-
-    def source(self, node: str) -> str:
-        """Return the user's source line of a node: `file.py:12: code`, or ""."""
-        path, _, line = self.sources.get(node, "").rpartition(":")
-        if not path:
-            return ""
-        return f"{os.path.basename(path)}:{line}: {linecache.getline(path, int(line)).strip()}"
-
-    def where(self, node: str) -> str:
-        """Return the source line in brackets, ready to follow a node's name."""
-        line = self.source(node)
-        return f" ({line})" if line else ""
-
-
-def _taking_part(root: nn.Module, graph: fx.Graph) -> tuple[tuple[State, ...], list[str]]:
-    """Return everything that a graph uses of a module, and the names of parameters that it does not use."""
-    targets = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
-    used: list[State] = []
-    unused: list[str] = []
-    called = {"": False}
-
-    def is_called(name: str) -> bool:
-        if name not in called:
-            called[name] = name in targets or is_called(name.rpartition(".")[0])
-        return called[name]
-
-    for item in named_state(root):
-        if is_called(item[0].rpartition(".")[0]) or item[0] in targets:
-            used.append(item)
-        elif item[2]:
-            unused.append(item[0])
-    return tuple(used), unused
-
-
-def _left_out(unused: list[str]) -> list[str]:
-    shown = ", ".join(unused[:4]) + (", .." if len(unused) > 4 else "")
-    return [f"{len(unused)} parameters take no part in forward and are left out: {shown}"] if unused else []
-
-
-_PLAIN = {int, float, str, bool, type(None)}
-
-
-def attach(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Give a new node its arguments: `create_node` would search each for symbolic sizes, which are not met here."""
-    if args:
-        type(node).args.__set__(node, args)  # pyright: ignore[reportAttributeAccessIssue]
-    if kwargs:
-        type(node).kwargs.__set__(node, kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Tracer(fx.Tracer):
@@ -248,7 +154,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Traced:
     except Exception as symbolic_error:
         first = symbolic_error
     try:
-        return _exported(model, args, kwargs)
+        return exported(model, args, kwargs)
     except Exception as export_error:
         raise TraceError(
             f"{type(model).__name__} cannot be traced.\n"
@@ -282,8 +188,8 @@ def _inputs(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dic
         inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:
         raise TraceError(
-            f"the example inputs do not fit `{type(model).__name__}.forward{inspect.signature(model.forward)}`: {error}. "
-            "Pass one example for every argument without a default."
+            f"the example inputs do not fit `{type(model).__name__}.forward{inspect.signature(model.forward)}`: "
+            f"{error}. Pass one example for every argument without a default."
         ) from error
     return args, kwargs
 
@@ -298,13 +204,14 @@ def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         mode = "train" if model.training else "eval"
         lines = ", ".join(f"{os.path.basename(line)}" for line in asked[:3])
         notes.append(
-            f"forward takes another path in the other mode ({lines}); the slim network follows the {mode}() path in both"
+            f"forward takes another path in the other mode ({lines}); the slim network follows the {mode}() path in "
+            "both"
         )
     if any(n.op == "call_module" and n.target == TRAINING for n in graph.nodes):
         root.add_module(TRAINING, TrainingFlag().train(model.training))
     one_path = bool(notes)
-    state, unused = _taking_part(root, graph)
-    notes += _left_out(unused)
+    state, unused = taking_part(root, graph)
+    notes += left_out(unused)
     return Traced(model, root, graph, args, kwargs, "symbolic_trace", one_path, tuple(notes), tracer.sources, state)
 
 
@@ -367,56 +274,3 @@ def _merge_modes(graph: fx.Graph, other: fx.Graph) -> bool:
         args, kwargs = pytree.tree_unflatten([flag if i in differ else v for i, v in enumerate(values)], spec)
         node.args, node.kwargs = tuple(args), kwargs
     return True
-
-
-def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
-    root = clone(model)
-    auto = pytree.tree_map(
-        lambda v: dict.fromkeys(range(v.ndim), torch.export.Dim.AUTO) if isinstance(v, torch.Tensor) else None,
-        (args, kwargs),
-    )
-    try:
-        program = torch.export.export(root, args, kwargs, dynamic_shapes=(*auto[0], *auto[1].values()), strict=False)
-        notes = ["traced by torch.export"]
-    except Exception:
-        program = torch.export.export(root, args, kwargs, strict=False)
-        notes = ["traced by torch.export with the sizes of the example inputs: other sizes are not supported"]
-    module = program.module()
-    graph = module.graph
-    for node in list(graph.nodes):
-        if node.op == "call_module" and "_guards_fn" in str(node.target):
-            graph.erase_node(node)
-    module.add_module(TRAINING, TrainingFlag())
-    _ask_for_mode(graph)
-    own = {name: t for name, t, _ in named_state(model)}
-    graph_module = fx.GraphModule(module, graph, type(model).__name__)
-    for name, _, _ in list(named_state(graph_module)):
-        if name in own:
-            holder, _, key = name.rpartition(".")
-            setattr(graph_module.get_submodule(holder), key, own[name])
-    graph_module.train(model.training)
-    sources = {n.name: line for n in graph.nodes if (line := _line_of(n.stack_trace))}
-    state, _ = _taking_part(graph_module, graph_module.graph)
-    used = {id(t) for _, t, _ in state}
-    notes += _left_out([name for name, t, is_parameter in named_state(model) if is_parameter and id(t) not in used])
-    return Traced(
-        model, graph_module, graph_module.graph, args, kwargs, "export", model.training, tuple(notes), sources, state
-    )
-
-
-def _ask_for_mode(graph: fx.Graph) -> None:
-    """Let dropout and batch norm of an exported graph ask for the mode instead of the one they were exported in."""
-    for node in list(graph.nodes):
-        schema = getattr(node.target, "_schema", None)
-        if node.op != "call_function" or schema is None:
-            continue
-        for i, argument in enumerate(schema.arguments):
-            if argument.name in ("train", "training") and i < len(node.args) and isinstance(node.args[i], bool):
-                with graph.inserting_before(node):
-                    node.update_arg(i, graph.call_module(TRAINING))
-
-
-def _line_of(stack_trace: str | None) -> str:
-    found = re.findall(r'File "([^"]+)", line (\d+)', stack_trace or "")
-    mine = [(path, line) for path, line in found if not path.startswith(_TORCH)]
-    return ":".join((mine or found)[-1]) if found else ""

@@ -17,12 +17,12 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from fxprune.cloning import clone
+from fxprune.cloning import clone, named_state
 from fxprune.coupling import Coupling
 from fxprune.errors import VerificationError
-from fxprune.interpreting import bind, named_state, tensors_in
 from fxprune.masking import AbsentIsNaN, InFloat64
 from fxprune.planning import Plan
+from fxprune.values import bind, tensors_in
 
 TOLERANCE = 1e-9
 """Largest relative error, in float64, that counts as equal."""
@@ -193,10 +193,10 @@ def _verify(coupling: Coupling, plan: Plan, slim: fx.GraphModule) -> Verificatio
         name = max(errors, key=errors.__getitem__)
         drawn = reference.random | plain.random
         reason = (
-            f"Forward draws random numbers ({', '.join(sorted(drawn))}), which differ from run to run: pass `verify=False`."
+            f"Forward draws random numbers ({', '.join(sorted(drawn))}), other ones in every run: pass `verify=False`."
             if drawn
-            else f"{_first_difference(coupling, plan, slim)} This is a bug in fxprune or in a custom rule: please report "
-            "it; `Constraints(keep_outputs=[...])` on that layer is a way around it."
+            else f"{_first_difference(coupling, plan, slim)} This is a bug in fxprune or in a custom rule: please "
+            "report it; `Constraints(keep_outputs=[...])` on that layer is a way around it."
         )
         raise VerificationError(
             f"output {name!r} of the slim network differs from the masked original by {errors[name]:.1e} (relative, "

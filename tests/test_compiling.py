@@ -235,3 +235,39 @@ def test_bad_input_gets_its_error(case: str) -> None:
         fxprune.compile(make(), inputs, budget, progress=False, **settings)
     assert isinstance(caught.value, fxprune.FxPruneError)
     assert caught.match("(?s)" + words)
+
+
+class Recurrent(nn.Module):
+    """A module whose sizes cannot be rewritten, between layers that can shrink."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.lstm = nn.Linear(8, 16), nn.LSTM(16, 16, batch_first=True)
+        self.hidden, self.out = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.relu(self.hidden(self.lstm(self.first(x))[0])))
+
+
+def test_a_frozen_module_is_named_by_its_class() -> None:
+    slim = fxprune.compile(Recurrent(), TOKENS, Budget(macs=0.9), progress=False)
+    (note,) = fxprune.report(slim).notes
+    assert note.startswith("node 'lstm' was frozen: is an nn.LSTM, whose sizes cannot be rewritten yet (")
+    assert any(row.reason.startswith("is an nn.LSTM, whose") for row in fxprune.report(slim).frozen)
+
+
+def test_a_plan_that_fails_after_nodes_were_frozen_names_them() -> None:
+    with pytest.raises(fxprune.PlanError) as caught:
+        fxprune.compile(Recurrent(), TOKENS, Budget(macs=0.3), progress=False)
+    for words in ("cannot be met", "These nodes were frozen before", "node 'lstm'", "is an nn.LSTM, whose sizes"):
+        assert words in str(caught.value)
+
+
+def test_calibration_that_can_be_read_once_lasts_for_all_rounds() -> None:
+    data = [torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    size = {"size": Task(lambda outputs, batch: outputs.pow(2).mean())}
+    slim = fxprune.compile(
+        Recurrent(), TOKENS, Budget(macs=0.9), method=methods.Taylor(), calibration=iter(data), tasks=size,
+        progress=False,
+    )  # fmt: skip
+    assert "lstm" in fxprune.report(slim).notes[0]  # planned twice

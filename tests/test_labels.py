@@ -26,8 +26,8 @@ from torch import fx, nn
 import fxprune
 from fxprune.atoms import FIXED
 from fxprune.coupling import Coupling
-from fxprune.interpreting import Labelled
 from fxprune.planning import plan_of
+from fxprune.records import Labelled
 
 Position = tuple[str, int, int]
 Shape = tuple[int, ...]

@@ -247,6 +247,17 @@ def test_tie_keeps_the_same_positions() -> None:
         ({"multiple_of": 0}, "multiple_of=0"),
         ({"max_ratio": 1.5}, "max_ratio=1.5"),
         ({"max_ratio": -0.1}, "max_ratio=-0.1"),
+        ({"min_width": 2.0}, "min_width=2.0) is not a whole number"),
+        ({"min_width": True}, "min_width=True) is not a whole number"),
+        ({"multiple_of": "8"}, "multiple_of='8') is not a whole number"),
+        ({"max_ratio": "0.5"}, "max_ratio='0.5') is no number"),
+        ({"max_ratio": None}, "max_ratio=None) is no number"),
+        ({"max_ratio": float("nan")}, "max_ratio=nan) is not a share"),
+        ({"keep_inputs": 3}, "keep_inputs=3) is not a list of strings"),
+        ({"keep_outputs": [nn.ReLU()]}, "keep_outputs=[ReLU()]) is not a list of strings"),
+        ({"tie": ["a1", "b1"]}, "tie=['a1', 'b1']) is not a list of tuples"),
+        ({"tie": [("a1",)]}, "tie=[('a1',)]) is not a list of tuples of two or more"),
+        ({"tie": [("a1", 2)]}, "is not a list of tuples"),
     ],
 )
 def test_constraints_that_make_no_sense_are_refused(given: dict[str, Any], words: str) -> None:
@@ -425,7 +436,12 @@ def test_a_loss_that_is_no_scalar_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "words"), [({"loss": 3}, "cannot be called"), ({"loss": max, "tolerance": -1}, "negative")]
+    ("given", "words"),
+    [
+        ({"loss": 3}, "cannot be called"),
+        ({"loss": max, "tolerance": -1}, "negative"),
+        ({"loss": max, "tolerance": "1%"}, "is no number"),
+    ],
 )
 def test_tasks_that_make_no_sense_are_refused(given: dict[str, Any], words: str) -> None:
     with pytest.raises(PlanError, match=words):
@@ -441,9 +457,68 @@ def test_any_object_with_scope_and_scores_is_a_method() -> None:
 
     class Broken(First):
         def scores(self, coupling: fxprune.Coupling, calibration: Any, tasks: Any) -> np.ndarray:
-            return np.full(coupling.num_channels, np.nan)
+            return np.where(np.arange(coupling.num_channels) == 3, value, 1.0)
+
+    class Short(First):
+        def scores(self, coupling: fxprune.Coupling, calibration: Any, tasks: Any) -> np.ndarray:
+            return np.ones(2)
 
     kept = planned(Chain(), Budget(macs=0.5), method=First()).kept["conv1.weight", 0]
     assert np.array_equal(kept, np.arange(len(kept)))
-    with pytest.raises(PlanError, match="NaN"):
-        planned(Chain(), Budget(macs=0.5), method=Broken())
+    for value in (np.nan, np.inf, -np.inf):
+        with pytest.raises(PlanError, match=rf"1 of \d+ scores that are not finite: {value} for channel 3"):
+            planned(Chain(), Budget(macs=0.5), method=Broken())
+    with pytest.raises(PlanError, match=r"scores of shape \(2,\), expected \(\d+,\)"):
+        planned(Chain(), Budget(macs=0.5), method=Short())
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"method": "magnitude"}, r"the method is 'magnitude'.*Pass `methods\.Magnitude\(\)`"),
+        ({"method": methods.Magnitude}, r"the method is the class Magnitude.*Pass `methods\.Magnitude\(\)`"),
+        ({"method": methods.Magnitude(scope="galactic")}, r"has scope 'galactic'.*uniform"),  # type: ignore[arg-type]
+        ({"tasks": [Task(max)]}, r"tasks is a list, not a mapping.*fxprune\.Task\(loss\)"),
+        ({"tasks": {"size": max}}, r"tasks has 'size'.*fxprune\.Task\(loss\)"),
+        ({"tasks": {3: Task(max)}}, r"tasks has 3"),
+        ({"calibration": 3}, "the calibration is 3, which cannot be iterated"),
+        ({"constraints": {"min_width": 8}}, r"Pass `fxprune\.Constraints\("),
+    ],
+)
+def test_settings_of_the_wrong_type_are_refused_by_plan_and_compile(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        planned(Chain(), Budget(macs=0.5), **given)
+    with pytest.raises(PlanError, match=words):
+        fxprune.compile(Chain(), X, Budget(macs=0.5), progress=False, **given)
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_taylor_works_where_gradients_are_switched_off(off: Any) -> None:
+    model, data = settled(Residual()), batches()
+    coupling = coupled(model)
+    settings: dict[str, Any] = {"method": methods.Taylor(), "calibration": data, "tasks": tasks()}
+    expected = fxprune.plan(coupling, Budget(macs=0.5), **settings)
+    with off():
+        found = fxprune.plan(coupling, Budget(macs=0.5), **settings)
+    assert all(np.array_equal(found.kept[key], kept) for key, kept in expected.kept.items())
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda outputs, batch: outputs.detach().sum(),
+        lambda outputs, batch: torch.ones((), requires_grad=True) * 2,
+    ],
+)
+def test_a_loss_that_does_not_depend_on_the_weights_names_its_task(loss: Any) -> None:
+    with pytest.raises(PlanError, match=r"the loss of task 'flat' does not depend on the weights.*`\.detach\(\)`"):
+        planned(
+            Residual(), Budget(macs=0.5), method=methods.Taylor(), calibration=batches(), tasks={"flat": Task(loss)}
+        )
+
+
+def test_a_budget_out_of_reach_without_groups_names_what_holds_most() -> None:
+    with pytest.raises(PlanError) as caught:
+        planned(nn.Sequential(nn.Conv2d(3, 8, 1)), Budget(macs=0.5))
+    assert "because node 'output' is an output of the network" in str(caught.value)
+    assert "why_frozen" not in str(caught.value)

@@ -153,6 +153,19 @@ def edited(plan: Plan, change: Callable[[dict[str, Any]], None]) -> str:
         (lambda data: data.pop("sites"), "sites"),
         (lambda data: data["costs"].pop("after"), "after"),
         (lambda data: data["groups"][0].update(colour=1), "colour"),
+        (lambda data: data["groups"][0].update(before="16"), r"groups\[0\]: 'before': expected int, found '16'"),
+        (lambda data: data["costs"]["after"].update(macs=None), r"costs\.after: 'macs': expected int, found None"),
+        (lambda data: data.update(costs={"before": 1, "after": 2}), r"costs\.before: expected an object, found 1"),
+        (lambda data: data.update(budget=[]), "'budget': expected dict"),
+        (lambda data: data["sites"].append(3), "sites: expected an object, found 3"),
+        (lambda data: data["sites"][0].update(dim="0"), "'dim': expected int, found '0'"),
+        (lambda data: data["sites"][0].update(dim=-1), "has dim -1"),
+        (lambda data: data["sites"][0].update(kept=["a", "b"]), r"'\w+\.\w+' along dim 0: expected positions"),
+        (lambda data: data["sites"][0].update(kept=[0.5]), r"expected positions \(whole numbers\), found \[0\.5\]"),
+        (lambda data: data["sites"][0].update(kept=3), "expected positions .* found 3"),
+        (lambda data: data["sites"][0].update(kept=[1 << 80]), "expected positions"),
+        (lambda data: data["sites"][0].update(kept=[[0, 1], [2]]), r"expected rows of one length, found \[1, 2\]"),
+        (lambda data: data["sites"][0].update(kept=[[0, 1], 2]), "expected positions"),
     ],
 )
 def test_json_that_is_no_plan_is_refused(change: Callable[[dict[str, Any]], None], words: str) -> None:
@@ -169,9 +182,15 @@ def test_text_that_is_no_plan_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("kept", "words"),
-    [([0, 1, 99], "keeps position 99"), ([-1, 2, 3], "The plan is damaged"), ([0, 1], "channels coupled to them")],
+    [
+        ([0, 1, 99], "keeps position 99"),
+        ([-1, 2, 3], "The plan is damaged"),
+        ([0, 1], "channels coupled to them"),
+        ([], "channels coupled to them"),
+        ([[0, 1], [2, 3]], "'a2.weight' along dim 1: expected one row of positions, found several"),
+    ],
 )
-def test_a_plan_with_other_positions_is_refused(kept: list[int], words: str) -> None:
+def test_a_plan_with_other_positions_is_refused(kept: list[Any], words: str) -> None:
     model = settled(Residual())
 
     def change(data: dict[str, Any]) -> None:
@@ -182,6 +201,50 @@ def test_a_plan_with_other_positions_is_refused(kept: list[int], words: str) -> 
     with pytest.raises(ArtifactError, match=words) as caught:
         fxprune.rewrite(fxprune.couple(fxprune.trace(model, X)), plan)
     assert ".weight'" in str(caught.value)
+
+
+def test_a_plan_with_one_row_for_a_grouped_convolution_is_refused() -> None:
+    model = settled(Residual())
+
+    def change(data: dict[str, Any]) -> None:
+        next(s for s in data["sites"] if (s["name"], s["dim"]) == ("b2.weight", 1))["kept"] = [0, 1]
+
+    plan = Plan.from_json(edited(report(slimmed(model)).plan, change))
+    with pytest.raises(ArtifactError, match=r"'b2\.weight' along dim 1: expected rows of positions, found one row"):
+        fxprune.rewrite(fxprune.couple(fxprune.trace(model, X)), plan)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"inputs": {}}, r"plan\.json: the description of the example inputs is damaged.*args.*`example_inputs=`"),
+        ({"inputs": {"args": [{"shape": [2, 3], "dtype": "float17"}], "kwargs": {}}}, "inputs is damaged.*float17"),
+        ({"inputs": {"args": [{"shape": [-2, 3], "dtype": "float32"}], "kwargs": {}}}, "inputs is damaged"),
+        ({"inputs": {"args": [3], "kwargs": {}}}, "inputs is damaged"),
+        ({"inputs": 3}, "inputs is damaged"),
+        ({"inputs": None}, "could not be saved. Pass `example_inputs=`"),
+        ({"freeze": {"nowhere": "is held"}}, r"plan\.json freezes node 'nowhere'.*Residual has no such node"),
+        ({"freeze": ["stem"]}, r"'freeze': expected node -> reason, found \['stem'\]"),
+        ({"plan": 3}, "the plan has schema 'int'"),
+    ],
+)
+def test_damaged_entries_beside_the_plan_are_named(saved: tuple[Any, Path], change: dict[str, Any], words: str) -> None:
+    _, folder = saved
+    data = json.loads((folder / "plan.json").read_text())
+    (folder / "plan.json").write_text(json.dumps(data | change))
+    with pytest.raises(ArtifactError, match=words):
+        fxprune.load(folder, Residual())
+
+
+def test_weights_of_another_dtype_say_how_to_load_them(saved: tuple[Any, Path]) -> None:
+    slim, folder = saved
+    fxprune.save(slim.half(), folder)
+    with pytest.raises(ArtifactError) as caught:
+        fxprune.load(folder, Residual())
+    for words in ("expected torch.float32", "found torch.float16", "Pass `model.half()`, with `example_inputs="):
+        assert words in str(caught.value)
+    loaded = fxprune.load(folder, Residual().half(), example_inputs=X.half())
+    assert all(torch.equal(t, slim.state_dict()[name]) for name, t in loaded.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["plan.json", "weights.safetensors"])

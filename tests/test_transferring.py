@@ -121,3 +121,26 @@ def test_a_module_from_elsewhere_is_refused() -> None:
     model = Chain()
     with pytest.raises(fxprune.FxPruneError, match="carries no record"):
         fxprune.transfer(OPTIMIZERS["sgd"](model.parameters()), model)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda params: torch.optim.Adafactor(params, lr=1e-3), r"Adafactor keeps '\w+' of '\w+\.\w+' as a tensor"),
+        (lambda params: torch.optim.LBFGS(params, max_iter=2), r"LBFGS keeps '\w+' of 'stem\.weight' as a "),
+    ],
+)
+def test_state_that_is_not_shaped_like_a_parameter_is_refused(make: Any, words: str) -> None:
+    model = settled(Residual())
+    optimizer = make(model.parameters())
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(X), Y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    slim = fxprune.compile(model, X, fxprune.Budget(macs=0.5), progress=False)
+    with pytest.raises(fxprune.ArtifactError, match=words + r".*expected the parameter's shape.*slim\.parameters\(\)"):
+        fxprune.transfer(optimizer, slim)

@@ -51,7 +51,7 @@ from plans import random_keep
 from strategies import build, example_inputs, random_network
 
 TOLERANCE = 1e-9
-ATTEMPTS = 8  # as often as `compile` starts over
+ATTEMPTS = 8  # every round freezes a node more, as in `compile`
 CHUNK = 250  # networks per child process
 LIMIT = 300  # seconds for one network
 STAGES = ("build", "trace", "couple", "plan", "rewrite", "verify")

@@ -1,0 +1,70 @@
+"""The second front end: `torch.export`, for Python that depends on data."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from fxprune.cloning import clone, named_state
+from fxprune.traced import TRAINING, Traced, TrainingFlag, left_out, taking_part
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+
+
+def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
+    """Trace a model with `torch.export`, with dynamic sizes where it allows them."""
+    root = clone(model)
+    auto = pytree.tree_map(
+        lambda v: dict.fromkeys(range(v.ndim), torch.export.Dim.AUTO) if isinstance(v, torch.Tensor) else None,
+        (args, kwargs),
+    )
+    try:
+        program = torch.export.export(root, args, kwargs, dynamic_shapes=(*auto[0], *auto[1].values()), strict=False)
+        notes = ["traced by torch.export"]
+    except Exception:
+        program = torch.export.export(root, args, kwargs, strict=False)
+        notes = ["traced by torch.export with the sizes of the example inputs: other sizes are not supported"]
+    module = program.module()
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.op == "call_module" and "_guards_fn" in str(node.target):
+            graph.erase_node(node)
+    module.add_module(TRAINING, TrainingFlag())
+    _ask_for_mode(graph)
+    own = {name: t for name, t, _ in named_state(model)}
+    graph_module = fx.GraphModule(module, graph, type(model).__name__)
+    for name, _, _ in list(named_state(graph_module)):
+        if name in own:
+            holder, _, key = name.rpartition(".")
+            setattr(graph_module.get_submodule(holder), key, own[name])
+    graph_module.train(model.training)
+    sources = {n.name: line for n in graph.nodes if (line := _line_of(n.stack_trace))}
+    state, _ = taking_part(graph_module, graph_module.graph)
+    used = {id(t) for _, t, _ in state}
+    notes += left_out([name for name, t, is_parameter in named_state(model) if is_parameter and id(t) not in used])
+    return Traced(
+        model, graph_module, graph_module.graph, args, kwargs, "export", model.training, tuple(notes), sources, state
+    )
+
+
+def _ask_for_mode(graph: fx.Graph) -> None:
+    """Let dropout and batch norm of an exported graph ask for the mode instead of the one they were exported in."""
+    for node in list(graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None:
+            continue
+        for i, argument in enumerate(schema.arguments):
+            if argument.name in ("train", "training") and i < len(node.args) and isinstance(node.args[i], bool):
+                with graph.inserting_before(node):
+                    node.update_arg(i, graph.call_module(TRAINING))
+
+
+def _line_of(stack_trace: str | None) -> str:
+    found = re.findall(r'File "([^"]+)", line (\d+)', stack_trace or "")
+    mine = [(path, line) for path, line in found if not path.startswith(_TORCH)]
+    return ":".join((mine or found)[-1]) if found else ""

@@ -1,0 +1,191 @@
+"""A dispatch mode that carries labels through every ATen call, whatever composite function it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxprune import labels as algebra
+from fxprune.atoms import Ledger
+from fxprune.cloning import State
+from fxprune.labels import Extent, Labels, Shape
+from fxprune.meta import UNDEFINED, Kernels, meta_tensor, on_meta, returns_fresh
+from fxprune.records import Buffer, Interpretation, Work
+from fxprune.rules import Op, lookup
+from fxprune.values import tensors_in
+
+MAX_CONSTANT = 1 << 22
+"""Integer constants of up to this many elements are computed, so that indexing with them can be followed."""
+
+
+class Labelling(TorchDispatchMode):
+    """Carry labels through every ATen call."""
+
+    def __init__(self, state: Iterable[State]) -> None:
+        """Know the parameters and buffers; they are met as they are, or as their twins on the meta device."""
+        super().__init__()
+        self.record = Interpretation(Ledger())
+        self.ledger = self.record.ledger
+        self._origin = {id(item[1]): item for item in state}
+        self._state_labels: dict[str, Labels] = {}
+        self._twins: dict[int, torch.Tensor] = {}
+        self._kernels = Kernels()
+        self._rules: dict[Any, Any] = {}
+
+    def twin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return what stands for a parameter or buffer on the meta device."""
+        origin = self._origin.get(id(tensor))
+        if origin is None:
+            return tensor
+        found = self._twins.get(id(tensor))
+        if found is None:
+            found = self._twins[id(tensor)] = meta_tensor(tensor)
+            self._origin[id(found)] = origin
+        return found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one ATen call on meta tensors and label what comes out."""
+        kwargs = on_meta(func, kwargs or {})
+        out = self._kernels.run(func, args, kwargs)
+        results = tensors_in(out)
+        inputs = tensors_in(args) + tensors_in(kwargs) if kwargs else tensors_in(args)
+        if results:
+            self._fold(func, args, kwargs, results, inputs)
+            self._label(Op(func, out, self), args, kwargs, results, inputs)
+            self._account(func, results, inputs)
+        return out
+
+    def call(self, func: Any, args: tuple[Any, ...]) -> torch.Tensor:
+        """Label one ATen call on floating tensors without going through the dispatcher; return its first result."""
+        out = self._kernels.run(func, args, {})
+        results = [out] if isinstance(out, torch.Tensor) else list(out)
+        inputs = [a for a in args if isinstance(a, torch.Tensor)]
+        self._label(Op(func, out, self), args, {}, results, inputs)
+        self._account(func, results, inputs)
+        return results[0]
+
+    # what rules ask for
+
+    def labels(self, tensor: torch.Tensor) -> Labels:
+        """Return the labels of a tensor; issue fresh ones to a parameter that is met for the first time."""
+        origin = self._origin.get(id(tensor))
+        found = getattr(tensor, "_labels", None) if origin is None else self._state_labels.get(origin[0])
+        if found is not None:
+            return found
+        if origin is None or not (tensor.is_floating_point() or tensor.is_complex()):
+            return algebra.blank(tensor.ndim)
+        return self.name(tensor, algebra.issue(self.ledger, tuple(tensor.shape)))
+
+    def pristine(self, tensor: torch.Tensor) -> bool:
+        """Say whether this is a parameter about whose labels nothing has been said yet."""
+        origin = self._origin.get(id(tensor))
+        return origin is not None and origin[0] not in self._state_labels
+
+    def name(self, tensor: torch.Tensor, labels: Labels) -> Labels:
+        """Give a parameter nothing has been said about yet its labels, and return them."""
+        name, original, is_parameter = self._origin[id(tensor)]
+        self.record.issued[name] = (tuple(tensor.shape), labels, original.element_size(), is_parameter)
+        self.record.named_at[name] = self.ledger.node
+        self._state_labels[name] = labels
+        return labels
+
+    def constant(self, shape: Shape) -> np.ndarray:
+        """Issue fresh atoms for channels made of a constant, which can be cut anywhere."""
+        atoms = self.ledger.fresh(shape)
+        self.ledger.mark(atoms)
+        return atoms
+
+    def count(self, fixed: int, dims: tuple[Extent, ...]) -> None:
+        """Record multiply-accumulates."""
+        self.record.work.append(Work(self.ledger.node, fixed, dims))
+
+    def value(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """Return the known value of a constant integer tensor."""
+        if tensor is None or tensor.is_floating_point() or tensor.is_complex():
+            return None
+        if tensor.device.type != "meta":
+            return tensor
+        found = getattr(tensor, "_constant", None)
+        if found is None and id(tensor) in self._origin:
+            original = self._origin[id(tensor)][1]
+            found = original.detach().cpu() if original.device.type != "meta" else None
+        return found
+
+    # what happens at every call
+
+    def _fold(self, func: Any, args: Any, kwargs: Any, results: list[torch.Tensor], inputs: list[torch.Tensor]) -> None:
+        """Compute integer constants: ops on known integers only, and ops that make integers from nothing."""
+        if any(t.is_floating_point() or t.is_complex() or t.numel() > MAX_CONSTANT for t in results):
+            return
+        known = {id(t): self.value(t) for t in inputs}
+        if any(v is None for v in known.values()) or func._schema.is_mutable or func.overloadpacket in UNDEFINED:
+            return
+        args, kwargs = pytree.tree_map(lambda a: known[id(a)] if isinstance(a, torch.Tensor) else a, (args, kwargs))
+        out = func(*args, **({**kwargs, "device": "cpu"} if "device" in kwargs else kwargs))
+        values = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+        for result, value in zip(results, values, strict=True):
+            if result.shape == value.shape and value.device.type == "cpu":
+                result._constant = value  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _label(self, op: Op, args: Any, kwargs: Any, results: list[torch.Tensor], inputs: list[torch.Tensor]) -> None:
+        known = op.func in self._rules
+        rule = self._rules[op.func] if known else self._rules.setdefault(op.func, lookup(op.func))
+        if rule is None:
+            reached = [t for t in inputs if any(ids is not None for ids in self.labels(t))]
+            for t in reached:
+                for d in range(t.ndim):
+                    algebra.fix(self.ledger, self.labels(t), d, f"reaches {op.name}, which has no rule")
+            if reached:
+                self.record.unknown.append((self.ledger.node, op.name))
+            labels: list[Labels] = [algebra.blank(t.ndim) for t in results]
+        else:
+            found = rule(op, *args, **kwargs)
+            labels = found if isinstance(found, list) else [found]
+        for tensor, mine in zip(results, labels, strict=True):
+            shape = tensor.shape
+            if len(mine) != len(shape) or any(
+                ids is not None and ids.shape[d] != shape[d] for d, ids in enumerate(mine)
+            ):
+                raise RuntimeError(f"the rule of {op.name} returned labels that do not fit shape {tuple(shape)}")
+            origin = self._origin.get(id(tensor))
+            if origin is None:
+                tensor._labels = mine  # pyright: ignore[reportAttributeAccessIssue]
+            else:
+                self._state_labels[origin[0]] = mine
+
+    def _account(self, func: Any, results: list[torch.Tensor], inputs: list[torch.Tensor]) -> None:
+        """Keep the books of memory: who was allocated when, who was read last when."""
+        step = self.record.steps = self.record.steps + 1
+        fresh = returns_fresh(func)
+        owners: dict[int, Buffer] = {}
+        for t in inputs:
+            buffer = NO_BUFFER if id(t) in self._origin else getattr(t, "_buffer", None)
+            if buffer is None:
+                continue
+            if buffer is not NO_BUFFER:
+                buffer.dies = step
+            if not fresh:
+                owners[t.untyped_storage()._cdata] = buffer
+        for t in results:
+            if id(t) not in self._origin and t.numel():
+                self.own(t, None if fresh else owners.get(t.untyped_storage()._cdata))
+
+    def own(self, tensor: torch.Tensor, buffer: Buffer | None = None) -> None:
+        """Give a tensor its allocation: that of the tensor it is a view of, or a new one."""
+        if buffer is None:
+            labels = self.labels(tensor)
+            fixed = tensor.element_size()
+            for n, ids in zip(tensor.shape, labels, strict=True):
+                fixed *= n if ids is None else 1
+            buffer = Buffer(fixed, algebra.extents(labels), self.record.steps, self.record.steps)
+            self.record.buffers.append(buffer)
+        tensor._buffer = buffer  # pyright: ignore[reportAttributeAccessIssue]
+
+
+NO_BUFFER = Buffer(0, (), 0, 0)
+"""Stands for the storage of parameters, which is counted apart."""

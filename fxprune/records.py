@@ -1,0 +1,59 @@
+"""What one interpretation of a graph has recorded: shapes and labels at every node, work, memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fxprune.atoms import Ledger
+from fxprune.labels import Extent, Labels, Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A tensor seen at a node: its shape, what its positions are called, and its dtype."""
+
+    shape: Shape
+    labels: Labels
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Multiply-accumulates at one node: `fixed` times the kept size of each labelled dim."""
+
+    node: str
+    fixed: int
+    dims: tuple[Extent, ...]
+
+
+@dataclass(slots=True)
+class Buffer:
+    """One allocation: the step that made it and the last that reads it. Dims without labels are in `fixed` bytes."""
+
+    fixed: int
+    dims: tuple[Extent, ...]
+    born: int
+    dies: int
+
+
+@dataclass(slots=True)
+class Interpretation:
+    """All that one run has recorded."""
+
+    ledger: Ledger
+    issued: dict[str, tuple[Shape, Labels, int, bool]] = field(default_factory=dict)
+    """Parameter or buffer -> shape, labels, bytes per element, is a parameter; in order of first use."""
+    named_at: dict[str, str] = field(default_factory=dict)
+    """Parameter or buffer -> the node that used it first."""
+    nodes: dict[str, list[Labelled]] = field(default_factory=dict)
+    numbers: dict[str, Any] = field(default_factory=dict)
+    """Node -> what it returned, where that is no tensor."""
+    constants: dict[str, Any] = field(default_factory=dict)
+    """Node -> the values of the constant integer tensor that it returned."""
+    work: list[Work] = field(default_factory=list)
+    buffers: list[Buffer] = field(default_factory=list)
+    unknown: list[tuple[str, str]] = field(default_factory=list)
+    steps: int = 0

@@ -1,0 +1,109 @@
+"""A network as a graph, whichever front end traced it."""
+
+from __future__ import annotations
+
+import copy
+import linecache
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import fx, nn
+
+from fxprune.cloning import State, named_state
+
+TRAINING = "fxprune_training"
+"""Name of the submodule that answers whether the network is in training mode."""
+
+
+class TrainingFlag(nn.Module):
+    """Returns whether it is in training mode: stands for `self.training` in a traced graph."""
+
+    def forward(self) -> bool:
+        """Return `self.training`."""
+        return self.training
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A network as a graph. Made by `trace`.
+
+    Attributes:
+        model: the model it was traced from.
+        root: a module of the model's structure that shares its parameters and buffers; the graph runs on it.
+        graph: the fx graph.
+        args: positional example inputs.
+        kwargs: keyword example inputs.
+        frontend: "symbolic_trace" or "export".
+        one_path: forward takes another path in train() than in eval(); the graph is that of the model's mode.
+        notes: what a user should know about this trace.
+        sources: node -> file and line of the user's code.
+        state: (name, tensor, is a parameter) of everything that takes part in forward.
+    """
+
+    model: nn.Module = field(repr=False)
+    root: nn.Module = field(repr=False)
+    graph: fx.Graph = field(repr=False)
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    frontend: str
+    one_path: bool = False
+    notes: tuple[str, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict, repr=False)
+    state: tuple[State, ...] = field(default=(), repr=False)
+
+    @cached_property
+    def module(self) -> fx.GraphModule:
+        """A module that computes what the model computes and shares its parameters and buffers."""
+        return fx.GraphModule(self.root, copy.deepcopy(self.graph), type(self.model).__name__)
+
+    def source(self, node: str) -> str:
+        """Return the user's source line of a node: `file.py:12: code`, or ""."""
+        path, _, line = self.sources.get(node, "").rpartition(":")
+        if not path:
+            return ""
+        return f"{os.path.basename(path)}:{line}: {linecache.getline(path, int(line)).strip()}"
+
+    def where(self, node: str) -> str:
+        """Return the source line in brackets, ready to follow a node's name."""
+        line = self.source(node)
+        return f" ({line})" if line else ""
+
+
+def taking_part(root: nn.Module, graph: fx.Graph) -> tuple[tuple[State, ...], list[str]]:
+    """Return everything that a graph uses of a module, and the names of parameters that it does not use."""
+    targets = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
+    used: list[State] = []
+    unused: list[str] = []
+    called = {"": False}
+
+    def is_called(name: str) -> bool:
+        if name not in called:
+            called[name] = name in targets or is_called(name.rpartition(".")[0])
+        return called[name]
+
+    for item in named_state(root):
+        if is_called(item[0].rpartition(".")[0]) or item[0] in targets:
+            used.append(item)
+        elif item[2]:
+            unused.append(item[0])
+    return tuple(used), unused
+
+
+def left_out(unused: list[str]) -> list[str]:
+    """Return a note on parameters that take no part in forward, if there are any."""
+    shown = ", ".join(unused[:4]) + (", .." if len(unused) > 4 else "")
+    return [f"{len(unused)} parameters take no part in forward and are left out: {shown}"] if unused else []
+
+
+_PLAIN = {int, float, str, bool, type(None)}
+
+
+def attach(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Give a new node its arguments: `create_node` would search each for symbolic sizes, which are not met here."""
+    if args:
+        type(node).args.__set__(node, args)  # pyright: ignore[reportAttributeAccessIssue]
+    if kwargs:
+        type(node).kwargs.__set__(node, kwargs)  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,53 @@
+"""Values that go in and out of graphs: containers of tensors, in an order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.graph import _PyTreeCodeGen
+from torch.utils import _pytree as pytree
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Return the tensors in a value: containers and dataclasses included, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if type(value) in (int, float, bool, str, type(None)):
+        return []
+    if isinstance(value, (tuple, list)):
+        return [t for v in value for t in tensors_in(v)]
+    if hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
+        return [t for name in value.__dataclass_fields__ for t in tensors_in(getattr(value, name))]
+    if isinstance(value, dict):
+        return [t for v in value.values() for t in tensors_in(v)]
+    return []
+
+
+def to_meta(value: Any) -> Any:
+    """Copy example inputs to the meta device, remembering the values of small integer tensors."""
+
+    def move(t: Any) -> Any:
+        return torch.empty_like(t, device="meta", requires_grad=False) if isinstance(t, torch.Tensor) else t
+
+    return pytree.tree_map(move, value)
+
+
+def bind(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Lay example inputs out in the order of the graph's placeholders, defaults included."""
+    if isinstance(graph._codegen, _PyTreeCodeGen):
+        return pytree.arg_tree_leaves(*args, **kwargs)
+    values = []
+    for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder"):
+        if i < len(args):
+            values.append(args[i])
+        elif node.target in kwargs:
+            values.append(kwargs[node.target])
+        elif node.args:
+            values.append(node.args[0])
+        elif str(node.target).startswith("*"):
+            values.append({} if str(node.target).startswith("**") else ())
+        else:
+            raise TypeError(f"missing input {node.target!r}")
+    return values
