@@ -229,21 +229,40 @@ def _fixed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     return fixed
 
 
+def _guarded(model: nn.Module) -> tuple[dict[int, torch.Tensor], list[tuple[torch.Tensor, int]]]:
+    """Copy what a forward that is traced may write to: buffers of modules that are no layers of torch.nn.
+
+    Returns:
+        id of a buffer -> its copy, and (tensor, version) of everything the trace will see.
+    """
+    copies: dict[int, torch.Tensor] = {}
+    seen: list[tuple[torch.Tensor, int]] = []
+    with torch.no_grad():
+        for _, m in modules_in(model):
+            seen += [(t, t._version) for t in m._parameters.values() if t is not None]
+            if type(m).__module__.startswith("torch.nn."):
+                seen += [(t, t._version) for t in m._buffers.values() if t is not None]
+                continue
+            for t in [*m._buffers.values(), *(v for v in vars(m).values() if type(v) is torch.Tensor)]:
+                if t is not None:
+                    own = copies[id(t)] = t.clone()
+                    seen.append((own, own._version))
+    return copies, seen
+
+
 def _trace_once(model: nn.Module, fixed: Mapping[str, Any], training: bool) -> tuple[nn.Module, fx.Graph, Tracer]:
-    state = [(name, t, t if is_parameter else t.detach().clone()) for name, t, is_parameter in named_state(model)]
-    root = clone(model, {id(t): own for _, t, own in state})
-    versions = [own._version for _, _, own in state]
+    copies, seen = _guarded(model)
+    root = clone(model, copies)
     tracer = Tracer(fixed, training)
     modes = [(vars(m), m.training) for _, m in modules_in(root)]
     for attributes, mode in modes:
         if mode == model.training:
             attributes["training"] = tracer.flag
     graph = tracer.trace(root)
-    written = [name for (name, _, own), version in zip(state, versions, strict=True) if own._version != version]
+    written = {id(t) for t, version in seen if t._version != version}
     if written:
-        raise TraceError(
-            f"forward writes to {', '.join(map(repr, written[:3]))}, which a symbolic trace does not record"
-        )
+        names = [name for name, t, _ in named_state(root) if id(t) in written]
+        raise TraceError(f"forward writes to {', '.join(map(repr, names[:3]))}, which a symbolic trace does not record")
     for attributes, mode in modes:
         attributes["training"] = mode
     graph._tracer_cls = fx.Tracer  # what unpickling a module of this graph calls
