@@ -133,6 +133,7 @@ def header(args: argparse.Namespace) -> str:
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": f"{platform.platform()}, {platform.machine()}, {os.cpu_count()} CPUs, {args.threads} thread(s)",
         "versions": ", ".join([f"python {platform.python_version()}"] + [f"{p} {found.get(p, '-')}" for p in packages]),
+        "collector": "fxprune pauses Python's cyclic garbage collector inside its steps, Torch-Pruning does not",
         "command": f"`python tests/benchmarks/speed.py {' '.join(sys.argv[1:])}`".replace(" `", "`"),
     }
     return "# Speed\n\n" + "\n".join(f"* {key}: {value}" for key, value in facts.items())
