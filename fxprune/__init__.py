@@ -18,7 +18,8 @@ from fxprune.errors import (
     TraceError,
     VerificationError,
 )
-from fxprune.planning import Plan, plan
+from fxprune.planning import plan
+from fxprune.plans import Plan
 from fxprune.reporting import Report, report
 from fxprune.rewriting import rewrite
 from fxprune.saving import load, save

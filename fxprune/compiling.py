@@ -16,7 +16,8 @@ from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling, couple
 from fxprune.errors import PlanError, RewriteError
 from fxprune.methods import Method
-from fxprune.planning import Plan, check_request, plan
+from fxprune.planning import check_request, plan
+from fxprune.plans import Plan
 from fxprune.reporting import Compiled, make_report
 from fxprune.rewriting import rewrite
 from fxprune.saving import describe_inputs

@@ -15,7 +15,8 @@ from fxprune.coupling import Coupling
 from fxprune.errors import FxPruneError
 from fxprune.grouping import Group
 from fxprune.layering import Layers, lay_out
-from fxprune.planning import Plan, keep_of
+from fxprune.planning import keep_of
+from fxprune.plans import Plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,203 +1,25 @@
-"""What to keep: a plan is data, made once and applied to any checkpoint of the network it was made for."""
+"""What to keep: from a coupling and a budget to a plan, and from a plan back to channels."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from tabulate import tabulate
 
 from fxprune.allocating import allocate
 from fxprune.atoms import FIXED
 from fxprune.budgets import Budget
 from fxprune.closing import owner
 from fxprune.constraining import Constraints, constrain
-from fxprune.costs import RESOURCES, CostChange, Costs
+from fxprune.costs import CostChange
 from fxprune.coupling import Coupling
 from fxprune.errors import ArtifactError, PlanError
 from fxprune.labels import Labels
 from fxprune.methods import SCOPES, Magnitude, Method
 from fxprune.pausing import without_collector
+from fxprune.plans import GroupWidth, Plan, frozen
 from fxprune.tasks import Task
-
-SCHEMA = 1
-"""Version of the JSON form of a plan."""
-
-
-@dataclass(frozen=True, slots=True)
-class GroupWidth:
-    """What a plan does to one group: `before` and `after` count its channels, `sites` the dims it cuts."""
-
-    name: str
-    kind: str
-    sites: int
-    before: int
-    after: int
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Which positions of every parameter and buffer stay. Made by `plan`, applied by `rewrite`.
-
-    Attributes:
-        kept: (parameter name, dim) -> ascending positions that stay, (n,). For the second dim of a grouped convolution,
-            whose groups choose their own inputs: (rows that stay, n).
-        sizes: (parameter name, dim) -> size in the dense network.
-        costs: before and after, exact.
-        groups: one entry per group, in graph order.
-        method: how the plan was made.
-        budget: what was asked.
-        fingerprint: of the coupling it was made for.
-    """
-
-    kept: Mapping[tuple[str, int], np.ndarray]
-    sizes: Mapping[tuple[str, int], int]
-    costs: CostChange
-    groups: tuple[GroupWidth, ...]
-    method: str
-    budget: Mapping[str, float] = field(default_factory=dict)
-    fingerprint: str = ""
-    keep: np.ndarray | None = field(default=None, repr=False, compare=False)
-    """(channels,) which stay, on the coupling of this fingerprint; None for a plan that was read."""
-
-    def __str__(self) -> str:
-        rows = [
-            [i, g.name, g.kind, g.sites, g.before, g.after, f"{g.after / g.before:.0%}"]
-            for i, g in enumerate(self.groups)
-        ]
-        table = tabulate(rows, headers=["group", "first site", "kind", "sites", "before", "after", "kept"])
-        return f"{table}\n\n{costs_table(self.costs)}"
-
-    def cut(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """Cut a tensor of the shape of a dense parameter (its momentum, its average) as the plan cuts the parameter.
-
-        Args:
-            name: of the parameter or buffer.
-            value: the tensor.
-
-        Returns:
-            A new tensor.
-        """
-        value = value.detach().clone()
-        ragged = {d: k for (n, d), k in self.kept.items() if n == name and k.ndim > 1}
-        plain = {d: k for (n, d), k in self.kept.items() if n == name and k.ndim == 1}
-        for dim, positions in plain.items():
-            value = value.index_select(dim, torch.from_numpy(positions.copy()).to(value.device))
-        for dim, positions in ragged.items():
-            index = torch.from_numpy(positions.copy()).to(value.device)
-            wide = index.reshape(len(positions), *[positions.shape[1] if d == dim else 1 for d in range(1, value.ndim)])
-            sizes = [positions.shape[1] if d == dim else n for d, n in enumerate(value.shape)]
-            value = value.gather(dim, wide.expand(sizes))
-        return value
-
-    def to_json(self) -> str:
-        """Return the plan as JSON, with a schema version."""
-        sites = [
-            {"name": name, "dim": dim, "size": self.sizes[name, dim], "kept": positions.tolist()}
-            for (name, dim), positions in self.kept.items()
-        ]
-        data = {
-            "schema": SCHEMA, "fingerprint": self.fingerprint, "method": self.method, "budget": dict(self.budget),
-            "costs": {"before": self.costs.before.to_dict(), "after": self.costs.after.to_dict()},
-            "groups": [asdict(g) for g in self.groups], "sites": sites,
-        }  # fmt: skip
-        return json.dumps(data)
-
-    @staticmethod
-    def from_json(text: str) -> Plan:
-        """Read a plan.
-
-        Raises:
-            ArtifactError: not the JSON of a plan, or of another schema version, or an entry of the wrong type.
-        """
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise ArtifactError(
-                f"not a plan: the JSON breaks off or is damaged ({error}). Save the plan again."
-            ) from error
-        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-            found = data.get("schema") if isinstance(data, dict) else type(data).__name__
-            raise ArtifactError(
-                f"the plan has schema {found!r}, this version reads schema {SCHEMA}. Save it again with this version."
-            )
-        try:
-            sites = {_site_of(s): s for s in data["sites"]}
-            return Plan(
-                {key: _positions_of(s) for key, s in sites.items()},
-                {key: s["size"] for key, s in sites.items()},
-                CostChange(*(Costs(**_typed(data["costs"][k], COSTS, f"costs.{k}")) for k in ("before", "after"))),
-                tuple(GroupWidth(**_typed(g, GROUP, f"groups[{i}]")) for i, g in enumerate(data["groups"])),
-                **_typed({k: data[k] for k in HEAD}, HEAD, "the plan"),
-            )
-        except (KeyError, TypeError) as error:
-            raise ArtifactError(
-                f"the plan lacks a field or has one too many: {error}. Save it again with this version."
-            ) from error
-
-
-HEAD = {"method": str, "budget": dict, "fingerprint": str}
-COSTS: dict[str, type] = dict.fromkeys(RESOURCES, int)
-GROUP = {"name": str, "kind": str, "sites": int, "before": int, "after": int}
-
-
-def _typed(entry: Any, types: Mapping[str, type], where: str) -> dict[str, Any]:
-    """Return an entry of the JSON of a plan, whose fields have the types they should have."""
-    if not isinstance(entry, dict):
-        raise ArtifactError(_damaged(f"{where}: expected an object, found {entry!r:.60}"))
-    for name, kind in types.items():
-        if name in entry and (not isinstance(entry[name], kind) or isinstance(entry[name], bool)):
-            raise ArtifactError(_damaged(f"{where}: {name!r}: expected {kind.__name__}, found {entry[name]!r:.60}"))
-    return entry
-
-
-def _damaged(what: str) -> str:
-    return f"the plan is damaged: {what}. Save it again."
-
-
-def _site_of(site: Any) -> tuple[str, int]:
-    _typed(site, {"name": str, "dim": int, "size": int}, "sites")
-    if site["dim"] < 0 or site["size"] < 1:
-        raise ArtifactError(_damaged(f"{site['name']!r} has dim {site['dim']} of size {site['size']}"))
-    return site["name"], site["dim"]
-
-
-def _positions_of(site: Mapping[str, Any]) -> np.ndarray:
-    """Return what a site keeps: whole numbers, or rows of equally many."""
-    kept = site["kept"]
-    rows = kept if isinstance(kept, list) and kept and all(isinstance(row, list) for row in kept) else [kept]
-    where = f"{site['name']!r} along dim {site['dim']}"
-    for row in rows:
-        if not isinstance(row, list) or any(type(k) is not int or abs(k) >> 62 for k in row):
-            raise ArtifactError(_damaged(f"{where}: expected positions (whole numbers), found {row!r:.60}"))
-    lengths = {len(row) for row in rows}
-    if len(lengths) != 1:
-        raise ArtifactError(_damaged(f"{where}: expected rows of one length, found {sorted(lengths)}"))
-    return frozen(np.array(kept, dtype=np.int64))
-
-
-def frozen(array: np.ndarray) -> np.ndarray:
-    """Make an array read-only and return it."""
-    array.setflags(write=False)
-    return array
-
-
-def costs_table(costs: CostChange) -> str:
-    """Return macs, params and memory before and after, as text."""
-    rows = [
-        [name, f"{getattr(costs.before, name):,}", f"{getattr(costs.after, name):,}", f"{costs.share(name):.1%}"]
-        for name in RESOURCES
-    ]
-    return tabulate(
-        rows,
-        headers=["cost", "before", "after", "share"],
-        disable_numparse=True,
-        colalign=("left", "right", "right", "right"),
-    )
 
 
 def plan(

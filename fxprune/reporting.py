@@ -14,7 +14,7 @@ from torch import nn
 from fxprune.costs import RESOURCES, CostChange
 from fxprune.coupling import Coupling
 from fxprune.errors import FxPruneError
-from fxprune.planning import GroupWidth, Plan, costs_table
+from fxprune.plans import GroupWidth, Plan, costs_table
 from fxprune.slimming import RECORD
 from fxprune.verifying import Verification
 

@@ -21,7 +21,8 @@ from fxprune.labels import Labels, Shape
 from fxprune.literals import FIXERS, plain_name
 from fxprune.meta import OnMeta, meta_tensor
 from fxprune.pausing import without_collector
-from fxprune.planning import Plan, keep_of
+from fxprune.planning import keep_of
+from fxprune.plans import Plan
 from fxprune.records import Labelled
 from fxprune.resizing import Call, fits, is_sized, resize
 from fxprune.slicing import Kept, kept_size, sliced_like

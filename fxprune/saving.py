@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from fxprune.coupling import couple
 from fxprune.errors import ArtifactError
-from fxprune.planning import Plan
+from fxprune.plans import Plan
 from fxprune.reporting import Compiled, compiled, make_report
 from fxprune.rewriting import rewrite
 from fxprune.slimming import RECORD

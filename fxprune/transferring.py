@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fxprune.errors import ArtifactError
-from fxprune.planning import Plan
+from fxprune.plans import Plan
 from fxprune.reporting import report
 
 

@@ -21,7 +21,7 @@ from fxprune.cloning import clone, named_state
 from fxprune.coupling import Coupling
 from fxprune.errors import VerificationError
 from fxprune.masking import AbsentIsNaN, InFloat64
-from fxprune.planning import Plan
+from fxprune.plans import Plan
 from fxprune.values import bind, tensors_in
 
 TOLERANCE = 1e-9

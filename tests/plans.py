@@ -11,7 +11,8 @@ import fxprune
 from fxprune.allocating import steps_of_all
 from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling
-from fxprune.planning import Plan, plan_of
+from fxprune.planning import plan_of
+from fxprune.plans import Plan
 
 
 def random_keep(coupling: Coupling, seed: int) -> np.ndarray:
