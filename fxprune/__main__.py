@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprune.coupling import Coupling, couple
+from fxprune.coupling import couple
 from fxprune.drawing import draw_groups
 from fxprune.errors import FxPruneError
 from fxprune.inspecting import inspect
@@ -74,24 +74,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    coupling = _couple(load_network(args.network), tuple(parse_input(text) for text in args.input))
+    coupling = couple(trace(load_network(args.network), tuple(parse_input(text) for text in args.input)))
     inspection = inspect(coupling)
     print(json.dumps(inspection.to_dict(), indent=2) if args.json else inspection)
     if args.picture:
         draw_groups(coupling, args.picture)
-
-
-def _couple(network: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Coupling:
-    try:
-        return couple(trace(network, inputs))
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        if isinstance(error, FxPruneError):
-            raise
-        shapes = " ".join(",".join(map(str, t.shape)) for t in inputs)
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise FxPruneError(
-            f"the network does not run on inputs of shape {shapes}: {first}. Check `--input`."
-        ) from error
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -48,8 +48,8 @@ class Group:
 
     @property
     def levels(self) -> int:
-        """How many steps it would take to remove the whole group."""
-        return len(self.cells[0]) // self.takes[0]
+        """How many steps can be taken at most."""
+        return min(len(cell) // take for cell, take in zip(self.cells, self.takes, strict=True))
 
     def path(self, score: np.ndarray) -> np.ndarray:
         """Return the removal path: the choices that go in each step, lowest score first: (steps, choices per step).
