@@ -7,6 +7,7 @@ and one is the crossing of a row and a column (*product*: it stays while both st
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -75,7 +76,7 @@ class Ledger:
 
     def fresh(self, shape: tuple[int, ...]) -> np.ndarray:
         """Issue new atoms, numbered in order."""
-        n = int(np.prod(shape, dtype=np.int64))
+        n = math.prod(shape)
         atoms = np.arange(self.num_atoms, self.num_atoms + n, dtype=np.int64).reshape(shape)
         self.births.append((self.num_atoms, self.node))
         self.num_atoms += n

@@ -51,7 +51,8 @@ def named_state(module: nn.Module) -> Iterator[State]:
     seen: set[int] = set()
     for prefix, child in modules_in(module):
         own = [(k, v, True) for k, v in child._parameters.items()] + [(k, v, False) for k, v in child._buffers.items()]
-        own += [(k, v, False) for k, v in vars(child).items() if type(v) is torch.Tensor]
+        if torch.Tensor in map(type, vars(child).values()):
+            own += [(k, v, False) for k, v in vars(child).items() if type(v) is torch.Tensor]
         for key, value, is_parameter in own:
             if value is not None and id(value) not in seen:
                 seen.add(id(value))
@@ -67,15 +68,20 @@ def clone(module: nn.Module, tensors: Mapping[int, torch.Tensor] | None = None) 
         module: any module; not touched.
         tensors: id of a parameter, buffer or tensor attribute -> what takes its place; others (None: all) are shared.
     """
-    return _Cloner(module, tensors).clone(module)
+    return Cloner(module, tensors).clone(module)
 
 
-class _Cloner:
-    """One copy in the making: what was copied so far, and what takes the place of each tensor."""
+class Cloner:
+    """A copy in the making: what was copied so far, and what takes the place of each tensor."""
 
     def __init__(self, root: nn.Module, tensors: Mapping[int, torch.Tensor] | None) -> None:
+        """Copy (parts of) `root`; `tensors` as for `clone`."""
         self._root = root if tensors is None else None
         self._memo: dict[int, Any] = dict(tensors or {})
+
+    def tensor(self, value: torch.Tensor) -> torch.Tensor:
+        """Return what takes the place of a tensor."""
+        return self._memo.get(id(value), value)
 
     def clone(self, module: nn.Module) -> nn.Module:
         """Copy a module, or return its copy."""
@@ -88,11 +94,12 @@ class _Cloner:
             return self._deepcopy(module)
         new = memo[id(module)] = object.__new__(kind)
         state = vars(new)
+        state.update(vars(module))
         for key, value in vars(module).items():
             kind = type(value)
             if kind in _ATOMIC:
-                state[key] = value
-            elif kind in _TABLES and not value:
+                continue
+            if kind in _TABLES and not value:
                 state[key] = kind()
             elif key in _STATE:
                 state[key] = {k: None if t is None else memo.get(id(t), t) for k, t in value.items()}
@@ -100,7 +107,7 @@ class _Cloner:
                 state[key] = {k: None if m is None else self.clone(m) for k, m in value.items()}
             elif isinstance(value, torch.Tensor):
                 state[key] = memo.get(id(value), value)
-            elif kind in _SEQUENCES and all(type(v) in _ATOMIC for v in value):
+            elif kind in _SEQUENCES and _ATOMIC.issuperset(map(type, value)):
                 state[key] = kind(value)
             else:
                 state[key] = self._deepcopy(value)

@@ -128,14 +128,12 @@ class CostModel:
         """
         sizes = _Sizes(to_channels)
         self._work = _products(sizes, ((w.fixed, w.dims) for w in record.work))
-        tensors = [
-            (shape, labels, itemsize, is_parameter) for shape, labels, itemsize, is_parameter in record.issued.values()
-        ]
-        fixed = [
-            (math.prod([n for n, ids in zip(s, ls, strict=True) if ids is None]), extents(ls))
-            for s, ls, _, _ in tensors
-        ]
-        self._state = _products(sizes, fixed)
+        tensors = list(record.issued.values())
+        terms = {
+            id(ls): (math.prod([n for n, ids in zip(s, ls, strict=True) if ids is None]), extents(ls))
+            for s, ls in {id(ls): (s, ls) for s, ls, _, _ in tensors}.values()
+        }  # once for all vectors of a batch norm, which share their labels
+        self._state = _products(sizes, [terms[id(ls)] for _, ls, _, _ in tensors])
         self._itemsize = np.array([item for _, _, item, _ in tensors], dtype=np.int64)
         self._is_parameter = np.array([p for _, _, _, p in tensors], dtype=bool)
         self._buffers = _products(sizes, ((b.fixed, b.dims) for b in record.buffers))

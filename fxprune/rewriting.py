@@ -13,7 +13,7 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.utils import _pytree as pytree
 
 from fxprune import positions as positions  # its fixers enter the table
-from fxprune.cloning import clone, named_state, submodule
+from fxprune.cloning import Cloner, clone, named_state, submodule
 from fxprune.closing import owner
 from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError
@@ -26,7 +26,7 @@ from fxprune.plans import Plan
 from fxprune.records import Labelled
 from fxprune.resizing import Call, fits, is_sized, resize
 from fxprune.slicing import Kept, kept_size, sliced_like
-from fxprune.slimming import SlimModule
+from fxprune.slimming import SlimModule, only_used
 from fxprune.traced import attach
 from fxprune.values import bind, tensors_in, to_meta
 
@@ -48,8 +48,8 @@ def rewrite(coupling: Coupling, plan: Plan) -> fx.GraphModule:
     """
     keep = np.append(keep_of(coupling, plan), True)
     prediction = Prediction(coupling, keep)
-    root = _sliced(coupling, keep)
     graph = _copied(coupling.traced.graph)
+    root = _sliced(coupling, graph, keep)
     _resize_modules(root, graph, prediction)
     _fix_literals(coupling, root, graph, prediction)
     graph.lint()
@@ -118,12 +118,13 @@ class Prediction:
         return count if kept is None else int(kept[0].reshape(count, -1).any(axis=1).sum())
 
 
-def _sliced(coupling: Coupling, keep: np.ndarray) -> nn.Module:
-    """Copy the traced module with sliced parameters and buffers; tied ones stay tied."""
+def _sliced(coupling: Coupling, graph: fx.Graph, keep: np.ndarray) -> nn.Module:
+    """Copy what the graph uses of the traced module with sliced parameters and buffers; tied ones stay tied."""
     labels: Mapping[str, Labels] = {name: ls for name, (_, ls) in coupling.tensors.items()}
     kept = Kept(keep)
     sliced = {id(t): sliced_like(t, labels.get(name), kept) for name, t, _ in coupling.traced.state}
-    return clone(coupling.traced.root, sliced)
+    root = coupling.traced.root
+    return only_used(root, graph, Cloner(root, sliced))
 
 
 def _resize_modules(root: nn.Module, graph: fx.Graph, prediction: Prediction) -> None:

@@ -39,14 +39,15 @@ def slice_tensor(value: torch.Tensor, labels: Labels, kept: Kept) -> torch.Tenso
     value = value.detach()
     result = value
     shape = value.shape
-    if any(ids is not None and ids.size != shape[d] for d, ids in enumerate(labels)):
-        result = _by_mask(value, labels, kept.keep)
-    else:
-        found = [(d, kept.positions(ids)) for d, ids in enumerate(labels) if ids is not None]
-        cuts = [(d, index) for d, index in found if index is not None]
-        for d, index in cuts:
-            index = index if value.device.type == "cpu" else index.to(value.device)
-            result = result.index_select(d, index)
+    for d, ids in enumerate(labels):
+        if ids is None:
+            continue
+        if ids.size != shape[d]:
+            result = _by_mask(value, labels, kept.keep)
+            break
+        index = kept.positions(ids)
+        if index is not None:
+            result = result.index_select(d, index if index.device == result.device else index.to(result.device))
     if result is value:
         return value.clone()
     if value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last) and not value.is_contiguous():

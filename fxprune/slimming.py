@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx, nn
+
+from fxprune.cloning import Cloner
 
 RECORD = "fxprune"
 """Key of the compilation's record in `slim.meta`."""
@@ -14,6 +17,7 @@ _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
 )  # fmt: skip
+_TABLES = ("_modules", "_parameters", "_buffers")
 
 
 class SlimModule(fx.GraphModule):
@@ -23,18 +27,23 @@ class SlimModule(fx.GraphModule):
         """Hold what the graph refers to, under the same names.
 
         Args:
-            root: holds the modules, parameters and buffers; they are taken over, not copied.
+            root: holds the modules, parameters and buffers, and nothing else (see `only_used`); they are taken over,
+                not copied.
             graph: what forward does.
             class_name: what the module calls itself.
         """
         super().__init__(nn.Module(), fx.Graph(), class_name)
         self.training = root.training
-        for table in _HOOKS:
+        for table in (*_HOOKS, *_TABLES, "_non_persistent_buffers_set"):
             getattr(self, table).update(getattr(root, table))
-        for node in graph.nodes:
-            if node.op in ("call_module", "get_attr"):
-                _take_over(root, self, node.target)
+        for name, value in vars(root).items():
+            if type(value) is torch.Tensor:
+                setattr(self, name, value)
         self.graph = graph
+
+    def recompile(self) -> Any:
+        """Write the code of forward, as soon as there is a graph."""
+        return super().recompile() if len(self._graph.nodes) else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SlimModule:
         twin = super().__deepcopy__(memo)
@@ -46,30 +55,55 @@ class SlimModule(fx.GraphModule):
         return _restore, (super().__reduce__(), self.meta.get(RECORD))
 
 
-def _take_over(root: nn.Module, holder: nn.Module, target: str) -> None:
-    """Put what a target names into the same place of another module, in plain modules in between."""
-    *path, name = target.split(".")
-    for part in path:
-        root = root._modules[part]  # pyright: ignore[reportAssignmentType]
-        if part not in holder._modules:
-            holder._modules[part] = nn.Module()
-            holder._modules[part].training = root.training  # pyright: ignore[reportOptionalMemberAccess]
-        holder = holder._modules[part]  # pyright: ignore[reportAssignmentType]
-    for table in ("_modules", "_parameters", "_buffers"):
-        if name in getattr(root, table):
-            getattr(holder, table)[name] = getattr(root, table)[name]
-            break
-    else:
-        setattr(holder, name, getattr(root, name))
-    if name in root._non_persistent_buffers_set:
-        holder._non_persistent_buffers_set.add(name)
+def only_used(root: nn.Module, graph: fx.Graph, copy: Cloner) -> nn.Module:
+    """Copy what a graph refers to, under the same names, in plain modules.
+
+    Args:
+        root: the module that the graph runs on.
+        graph: what forward does.
+        copy: makes the copies.
+    """
+    homes = {"": (root, _container(root))}
+    for target in dict.fromkeys(str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")):
+        parent, _, name = target.rpartition(".")
+        inner, holder = _home(homes, parent)
+        for table in _TABLES:
+            if name in getattr(inner, table):
+                found = getattr(inner, table)[name]
+                getattr(holder, table)[name] = copy.clone(found) if table == "_modules" else copy.tensor(found)
+                break
+        else:
+            setattr(holder, name, copy.tensor(getattr(inner, name)))
+        if name in inner._non_persistent_buffers_set:
+            holder._non_persistent_buffers_set.add(name)
+    for table in _HOOKS:
+        getattr(homes[""][1], table).update(getattr(root, table))
+    return homes[""][1]
+
+
+def _home(homes: dict[str, tuple[nn.Module, nn.Module]], path: str) -> tuple[nn.Module, nn.Module]:
+    """Return the module of a path and the one that holds its copies, made where it is not there."""
+    found = homes.get(path)
+    if found is None:
+        parent, _, name = path.rpartition(".")
+        outer, holder = _home(homes, parent)
+        inner = outer._modules[name]
+        assert inner is not None, path
+        if name not in holder._modules:
+            holder._modules[name] = _container(inner)
+        found = homes[path] = (inner, holder._modules[name])  # pyright: ignore[reportArgumentType]
+    return found
+
+
+def _container(module: nn.Module) -> nn.Module:
+    plain = nn.Module()
+    plain.training = module.training
+    return plain
 
 
 def _with_record(module: fx.GraphModule, record: Any) -> SlimModule:
     slim = SlimModule(module, module.graph)
     slim.meta.update(module.meta)
-    for name, child in module.named_modules():
-        slim.get_submodule(name).training = child.training
     if record is not None:
         slim.meta[RECORD] = record
     return slim

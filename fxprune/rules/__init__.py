@@ -154,13 +154,13 @@ class Op:
             params: each of the shape of the dims `at`; None is skipped.
             at: ascending dims.
         """
-        plain = [None if (ids := labels[d]) is None else along(ids.ravel(), i, len(at)) for i, d in enumerate(at)]
+        plain = tuple(None if (ids := labels[d]) is None else along(ids.ravel(), i, len(at)) for i, d in enumerate(at))
         alike = not any(algebra.rag(labels[d], d) for d in at)
         for p in params:
             if p is None:
                 continue
             if alike and self.host.pristine(p) and p.is_floating_point():
-                self.host.name(p, tuple(plain))
+                self.host.name(p, plain)
                 continue
             sizes = tuple(shape[d] if d in at else 1 for d in range(len(shape)))
             wide = self.reshape(self.labels(p), tuple(p.shape), sizes)
