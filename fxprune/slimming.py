@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxprune.cloning import Cloner
+from fxprune.cloning import Cloner, submodule
 
 RECORD = "fxprune"
 """Key of the compilation's record in `slim.meta`."""
@@ -87,11 +87,10 @@ def _home(homes: dict[str, tuple[nn.Module, nn.Module]], path: str) -> tuple[nn.
     if found is None:
         parent, _, name = path.rpartition(".")
         outer, holder = _home(homes, parent)
-        inner = outer._modules[name]
-        assert inner is not None, path
-        if name not in holder._modules:
-            holder._modules[name] = _container(inner)
-        found = homes[path] = (inner, holder._modules[name])  # pyright: ignore[reportArgumentType]
+        inner, copy = submodule(outer, name), holder._modules.get(name)
+        if copy is None:
+            copy = holder._modules[name] = _container(inner)
+        found = homes[path] = (inner, copy)
     return found
 
 
