@@ -15,6 +15,10 @@ _ATOMIC = {int, float, complex, str, bytes, bool, type(None), type, torch.dtype,
 _TABLES = {dict, set, OrderedDict}
 _SEQUENCES = {tuple, list}
 _STATE = {"_parameters", "_buffers"}
+_OLD_PICKLES = {
+    nn.Module, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer,
+}  # fmt: skip
+"""Classes whose `__setstate__` does nothing but read what older versions of torch pickled."""
 
 State = tuple[str, torch.Tensor, bool]
 """Name, tensor, is a parameter."""
@@ -125,5 +129,4 @@ class Cloner:
 def _copies_itself(kind: type[nn.Module]) -> bool:
     """Say whether a class has a way of its own to be copied (fx graphs, recurrent layers and their flat weights)."""
     home = next(c for c in kind.__mro__ if "__setstate__" in vars(c))
-    plain = home is nn.Module or home is nn.modules.conv._ConvNd
-    return hasattr(kind, "__deepcopy__") or not plain
+    return hasattr(kind, "__deepcopy__") or home not in _OLD_PICKLES

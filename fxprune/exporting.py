@@ -31,9 +31,7 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         notes = ["traced by torch.export with the sizes of the example inputs: other sizes are not supported"]
     module = program.module()
     graph = module.graph
-    for node in list(graph.nodes):
-        if node.op == "call_module" and "_guards_fn" in str(node.target):
-            graph.erase_node(node)
+    _erase_guards(graph)
     module.add_module(TRAINING, TrainingFlag())
     _ask_for_mode(graph)
     own = {name: t for name, t, _ in named_state(model)}
@@ -50,6 +48,14 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return Traced(
         model, graph_module, graph_module.graph, args, kwargs, "export", model.training, tuple(notes), sources, state
     )
+
+
+def _erase_guards(graph: fx.Graph) -> None:
+    """Drop what only checks that sizes, dtypes and devices are those of the export: the network may be moved."""
+    for node in list(graph.nodes):
+        guards = node.op == "call_module" and "_guards_fn" in str(node.target)
+        if guards or node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
 
 
 def _ask_for_mode(graph: fx.Graph) -> None:

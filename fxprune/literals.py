@@ -101,8 +101,8 @@ def _new_sizes(ctx: Context, given: Sequence[Any], predicted: Shape) -> list[Any
 def _fix_sizes(ctx: Context, node: fx.Node, first: int, predicted: Shape) -> None:
     """Fix sizes that start at argument `first`, spread out or in one sequence."""
     given = node.args[first:]
-    packed = given[0] if len(given) == 1 else node.kwargs.get("size", node.kwargs.get("shape"))
-    if len(given) > 1 or (len(given) == 1 and isinstance(ctx.value(packed), int)):
+    packed = given[0] if given else node.kwargs.get("size", node.kwargs.get("shape"))
+    if isinstance(ctx.value(packed), int):
         node.args = (*node.args[:first], *_new_sizes(ctx, given, predicted))
     elif isinstance(packed, (tuple, list)):
         set_argument(node, first, _new_sizes(ctx, packed, predicted), "size", "shape")
@@ -125,11 +125,14 @@ def sizes_alone(ctx: Context, node: fx.Node) -> None:
 
 @fixes("repeat", "tile")
 def repeat(ctx: Context, node: fx.Node) -> None:
-    """`x.repeat(*times)`: times of a dim of size one are its new size."""
+    """`x.repeat(*times)`: times of a dim of size one are its new size; `tile` may leave leading dims out."""
     shape = tuple(ctx.value(node.args[0]).shape)
     predicted = ctx.shapes(node)[0]
     wide = (1,) * (len(predicted) - len(shape)) + shape
-    _fix_sizes(ctx, node, 1, tuple(p // max(n, 1) for p, n in zip(predicted, wide, strict=True)))
+    times = [p // max(n, 1) for p, n in zip(predicted, wide, strict=True)]
+    given = ctx.value(argument(node, 1, "dims", "repeats"))
+    count = len(given) if isinstance(given, (tuple, list)) else len(node.args) - 1
+    _fix_sizes(ctx, node, 1, tuple(times[len(times) - count :]))
 
 
 @fixes("repeat_interleave")

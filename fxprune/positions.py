@@ -63,7 +63,7 @@ def getitem(ctx: Context, node: fx.Node) -> None:
 
 def _new_item(ctx: Context, x: Any, dim: int, item: Any) -> Any:
     kept = ctx.kept(x, dim)
-    if kept is None:
+    if kept is None or kept.all():
         return item
     size = kept.shape[1]
     if isinstance(item, slice):

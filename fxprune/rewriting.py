@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from fxprune.planning import keep_of
 from fxprune.plans import Plan
 from fxprune.records import Labelled
 from fxprune.resizing import Call, fits, is_sized, resize
+from fxprune.running import Runner
 from fxprune.slicing import Kept, kept_size, sliced_like
 from fxprune.slimming import SlimModule, only_used
 from fxprune.traced import attach
@@ -112,6 +114,12 @@ class Prediction:
         rows = np.moveaxis(self.keep[ids], dim, -1).reshape(-1, t.shape[dim])
         return rows[rows.any(axis=1)]
 
+    def kept_of(self, module: str, name: str, dim: int) -> np.ndarray:
+        """Return (size,) bool: which positions stay along a dim of a module's parameter that is the same in all rows."""
+        shape, labels = self.coupling.tensors[f"{module}.{name}"]
+        ids = labels[dim]
+        return np.ones(shape[dim], dtype=bool) if ids is None else self.keep[ids].ravel()
+
     def rows(self, node: str, dim: int, count: int) -> int:
         """Return how many of `count` equal rows of a dim keep anything."""
         kept = self.kept(node, dim)
@@ -138,11 +146,8 @@ def _resize_modules(root: nn.Module, graph: fx.Graph, prediction: Prediction) ->
             sources = [source.name for source in node.all_input_nodes]
             inputs = [shape for source in sources for shape in prediction.shapes(source)]
             first = sources[0] if sources else ""
-
-            def rows(dim: int, count: int, first: str = first) -> int:
-                return prediction.rows(first, dim, count)
-
-            resize(module, Call(inputs, prediction.shapes(node.name), rows))
+            rows, flags = partial(prediction.rows, first), partial(prediction.kept_of, str(node.target))
+            resize(module, Call(inputs, prediction.shapes(node.name), rows, flags))
 
 
 def _fix_literals(coupling: Coupling, root: nn.Module, graph: fx.Graph, prediction: Prediction) -> None:
@@ -167,12 +172,11 @@ _BROADCASTING = {
 }  # fmt: skip
 
 
-class _Fixer(fx.Interpreter):
+class _Fixer(Runner):
     """Runs the slim graph on meta copies of what it uses; is the `Context` that fixers ask."""
 
     def __init__(self, root: nn.Module, graph: fx.Graph, prediction: Prediction) -> None:
-        super().__init__(nn.Module(), garbage_collect_values=False, graph=graph)  # pyright: ignore[reportArgumentType]
-        self.module = root  # pyright: ignore[reportAttributeAccessIssue] (not above: it would list all modules in it)
+        super().__init__(root, graph)
         self.prediction = prediction
         self.record = prediction.coupling.record
         self._on_meta = OnMeta()

@@ -13,10 +13,12 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from fxprune.attention import MultiheadAttention, make_traceable
 from fxprune.cloning import clone, modules_in, named_state
 from fxprune.errors import TraceError
 from fxprune.exporting import exported
 from fxprune.pausing import without_collector
+from fxprune.recurrent import PACKED, is_packed, raised_packing
 from fxprune.traced import TRAINING, Traced, TrainingFlag, attach, left_out, taking_part
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -77,7 +79,7 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Keep modules of torch.nn whole, and stateless ones whose forward asks for `self.training` (drop-path)."""
-        if super().is_leaf_module(m, module_qualified_name):
+        if isinstance(m, MultiheadAttention) or super().is_leaf_module(m, module_qualified_name):
             return True
         code = getattr(type(m).forward, "__code__", None)
         asks = code is not None and "training" in code.co_names
@@ -135,6 +137,9 @@ class Tracer(fx.Tracer):
         return value
 
 
+_ADVICE = "Check that `model(*example_inputs)` runs; mark functions that cannot be traced with `torch.fx.wrap`."
+
+
 def trace(model: nn.Module, example_inputs: Any) -> Traced:
     """Trace a model into an fx graph.
 
@@ -160,7 +165,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Traced:
             f"{type(model).__name__} cannot be traced.\n"
             f"  torch.fx.symbolic_trace: {type(first).__name__}: {_first_line(first)}\n"
             f"  torch.export: {type(export_error).__name__}: {_first_line(export_error)}\n"
-            "Check that `model(*example_inputs)` runs; mark functions that cannot be traced with `torch.fx.wrap`."
+            + (f"Here {PACKED}." if raised_packing(first) else _ADVICE)
         ) from export_error
 
 
@@ -171,6 +176,8 @@ def _first_line(error: Exception) -> str:
 def _inputs(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if not isinstance(model, nn.Module):
         raise TraceError(f"the model is a {type(model).__name__}, not a torch.nn.Module. Pass the module itself.")
+    if is_packed(example_inputs):
+        raise TraceError(f"{PACKED}.")
     if isinstance(example_inputs, torch.Tensor):
         args, kwargs = (example_inputs,), {}
     elif isinstance(example_inputs, dict):
@@ -253,6 +260,7 @@ def _guarded(model: nn.Module) -> tuple[dict[int, torch.Tensor], list[tuple[torc
 def _trace_once(model: nn.Module, fixed: Mapping[str, Any], training: bool) -> tuple[nn.Module, fx.Graph, Tracer]:
     copies, seen = _guarded(model)
     root = clone(model, copies)
+    make_traceable(root)
     tracer = Tracer(fixed, training)
     modes = [(vars(m), m.training) for _, m in modules_in(root)]
     for attributes, mode in modes:
