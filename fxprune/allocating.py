@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fxprune.constraining import Constraints
+from fxprune.branches import Branches
+from fxprune.constraining import Constraints, kept_nodes
 from fxprune.costs import Costs
 from fxprune.coupling import Coupling
+from fxprune.emptying import CannotEmptyError
 from fxprune.errors import CouplingError, PlanError
 from fxprune.grouping import Group
 from fxprune.pausing import without_collector
@@ -43,7 +45,8 @@ def steps_of(group: Group, score: np.ndarray, scope: str, constraints: Constrain
     """
     path = group.path(score)
     width, per_step = group.width, sum(group.takes)
-    limit = min(width - max(constraints.min_width, per_step), int(constraints.max_ratio * width + 1e-9))
+    least = max(constraints.min_width, per_step) if constraints.min_width else 0
+    limit = min(width - least, int(constraints.max_ratio * width + 1e-9))
     path = path[: max(limit, 0) // per_step]
     stops = step = np.arange(len(path))
     left = width - per_step * (stops + 1)
@@ -53,11 +56,17 @@ def steps_of(group: Group, score: np.ndarray, scope: str, constraints: Constrain
         step = np.searchsorted(stops, np.arange(len(path)), "left")
     if scope == "uniform":
         keys = 1 - (left[stops] / width) ** group.overlap
+        if len(stops) and left[stops[-1]] == 0:  # after all other steps; which group comes first, scores decide
+            keys[-1] += _relative(score[path].sum(axis=1))[-1]
     else:
-        total = score[path].sum(axis=1)
-        mean = total.mean() if len(total) and total.mean() > 0 else 1.0
-        keys = np.maximum.accumulate(total / mean)[stops]
+        keys = _relative(score[path].sum(axis=1))[stops]
     return Steps(group.index, path.ravel(), np.repeat(step, per_step), keys)
+
+
+def _relative(total: np.ndarray) -> np.ndarray:
+    """Return the scores of steps relative to their mean, ascending."""
+    mean = total.mean() if len(total) and total.mean() > 0 else 1.0
+    return np.maximum.accumulate(total / mean)
 
 
 class Allocation:
@@ -67,9 +76,10 @@ class Allocation:
         group: (steps,) index of the group that each step shrinks.
     """
 
-    def __init__(self, coupling: Coupling, paths: list[Steps]) -> None:
-        """Sort the steps and look up which channels go with each."""
+    def __init__(self, coupling: Coupling, paths: list[Steps], branches: Branches | None = None) -> None:
+        """Sort the steps and look up which channels go with each; with `branches`, some of these may go as a whole."""
         self.coupling = coupling
+        self.branches = branches
         empty = np.empty(0, dtype=np.int64)
         group = np.concatenate([np.full(len(p.keys), p.group) for p in paths] or [empty])
         key = np.concatenate([p.keys for p in paths] or [empty])
@@ -90,7 +100,7 @@ class Allocation:
         """Return the kept channels when the steps `taken` (steps,) bool are done."""
         keep = np.ones(self.coupling.num_channels, dtype=bool)
         keep[self._channels[taken[self._owner]]] = False
-        return self.coupling.settle(keep)
+        return self.coupling.settle(keep) if self.branches is None else self.branches.settle(keep)
 
     def meet(self, bounds: Mapping[str, float]) -> np.ndarray | None:
         """Return which steps to take: the fewest from the start that fit, less those that can be given back.
@@ -101,7 +111,7 @@ class Allocation:
         Returns:
             (steps,) bool, or None when even all steps together do not fit.
         """
-        costs = self.coupling.costs
+        costs = self.coupling.costs if self.branches is None else self.branches
 
         def fits(keep: np.ndarray) -> bool:
             return costs.within(keep, bounds)
@@ -129,7 +139,7 @@ class Allocation:
         low = int(taken.sum())
         _, first = np.unique(self.group[:low][::-1], return_index=True)
         last = np.sort(low - 1 - first)[::-1]
-        if "macs" not in bounds or not len(last):
+        if "macs" not in bounds or not len(last) or self.branches is not None:
             return last.tolist()
         number = np.full(len(taken), -1)
         number[last] = np.arange(len(last))
@@ -154,10 +164,16 @@ def steps_of_all(coupling: Coupling, score: np.ndarray, scope: str, constraints:
     members = coupling.members
     total = members.total(score).astype(np.float64)
     total[coupling.is_frozen] = np.inf
+    branches = Branches(coupling, kept_nodes(coupling, constraints)) if constraints.min_width == 0 else None
+    left = np.ones(coupling.num_channels + 1, dtype=bool)
     while True:
-        allocation = Allocation(coupling, [steps_of(group, total, scope, constraints) for group in coupling.groups()])
+        paths = [steps_of(group, total, scope, constraints) for group in coupling.groups()]
+        if branches is not None:
+            left[:-1] = _without_branches(coupling, branches, paths, total)
+            paths = [steps_of(group, total, scope, constraints) for group in coupling.groups()]
+        allocation = Allocation(coupling, paths, branches)
         keep = allocation.keep(np.ones(len(allocation), dtype=bool))
-        emptied = [*coupling.costs.emptied(keep), *coupling.lost_rows(keep)]
+        emptied = [c for c in [*coupling.costs.emptied(keep), *coupling.lost_rows(keep)] if left[c].any()]
         if not emptied:
             return allocation
         best = [channels[np.argmax(score[channels])] for channels in emptied]
@@ -170,6 +186,29 @@ def steps_of_all(coupling: Coupling, score: np.ndarray, scope: str, constraints:
                     "it."
                 )
         total[held] = np.inf
+
+
+def _without_branches(coupling: Coupling, branches: Branches, paths: list[Steps], total: np.ndarray) -> np.ndarray:
+    """Return what stays, (channels,), when all groups that may lose everything have; hold the last step of others.
+
+    Args:
+        coupling: the coupled network.
+        branches: its branches.
+        paths: the steps of every group; those with the lower key of the last step are asked first.
+        total: (channels,) score of every choice; what is held becomes infinite.
+    """
+    groups = coupling.groups()
+    keep = np.ones(coupling.num_channels, dtype=bool)
+    whole = [p for p in paths if len(p.choices) == groups[p.group].width]
+    for p in sorted(whole, key=lambda p: p.keys[-1]):
+        try:
+            alone = keep[p.choices].any()  # or it went along with another, and goes with that only
+            keep = branches.without(keep, p.choices) if alone else keep
+        except CannotEmptyError:
+            alone = False
+        if not alone:
+            total[p.choices[p.step == p.step[-1]]] = np.inf
+    return keep
 
 
 @without_collector
@@ -192,7 +231,8 @@ def allocate(
 
     taken = allocation.meet(bounds)
     if taken is None:
-        least = coupling.costs(allocation.keep(np.ones(len(allocation), dtype=bool)))
+        costs = coupling.costs if allocation.branches is None else allocation.branches.costs
+        least = costs(allocation.keep(np.ones(len(allocation), dtype=bool)))
         raise PlanError(_impossible(coupling, constraints, bounds, least))
     return allocation.keep(taken)
 

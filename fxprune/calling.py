@@ -64,15 +64,14 @@ def call_of_function(function: Any, operands: list[Any]) -> Call | None:
 def call_of(module: nn.Module, x: torch.Tensor) -> Call | None:
     """Return the only ATen call of a layer without hooks on a floating tensor; None where only running it tells."""
     found = CALLS.get(type(module))
-    if (
-        found is None
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or "forward" in vars(module)
-        or not x.is_floating_point()
-    ):
+    if found is None or is_hooked(module) or not x.is_floating_point():
         return None
     return found(module, x)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Say whether a module has hooks, or a forward, of its own."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def plain_calls() -> bool:

@@ -50,6 +50,16 @@ def submodule(module: nn.Module, name: str) -> nn.Module:
     return module
 
 
+def named_part(module: nn.Module, name: str) -> Any:
+    """Return the module, parameter, buffer or attribute of a qualified name: `getattr`, whatever a trace makes of it."""
+    path, _, key = name.rpartition(".")
+    holder = submodule(module, path)
+    for table in (holder._modules, holder._parameters, holder._buffers, vars(holder)):
+        if key in table:
+            return table[key]
+    return getattr(holder, key)
+
+
 def named_state(module: nn.Module) -> Iterator[State]:
     """Yield (name, tensor, is a parameter) of every parameter, buffer and plain tensor attribute, shared ones once."""
     seen: set[int] = set()

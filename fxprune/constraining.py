@@ -26,7 +26,8 @@ class Constraints:
     Attributes:
         keep_inputs: layers that keep all their input channels.
         keep_outputs: layers that keep all their output channels.
-        min_width: how many channels every group keeps at least.
+        min_width: how many channels every group keeps at least. With 0, a residual branch whose channels would all go
+            is removed: what is left of it is a constant per channel. Groups elsewhere keep one.
         max_ratio: which share of a group's channels may go at most.
         multiple_of: widths of groups are rounded up to multiples of this, where the dense width allows it.
         tie: tuples of layer names whose outputs keep the same positions.
@@ -47,9 +48,10 @@ class Constraints:
                 raise PlanError(f"Constraints({field}={value!r}) is not a whole number. Pass 1, 8, 16, ..")
         if not isinstance(self.max_ratio, (int, float, np.number)) or isinstance(self.max_ratio, bool):
             raise PlanError(f"Constraints(max_ratio={self.max_ratio!r}) is no number. Pass a number from 0 to 1.")
-        if self.min_width < 1:
+        if self.min_width < 0:
             raise PlanError(
-                f"Constraints(min_width={self.min_width}): every group keeps at least one channel. Pass 1 or more."
+                f"Constraints(min_width={self.min_width}) is less than nothing. Pass 1 or more, or 0 to let residual "
+                "branches go as a whole."
             )
         if self.multiple_of < 1:
             raise PlanError(
@@ -112,6 +114,17 @@ def matching(graph: fx.Graph, pattern: str, what: str) -> list[fx.Node]:
             f"{', '.join(list(known)[:5])}."
         )
     return nodes
+
+
+def kept_nodes(coupling: Coupling, constraints: Constraints) -> set[str]:
+    """Return the nodes of the layers of which inputs or outputs are kept."""
+    graph = coupling.traced.graph
+    return {
+        node.name
+        for field in ("keep_inputs", "keep_outputs")
+        for pattern in getattr(constraints, field)
+        for node in matching(graph, pattern, field)
+    }
 
 
 def constrain(coupling: Coupling, constraints: Constraints) -> Coupling:

@@ -15,6 +15,7 @@ from fxprune.atoms import FIXED
 from fxprune.channels import Frozen, Site, find_frozen, find_products, find_rows, find_sites
 from fxprune.closing import Classes, close, owner
 from fxprune.costs import CostModel
+from fxprune.covering import Coverage, cover
 from fxprune.errors import CouplingError, TraceError
 from fxprune.grouping import Group, Members, Products, Rows, find_groups, mixed
 from fxprune.interpreting import InterpretationError, interpret
@@ -172,6 +173,10 @@ class Coupling:
         """
         return explaining.why_frozen(self, name)
 
+    def coverage(self) -> Coverage:
+        """Return which share of the macs and parameters can go at all, and what blocks the rest, most costly first."""
+        return cover(self)
+
     def settle(self, keep: np.ndarray) -> np.ndarray:
         """Let everything that follows from removed channels go too: rows without columns, columns without their row.
 
@@ -216,13 +221,22 @@ class Coupling:
             lost += list(batch.columns[real[self.is_frozen[row] & ~keep[row]]])
         return lost
 
-    def violation(self, keep: np.ndarray) -> str | None:
-        """Return what is wrong with a choice of kept channels, or None: frozen ones gone, rows out of balance."""
-        if not keep[self.is_frozen].all():
-            return f"channel {int(np.flatnonzero(self.is_frozen & ~keep)[0])} is frozen and would go"
+    def violation(self, keep: np.ndarray, *, may_empty: bool = False) -> str | None:
+        """Return what is wrong with a choice of kept channels, or None: frozen ones gone, rows out of balance.
+
+        Args:
+            keep: (channels,) bool.
+            may_empty: let dims keep nothing, and rows go with them that are frozen; whether these can go is asked of
+                `branches`.
+        """
+        lost = self.is_frozen & ~keep
+        if may_empty and lost.any() and self.costs.emptied(keep):
+            lost &= self.has_site
+        if lost.any():
+            return f"channel {int(np.flatnonzero(lost)[0])} is frozen and would go"
         if not np.array_equal(self.settle(keep), keep):
             return "a row and its columns, or a crossing and its parents, disagree"
-        if self.costs.emptied(keep):
+        if not may_empty and self.costs.emptied(keep):
             return "nothing would be left of a dim of a parameter or activation"
         keep = np.append(keep, True)
         if not np.array_equal(keep[self.products.channel], keep[self.products.row] & keep[self.products.column]):

@@ -13,6 +13,7 @@ from fxprune.allocating import Allocation, steps_of_all
 from fxprune.constraining import Constraints
 from fxprune.costs import RESOURCES, Costs
 from fxprune.coupling import Coupling
+from fxprune.covering import Coverage
 from fxprune.reporting import FrozenRow, frozen_rows
 
 REASON_WIDTH = 46
@@ -53,6 +54,7 @@ class Inspection:
         least: costs when every group keeps as little as it can: no budget below can be met.
         groups: in graph order.
         frozen: what may not go, most channels first.
+        coverage: which share of the network can go at all, and what blocks the rest.
         notes: what else a user should know.
     """
 
@@ -62,10 +64,12 @@ class Inspection:
     least: Costs
     groups: tuple[GroupOutlook, ...]
     frozen: tuple[FrozenRow, ...]
+    coverage: Coverage
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         parts = [f"{self.network}, traced by {self.frontend}", self._costs(), self._groups(), self._frozen()]
+        parts.append(str(self.coverage))
         return "\n\n".join([*parts, *(f"note: {note}" for note in self.notes)])
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,6 +130,7 @@ def inspect(coupling: Coupling) -> Inspection:
         coupling.costs(allocation.keep(np.ones(len(allocation), dtype=bool))),
         _groups(coupling, allocation),
         frozen_rows(coupling),
+        coupling.coverage(),
         traced.notes,
     )
 

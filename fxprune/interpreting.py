@@ -14,6 +14,7 @@ from fxprune.calling import call_of, call_of_function, plain_calls
 from fxprune.cloning import State, clone, named_state, submodule
 from fxprune.labelling import NO_BUFFER, Labelling
 from fxprune.records import Interpretation, Labelled
+from fxprune.running import Runner
 from fxprune.values import bind, tensors_in, to_meta
 
 
@@ -25,12 +26,11 @@ class InterpretationError(Exception):
         self.node = node
 
 
-class GraphRunner(fx.Interpreter):
+class GraphRunner(Runner):
     """Run a graph under `Labelling`, node by node."""
 
     def __init__(self, root: torch.nn.Module, graph: fx.Graph, mode: Labelling) -> None:
-        super().__init__(torch.nn.Module(), garbage_collect_values=False, graph=graph)  # pyright: ignore[reportArgumentType]
-        self.module = root  # pyright: ignore[reportAttributeAccessIssue] (not above: it would list all modules in it)
+        super().__init__(root, graph)
         self.mode = mode
         self._plain_calls = plain_calls()
         self._meta: dict[str, Any] = {}

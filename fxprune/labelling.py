@@ -35,6 +35,8 @@ class Labelling(TorchDispatchMode):
         self._state_labels: dict[str, Labels] = {}
         self._twins: dict[int, torch.Tensor] = {}
         self._kernels = Kernels()
+        self._overwritten: set[int] = set()
+        """Storages of constants that something unknown was written to."""
         self._rules: dict[Any, Any] = {}
 
     def twin(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -113,8 +115,10 @@ class Labelling(TorchDispatchMode):
         found = getattr(tensor, "_constant", None)
         if found is None and id(tensor) in self._origin:
             original = self._origin[id(tensor)][1]
-            found = original.detach().cpu() if original.device.type != "meta" else None
-        return found
+            if original.device.type == "meta":
+                return None
+            found = tensor._constant = original.detach().to("cpu", copy=True)  # pyright: ignore[reportAttributeAccessIssue]
+        return None if found is None or found.untyped_storage()._cdata in self._overwritten else found
 
     # what happens at every call
 
@@ -123,7 +127,9 @@ class Labelling(TorchDispatchMode):
         if any(t.is_floating_point() or t.is_complex() or t.numel() > MAX_CONSTANT for t in results):
             return
         known = {id(t): self.value(t) for t in inputs}
-        if any(v is None for v in known.values()) or func._schema.is_mutable or func.overloadpacket in UNDEFINED:
+        if any(v is None for v in known.values()) or func.overloadpacket in UNDEFINED:
+            if func._schema.is_mutable:
+                self._overwritten |= {v.untyped_storage()._cdata for t in results if (v := known.get(id(t))) is not None}
             return
         args, kwargs = pytree.tree_map(lambda a: known[id(a)] if isinstance(a, torch.Tensor) else a, (args, kwargs))
         out = func(*args, **({**kwargs, "device": "cpu"} if "device" in kwargs else kwargs))

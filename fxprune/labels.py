@@ -170,7 +170,11 @@ def pick(ledger: Ledger, labels: Labels, dim: int, positions: np.ndarray) -> Lab
     picked = [ids if ids is None or ids.shape[dim] == 1 else ids.take(positions, axis=dim) for ids in labels]
     alone = picked[dim]
     if len(positions) == 1 and alone is not None:
-        ledger.freeze(alone, "is selected by its position")
+        whole = labels[dim]
+        if whole is not None and rag(whole, dim):
+            ledger.tie(alone, ledger.any_along(whole, dim))
+        else:
+            ledger.freeze(alone, "is selected by its position")
         picked[dim] = None
     return settle(ledger, tuple(picked))
 

@@ -70,7 +70,7 @@ def plain_name(node: fx.Node) -> str:
     """Return the name of a target without module, overload or dunder."""
     target = node.target
     if isinstance(target, str):
-        return target
+        return target[2:-2] if target.startswith("__") and target.endswith("__") else target
     if isinstance(target, torch._ops.OpOverload):
         return target.overloadpacket.__name__
     return getattr(target, "__name__", str(target))

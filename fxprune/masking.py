@@ -2,6 +2,10 @@
 
 A contraction sums over what is present, a statistic is taken over what is present, and everything else lets NaN pass,
 as arithmetic does by itself.
+
+A contraction of which all inputs are absent sums over nothing: its outputs are zero, plus the bias, as far as they are
+present themselves. Its weight is absent altogether, so it has to say which outputs are: where an output is present and
+only its inputs are not, it holds a NaN of its own (`NO_INPUT`).
 """
 
 from __future__ import annotations
@@ -10,7 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxprune.widening import InFloat64
 
 aten = torch.ops.aten
 
@@ -27,6 +32,21 @@ def _absent_aware(*packets: Any) -> Callable[[Reference], Reference]:
     return register
 
 
+NO_INPUT = 0x7FF8_0000_0000_0001
+"""Bits of the NaN in a weight that is absent only because one of its dims keeps nothing."""
+
+
+def _lacks_inputs(w: torch.Tensor) -> torch.Tensor:
+    return w.view(torch.int64) == NO_INPUT if w.dtype == torch.float64 else torch.zeros_like(w, dtype=torch.bool)
+
+
+def _absent_products(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """x: (.., n, k), w: (.., k, m) -> (.., n, m), or of size one: absent, unless only what is summed over is."""
+    absent = x.isnan().all(-1, keepdim=True) | w.isnan().all(-2, keepdim=True)
+    nothing = x.isnan().all(-1, keepdim=True).all(-2, keepdim=True)
+    return absent & ~(nothing & _lacks_inputs(w).any(-2, keepdim=True))
+
+
 def _present(t: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
     return torch.where(t.isnan(), fill, t)
 
@@ -37,20 +57,24 @@ def _mark(out: torch.Tensor, absent: torch.Tensor) -> torch.Tensor:
 
 @_absent_aware(aten.mm, aten.bmm)
 def _mm(func: Any, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    absent = x.isnan().all(-1, keepdim=True) | w.isnan().all(-2, keepdim=True)
-    return _mark(func(_present(x), _present(w)), absent)
+    return _mark(func(_present(x), _present(w)), _absent_products(x, w))
 
 
 @_absent_aware(aten.addmm, aten.baddbmm)
 def _addmm(func: Any, bias: torch.Tensor, x: torch.Tensor, w: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    absent = x.isnan().all(-1, keepdim=True) | w.isnan().all(-2, keepdim=True)
-    return _mark(func(bias, _present(x), _present(w), **kwargs), absent)
+    return _mark(func(bias, _present(x), _present(w), **kwargs), _absent_products(x, w))
 
 
-@_absent_aware(aten.mv, aten.dot)
+@_absent_aware(aten.mv, aten.dot, aten.vdot)
 def _mv(func: Any, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     out = func(_present(x), _present(w))
     return _mark(out, x.isnan().all(-1) | w.isnan().all(-1))
+
+
+@_absent_aware(aten._cdist_forward)
+def _cdist(func: Any, x: torch.Tensor, y: torch.Tensor, p: float, *args: Any) -> torch.Tensor:
+    apart = x.unsqueeze(-2) - y.unsqueeze(-3)
+    return _mark(torch.linalg.vector_norm(_present(apart), p, dim=-1), apart.isnan().all(-1))
 
 
 @_absent_aware(aten.convolution)
@@ -58,6 +82,8 @@ def _convolution(func: Any, x: torch.Tensor, w: torch.Tensor, b: Any, *args: Any
     transposed, groups = args[3], args[5]
     gone = w.isnan().flatten(2).all(2)
     absent = gone.reshape(groups, -1, w.shape[1]).all(1).reshape(-1) if transposed else gone.all(1)
+    if groups == 1 and x.isnan().all():
+        absent = absent & ~_lacks_inputs(w).flatten(2).any(2).any(0 if transposed else 1)
     out = func(_present(x), _present(w), None if b is None else _present(b), *args)
     return _mark(out, absent.reshape(1, -1, *[1] * (out.ndim - 2)))
 
@@ -107,6 +133,32 @@ def _group_norm(func: Any, x: torch.Tensor, w: Any, b: Any, n: int, c: int, hw: 
     return (out if b is None else out + b.reshape(wide)), x.new_empty(0), x.new_empty(0)
 
 
+@_absent_aware(aten._weight_norm_interface)
+def _weight_norm(func: Any, v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> Any:
+    others = tuple(d for d in range(v.ndim) if d != dim % v.ndim)
+    norm = torch.linalg.vector_norm(_present(v), dim=others, keepdim=True)
+    return v * (g / norm), norm
+
+
+@_absent_aware(aten._fft_r2c, aten._fft_c2r, aten._fft_c2c)
+def _fft(func: Any, x: torch.Tensor, dims: Any, *args: Any) -> torch.Tensor:
+    """What is absent is absent at every frequency: zeros written next to it hold nothing."""
+    return _mark(func(_present(x), dims, *args), x.isnan().any(tuple(dims), keepdim=True))
+
+
+@_absent_aware(aten.view_as_real)
+def _view_as_real(func: Any, x: torch.Tensor) -> torch.Tensor:
+    return _mark(func(x), x.isnan().unsqueeze(-1))
+
+
+@_absent_aware(aten.im2col)
+def _im2col(func: Any, x: torch.Tensor, *args: Any) -> torch.Tensor:
+    """The padding of what is absent is absent."""
+    out = func(x, *args)
+    absent = x.isnan().flatten(2).all(2)
+    return _mark(out, absent.repeat_interleave(out.shape[1] // x.shape[1], 1).unsqueeze(-1))
+
+
 @_absent_aware(aten.constant_pad_nd)
 def _pad(func: Any, x: torch.Tensor, pad: Any, *args: Any) -> torch.Tensor:
     """Padding of what is absent is absent: along each padded dim, a line that holds nothing gets nothing."""
@@ -144,12 +196,22 @@ def _var(
     return var if keepdim else var.squeeze(tuple(_dims(dim, x)))
 
 
-@_absent_aware(aten.var_mean)
+@_absent_aware(aten.var_mean, aten.std_mean)
 def _var_mean(
     func: Any, x: torch.Tensor, dim: Any = None, *args: Any, correction: Any = None, keepdim: bool = False
 ) -> Any:
     mean, var = _moments(x, _dims(dim, x), 1 if correction is None else correction)
+    var = var.sqrt() if func.overloadpacket is aten.std_mean else var
     return (var, mean) if keepdim else (var.squeeze(tuple(_dims(dim, x))), mean.squeeze(tuple(_dims(dim, x))))
+
+
+@_absent_aware(aten.max, aten.min)
+def _extreme(func: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Of all of a tensor: of what is present. Along a dim that is present in whole, or of two tensors: as it is."""
+    if args or kwargs:
+        return func(x, *args, **kwargs)
+    fill = -torch.inf if func.overloadpacket is aten.max else torch.inf
+    return _mark(func(_present(x, fill)), x.isnan().all())
 
 
 _NEUTRAL = {
@@ -159,13 +221,14 @@ _NEUTRAL = {
     aten.amin: torch.inf,
     aten.logsumexp: -torch.inf,
     aten.linalg_vector_norm: 0.0,
+    aten.norm: 0.0,
 }
 
 
 @_absent_aware(*_NEUTRAL)
 def _reduction(func: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     out = func(_present(x, _NEUTRAL[func.overloadpacket]), *args, **kwargs)
-    if func.overloadpacket is aten.linalg_vector_norm:
+    if func.overloadpacket in (aten.linalg_vector_norm, aten.norm):
         args = args[1:] if args else args
     dims = _dims(args[0] if args else kwargs.get("dim"), x)
     absent = x.isnan().all(tuple(dims), keepdim=True) if dims else x.isnan()
@@ -177,40 +240,6 @@ def _softmax(func: Any, x: torch.Tensor, dim: int, *args: Any) -> torch.Tensor:
     return _mark(func(_present(x, -torch.inf), dim, *args), x.isnan())
 
 
-_WIDE = {
-    torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64,
-    torch.complex64: torch.complex128,
-}  # fmt: skip
-_DEFAULT_FLOAT = {aten.zeros, aten.ones, aten.empty, aten.rand, aten.randn, aten.linspace, aten.eye}
-
-
-class InFloat64(TorchDispatchMode):
-    """Run a module in float64, whatever precision its forward asks for.
-
-    Attributes:
-        random: names of the ops that drew random numbers.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.random: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Widen the precision that an op is asked for."""
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            self.random.add(str(func.overloadpacket))
-        if kwargs.get("dtype") in _WIDE:
-            kwargs = {**kwargs, "dtype": _WIDE[kwargs["dtype"]]}
-        elif kwargs.get("dtype") is None and func.overloadpacket in _DEFAULT_FLOAT:
-            kwargs = {**kwargs, "dtype": torch.float64}
-        return self.run(func, args, kwargs)
-
-    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run one op."""
-        return func(*args, **kwargs)
-
-
 class AbsentIsNaN(InFloat64):
     """Run a module whose parameters hold NaN at removed positions, as if those positions were not there."""
 
@@ -218,7 +247,8 @@ class AbsentIsNaN(InFloat64):
         """Use the absent-aware form of an op where it has one and NaN is about."""
         reference = _REFERENCE.get(func.overloadpacket)
         if reference is not None and any(
-            isinstance(a, torch.Tensor) and a.is_floating_point() and bool(a.isnan().any()) for a in args
+            isinstance(a, torch.Tensor) and (a.is_floating_point() or a.is_complex()) and bool(a.isnan().any())
+            for a in args
         ):
             return reference(func, *args, **kwargs)
         return func(*args, **kwargs)

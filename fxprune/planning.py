@@ -9,11 +9,13 @@ import numpy as np
 
 from fxprune.allocating import allocate
 from fxprune.atoms import FIXED
+from fxprune.branches import Branches
 from fxprune.budgets import Budget
 from fxprune.closing import owner
 from fxprune.constraining import Constraints, constrain
-from fxprune.costs import CostChange
+from fxprune.costs import CostChange, Costs
 from fxprune.coupling import Coupling
+from fxprune.emptying import CannotEmptyError
 from fxprune.errors import ArtifactError, PlanError
 from fxprune.labels import Labels
 from fxprune.methods import SCOPES, Magnitude, Method
@@ -118,7 +120,7 @@ def plan_of(
     Raises:
         PlanError: the choice breaks the coupling: a frozen channel would go, or rows would lose their balance.
     """
-    problem = coupling.violation(keep)
+    problem = coupling.violation(keep, may_empty=True)
     if problem:
         raise PlanError(
             f"these channels cannot be kept: {problem}. Start from `coupling.groups()`, and call "
@@ -126,6 +128,7 @@ def plan_of(
         )
     dense = coupling.costs(np.ones(coupling.num_channels, dtype=bool))
     kept, sizes = _kept(coupling, keep)
+    empties = bool(coupling.costs.emptied(keep))
     counts = _sites_per_channel(coupling)
     groups = []
     for group in coupling.groups():
@@ -136,13 +139,24 @@ def plan_of(
     return Plan(
         kept,
         sizes,
-        CostChange(dense, coupling.costs(keep)),
+        CostChange(dense, _without_branches(coupling, keep) if empties else coupling.costs(keep)),
         tuple(groups),
         method,
         dict(budget or {}),
         coupling.fingerprint,
         frozen(keep.copy()),
     )
+
+
+def _without_branches(coupling: Coupling, keep: np.ndarray) -> Costs:
+    """Return what the network of the channels `keep` (channels,) costs, without the branches that keep nothing."""
+    try:
+        return Branches(coupling).costs(keep)
+    except CannotEmptyError as error:
+        raise PlanError(
+            f"these channels cannot be kept: nothing would be left of a dim, and its channels {error}. Keep one of "
+            "each dim."
+        ) from error
 
 
 def _sites_per_channel(coupling: Coupling) -> np.ndarray:
@@ -183,6 +197,8 @@ def _kept_by_row(labels: Labels, dim: int, keep: np.ndarray, frees: np.ndarray) 
     for other, row in enumerate(labels):
         if other != dim and row is not None and frees[row].any():
             stay &= np.moveaxis(keep[row], dim, -1)[..., 0]
+    if not rows[stay].any():
+        return frozen(np.empty(0, dtype=np.int64))
     return frozen(np.stack([np.flatnonzero(row) for row in rows[stay]]))
 
 
@@ -215,7 +231,7 @@ def keep_of(coupling: Coupling, plan: Plan) -> np.ndarray:
             )
         ids = labels[dim]
         by_row = ids is not None and ids.size != shape[dim]
-        if positions.ndim != 1 + by_row:
+        if positions.size and positions.ndim != 1 + by_row:
             expected, found = ("rows of positions", "one row") if by_row else ("one row of positions", "several")
             raise ArtifactError(
                 f"{name!r} along dim {dim}: expected {expected}, found {found}. The plan is damaged, or of another "
@@ -223,12 +239,25 @@ def keep_of(coupling: Coupling, plan: Plan) -> np.ndarray:
             )
         if ids is None or positions.ndim > 1:
             continue
+        if not positions.size:
+            keep[ids] = False
+            continue
         gone = np.ones(shape[dim], dtype=bool)
         gone[positions] = False
         keep[ids.ravel()[gone]] = False
     keep = _rows_of(plan, tensors, keep)
+    keep = _parents_of(coupling, keep)
     keep[FIXED] = True
     return _checked(coupling, plan, keep[:-1])
+
+
+def _parents_of(coupling: Coupling, keep: np.ndarray) -> np.ndarray:
+    """Let parents go that occur in no parameter: those of crossings that are gone although their other parent stays."""
+    p, known = coupling.products, np.append(coupling.has_site, False)
+    for parent, other in ((p.row, p.column), (p.column, p.row)):
+        gone = known[p.channel] & ~keep[p.channel] & ~known[parent] & known[other] & keep[other]
+        keep[parent[gone]] = False
+    return keep
 
 
 def _rows_of(plan: Plan, tensors: Mapping[str, Any], keep: np.ndarray) -> np.ndarray:

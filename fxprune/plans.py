@@ -28,6 +28,11 @@ class GroupWidth:
     before: int
     after: int
 
+    @property
+    def share(self) -> str:
+        """Which part is kept, as text."""
+        return f"{self.after / self.before:.0%}" if self.after else "branch removed"
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -54,11 +59,13 @@ class Plan:
     keep: np.ndarray | None = field(default=None, repr=False, compare=False)
     """(channels,) which stay, on the coupling of this fingerprint; None for a plan that was read."""
 
+    @property
+    def empties(self) -> bool:
+        """Whether some dims keep nothing: the branches that they are in are removed."""
+        return any(not positions.size for positions in self.kept.values())
+
     def __str__(self) -> str:
-        rows = [
-            [i, g.name, g.kind, g.sites, g.before, g.after, f"{g.after / g.before:.0%}"]
-            for i, g in enumerate(self.groups)
-        ]
+        rows = [[i, g.name, g.kind, g.sites, g.before, g.after, g.share] for i, g in enumerate(self.groups)]
         table = tabulate(rows, headers=["group", "first site", "kind", "sites", "before", "after", "kept"])
         return f"{table}\n\n{costs_table(self.costs)}"
 

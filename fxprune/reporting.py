@@ -13,6 +13,7 @@ from torch import nn
 
 from fxprune.costs import RESOURCES, CostChange
 from fxprune.coupling import Coupling
+from fxprune.covering import Coverage
 from fxprune.errors import FxPruneError
 from fxprune.plans import GroupWidth, Plan, costs_table
 from fxprune.slimming import RECORD
@@ -38,6 +39,7 @@ class Report:
         frozen: what could not go, most channels first.
         verification: slim against masked original, or None if it was switched off.
         frontend: how the model was traced.
+        coverage: which share of the network could go at all, and what blocks the rest.
         notes: what else a user should know.
     """
 
@@ -45,6 +47,7 @@ class Report:
     frozen: tuple[FrozenRow, ...]
     verification: Verification | None
     frontend: str
+    coverage: Coverage
     notes: tuple[str, ...] = ()
 
     @property
@@ -72,7 +75,7 @@ class Report:
         parts = [
             f"fxprune: {self.method}, budget {asked}, traced by {self.frontend}",
             costs_table(self.costs),
-            self._groups_line(),
+            f"{self._groups_line()}; {self.coverage.headline}",
             str(self.verification) if self.verification else "not verified: `verify=False`",
         ]
         if self.frozen:
@@ -84,7 +87,9 @@ class Report:
 
     def _groups_line(self) -> str:
         before, after = sum(g.before for g in self.groups), sum(g.after for g in self.groups)
-        return f"{len(self.groups)} groups keep {after:,} of {before:,} channels"
+        line = f"{len(self.groups)} groups keep {after:,} of {before:,} channels"
+        gone = sum(not g.after for g in self.groups)
+        return f"{line}; {gone} of them keep nothing, and their branches are removed" if gone else line
 
     def _frozen_rows(self) -> list[list[Any]]:
         return [[f.channels, f.node, f.reason, f.source] for f in self.frozen]
@@ -100,9 +105,11 @@ class Report:
             tabulate(groups, headers=["first site", "kind", "sites", "before", "after"], tablefmt="html"),
             tabulate(self._frozen_rows(), headers=["frozen channels", "node", "reason", "line"], tablefmt="html"),
         ]
+        blocked = html.escape(str(self.coverage))
         verdict = html.escape(str(self.verification) if self.verification else "not verified")
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
         details = f"<details><summary>groups and frozen channels</summary>{tables[1]}{tables[2]}</details>"
+        details += f"<details><summary>coverage</summary><pre>{blocked}</pre></details>"
         return f"<h4>fxprune: {html.escape(self.method)}</h4>{tables[0]}<pre>{verdict}</pre>{notes}{details}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,6 +122,7 @@ class Report:
             "groups": [asdict(g) for g in self.groups],
             "frozen": [asdict(f) for f in self.frozen],
             "verification": self.verification.to_dict() if self.verification else None,
+            "coverage": self.coverage.to_dict(),
             "notes": list(self.notes),
         }
 
@@ -150,7 +158,7 @@ def make_report(
     """Put a report together."""
     traced = coupling.traced
     notes = (*traced.notes, *notes)
-    return Report(plan, frozen_rows(coupling), verification, traced.frontend, notes)
+    return Report(plan, frozen_rows(coupling), verification, traced.frontend, coupling.coverage(), notes)
 
 
 def compiled(slim: nn.Module) -> Compiled:

@@ -7,6 +7,7 @@ split again. Merging a row and a column dim gives ragged labels their row back, 
 from __future__ import annotations
 
 import math
+from functools import reduce
 
 import numpy as np
 
@@ -126,13 +127,27 @@ def _rows_and_columns(ledger: Ledger, ids: np.ndarray, at: int) -> tuple[np.ndar
         return first_column, None
     if (ids == first_row).all():
         return None, first_row
-    parents = ledger.parents(ids)
-    if parents is not None:
-        for row, column in (parents, parents[::-1]):
-            one_row, one_column = row.take([0], axis=at + 1), column.take([0], axis=at)
-            if (row == one_row).all() and (column == one_column).all():
-                return one_row, one_column
+    found = _factors(ledger, ids)
+    rows = [f for f in found if (f == f.take([0], axis=at + 1)).all()]
+    columns = [f for f in found if (f == f.take([0], axis=at)).all() and not any(f is r for r in rows)]
+    if len(rows) + len(columns) == len(found) and rows and columns:
+        row, column = (reduce(ledger.product, factors) for factors in (rows, columns))
+        return _compact(row, at, at + 1), _compact(column, at + 1, at)
     return ledger.any_along(ids, at + 1), ids
+
+
+def _compact(ids: np.ndarray, dim: int, other: int) -> np.ndarray:
+    """Let labels that belong to `dim` vary over no dim along which they are the same, and not over `other`."""
+    ids = ids.take([0], axis=other)
+    for d in range(ids.ndim):
+        ids = ids if d == dim else _squeezed(ids, d)
+    return ids
+
+
+def _factors(ledger: Ledger, ids: np.ndarray) -> list[np.ndarray]:
+    """Take crossings of crossings apart."""
+    parents = ledger.parents(ids)
+    return [ids] if parents is None else [f for parent in parents for f in _factors(ledger, parent)]
 
 
 def _squeezed(ids: np.ndarray, dim: int) -> np.ndarray:

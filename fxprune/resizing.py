@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
+from fxprune.attention import MultiheadAttention
 from fxprune.labels import Shape
 
 RESIZERS: dict[type[nn.Module], Callable[..., None]] = {}
@@ -21,11 +28,13 @@ class Call:
         inputs: predicted shape of each tensor that goes in.
         outputs: predicted shape of each tensor that comes out.
         rows: `(dim, count) -> int`: how many of `count` equal rows of the first input's dim stay.
+        kept: `(name, dim) -> (size,) bool`: which positions of one of its parameters stay along a dim.
     """
 
     inputs: list[Shape]
     outputs: list[Shape]
     rows: Callable[[int, int], int]
+    kept: Callable[[str, int], np.ndarray]
 
 
 def resizes(*kinds: type[nn.Module]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -48,10 +57,30 @@ def is_sized(module: nn.Module) -> bool:
 
 def resize(module: nn.Module, call: Call) -> None:
     """Set the size attributes of a module to what its parameters and its call now say."""
-    for kind in type(module).__mro__:
-        if kind in RESIZERS:
-            RESIZERS[kind](module, call)
-            return
+    resizer = next((RESIZERS[kind] for kind in type(module).__mro__ if kind in RESIZERS), None)
+    if resizer is None:
+        return
+    if not (module._forward_pre_hooks or parametrize.is_parametrized(module)):
+        resizer(module, call)
+        return
+    with _as_in_eval(module), torch.no_grad():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, (WeightNorm, SpectralNorm)):
+                hook(module, ())  # computes the weight that it holds as an attribute between calls
+        resizer(module, call)
+
+
+@contextmanager
+def _as_in_eval(module: nn.Module) -> Iterator[None]:
+    """Let weights that are computed be as in eval mode: in train mode, spectral norm changes its buffers each time."""
+    modes = [(m, m.training) for m in module.modules()]
+    for m, _ in modes:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
 
 
 _SHAPE_KEEPING = (
@@ -154,3 +183,38 @@ def unflatten(module: Any, call: Call) -> None:
     at = module.dim % len(call.inputs[0])
     count = len(module.unflattened_size)
     module.unflattened_size = tuple(call.outputs[0][at : at + count])
+
+
+@resizes(MultiheadAttention)
+def attention(module: MultiheadAttention, call: Call) -> None:
+    """Projections of query, key and value: (heads * head dim, in), stacked or each on its own."""
+    if module.in_proj_weight is not None:
+        parts = list(np.split(call.kept("in_proj_weight", 0), np.cumsum(module.sizes)[:2]))
+    else:
+        parts = [call.kept(f"{name}_proj_weight", 0) for name in "qkv"]
+    heads = parts[0].reshape(module.num_heads, -1).any(axis=1)
+    sizes = tuple(int(part.sum()) for part in parts)
+    vars(module).update(sizes=sizes, num_heads=int(heads.sum()), head_dim=sizes[0] // int(heads.sum()))
+    module.embed_dim = module.out_proj.weight.shape[0]
+    module.out_proj.out_features, module.out_proj.in_features = module.out_proj.weight.shape
+    if module.in_proj_weight is None:
+        module.kdim, module.vdim = module.k_proj_weight.shape[1], module.v_proj_weight.shape[1]
+    else:
+        module.kdim = module.vdim = module.in_proj_weight.shape[1]
+
+
+@resizes(nn.RNNBase)
+def recurrent(module: Any, call: Call) -> None:
+    """weight_ih_l0: (gates * hidden, in), weight_hh_l0: (gates * hidden, out), weight_hr_l0: (out, hidden)."""
+    module.input_size = module.weight_ih_l0.shape[1]
+    if module.proj_size:
+        module.proj_size, module.hidden_size = module.weight_hr_l0.shape
+    else:
+        module.hidden_size = module.weight_hh_l0.shape[1]
+    module._init_flat_weights()
+
+
+@resizes(nn.modules.rnn.RNNCellBase)
+def recurrent_cell(module: Any, call: Call) -> None:
+    """weight_ih: (gates * hidden, in), weight_hh: (gates * hidden, hidden)."""
+    module.input_size, module.hidden_size = module.weight_ih.shape[1], module.weight_hh.shape[1]

@@ -10,26 +10,27 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx, nn
-from torch.fx.node import map_aggregate, map_arg
+from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from fxprune import positions as positions  # its fixers enter the table
-from fxprune.cloning import Cloner, clone, named_state, submodule
+from fxprune.branches import build_without
+from fxprune.cloning import Cloner, submodule
 from fxprune.closing import owner
 from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError
 from fxprune.labels import Labels, Shape
 from fxprune.literals import FIXERS, plain_name
-from fxprune.meta import OnMeta, meta_tensor
 from fxprune.pausing import without_collector
 from fxprune.planning import keep_of
 from fxprune.plans import Plan
 from fxprune.records import Labelled
 from fxprune.resizing import Call, fits, is_sized, resize
-from fxprune.running import Runner
+from fxprune.running import MetaRunner
+from fxprune.sizing import Expected, answer
 from fxprune.slicing import Kept, kept_size, sliced_like
 from fxprune.slimming import SlimModule, only_used
-from fxprune.traced import attach
+from fxprune.traced import copied
 from fxprune.values import bind, tensors_in, to_meta
 
 
@@ -48,30 +49,20 @@ def rewrite(coupling: Coupling, plan: Plan) -> fx.GraphModule:
         ArtifactError: the plan does not fit this network.
         RewriteError: the graph holds sizes that cannot be rewritten; its `nodes` say where and why.
     """
-    keep = np.append(keep_of(coupling, plan), True)
+    keep = keep_of(coupling, plan)
+    return build_without(coupling, keep, build) if plan.empties else build(coupling, keep)
+
+
+def build(coupling: Coupling, keep: np.ndarray) -> fx.GraphModule:
+    """Build the slim network of the channels `keep` (channels,); something of every dim stays."""
+    keep = np.append(keep, True)
     prediction = Prediction(coupling, keep)
-    graph = _copied(coupling.traced.graph)
+    graph = copied(coupling.traced.graph)
     root = _sliced(coupling, graph, keep)
     _resize_modules(root, graph, prediction)
     _fix_literals(coupling, root, graph, prediction)
     graph.lint()
     return SlimModule(root, graph)
-
-
-def _copied(graph: fx.Graph) -> fx.Graph:
-    """Copy a graph: `copy.deepcopy` without its detours."""
-    new = fx.Graph(tracer_cls=graph._tracer_cls)
-    new.set_codegen(graph._codegen)
-    twin: dict[fx.Node, fx.Node] = {}
-    for n in graph.nodes:
-        args, kwargs = map_arg((n.args, n.kwargs), twin.__getitem__)
-        if n.op == "output":
-            new.output(args[0])
-            break
-        twin[n] = new.create_node(n.op, n.target, name=n.name, type_expr=n.type)
-        attach(twin[n], args, kwargs)
-        twin[n].meta.update(n.meta)
-    return new
 
 
 class Prediction:
@@ -172,14 +163,13 @@ _BROADCASTING = {
 }  # fmt: skip
 
 
-class _Fixer(Runner):
+class _Fixer(MetaRunner):
     """Runs the slim graph on meta copies of what it uses; is the `Context` that fixers ask."""
 
     def __init__(self, root: nn.Module, graph: fx.Graph, prediction: Prediction) -> None:
         super().__init__(root, graph)
         self.prediction = prediction
         self.record = prediction.coupling.record
-        self._on_meta = OnMeta()
         self.failed: dict[str, str] = {}
 
     def run_all(self, values: list[Any]) -> None:
@@ -194,6 +184,9 @@ class _Fixer(Runner):
         """Fix a node, run it and compare its shapes with the prediction; None where they are certain."""
         predicted = self.prediction.shapes(n.name)
         try:
+            if self._is_dense_size(n):
+                self.graph.erase_node(n)
+                return None
             self._fix(n)
             if self._certain(n, predicted):
                 return None
@@ -210,6 +203,11 @@ class _Fixer(Runner):
             return self._stand_in(n)
         return value
 
+    def _is_dense_size(self, n: fx.Node) -> bool:
+        """Say whether a node expects a size that is another one in the slim network: no input will ever give it."""
+        module = submodule(self.module, str(n.target)) if n.op == "call_module" else None
+        return isinstance(module, Expected) and answer(module.value, self.value(n.args[0])) != module.value
+
     def _fail(self, n: fx.Node, reason: str) -> None:
         """Note what went wrong at a node: a module that is called at several has one size for all of them."""
         shared = [m for m in n.graph.nodes if m.op == n.op == "call_module" and m.target == n.target]
@@ -222,17 +220,6 @@ class _Fixer(Runner):
                 fixer(self, n)
             elif self.prediction.shapes(n.name):
                 self._pin_numbers(n)
-
-    def fetch_attr(self, target: str) -> Any:
-        """Return what a node refers to, with its tensors on the meta device."""
-        found = super().fetch_attr(target)
-        if isinstance(found, torch.Tensor):
-            return meta_tensor(found)
-        return (
-            clone(found, {id(t): meta_tensor(t) for _, t, _ in named_state(found)})
-            if isinstance(found, nn.Module)
-            else found
-        )
 
     def _certain(self, n: fx.Node, predicted: list[Shape]) -> bool:
         """Say whether the shape of a common op can be told without running it, and is the predicted one."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx, nn
 
+from fxprune.cloning import clone, named_part, named_state
+from fxprune.meta import OnMeta, meta_tensor
 from fxprune.recurrent import run_module
 
 
@@ -39,3 +42,33 @@ class Runner(fx.Interpreter):
         if isinstance(arg, tuple):  # a named one
             return type(arg)(*(self._value(a) for a in arg))
         return arg
+
+
+class MetaRunner(Runner):
+    """Runs a graph on meta tensors, with meta copies of the parameters and buffers it uses."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        """Run `graph` on what it refers to in `root`, which must not change from then on."""
+        super().__init__(root, graph)
+        self._on_meta = OnMeta()
+        self._twins: dict[int, torch.Tensor] = {}
+
+    def run_on_meta(self, n: fx.Node) -> Any:
+        """Run one node on the values of `env`."""
+        with torch.no_grad(), self._on_meta:
+            return self.run_node(n)
+
+    def fetch_attr(self, target: str) -> Any:
+        """Return what a node refers to, with its tensors on the meta device."""
+        found = named_part(self.module, target)
+        if isinstance(found, torch.Tensor):
+            return self._twin(found)
+        if isinstance(found, nn.Module):
+            return clone(found, {id(t): self._twin(t) for _, t, _ in named_state(found)})
+        return found
+
+    def _twin(self, value: torch.Tensor) -> torch.Tensor:
+        found = self._twins.get(id(value))
+        if found is None:
+            found = self._twins[id(value)] = meta_tensor(value)
+        return found

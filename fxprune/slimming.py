@@ -11,6 +11,8 @@ from fxprune.cloning import Cloner, submodule
 
 RECORD = "fxprune"
 """Key of the compilation's record in `slim.meta`."""
+EXACT = "fxprune_exact"
+"""Key, in `slim.meta`, of parameters that were computed: name -> value before it was rounded to the dtype."""
 
 
 _HOOKS = (

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from torch import fx, nn
+from torch.fx.node import map_arg
 
 from fxprune.cloning import State, named_state
 
@@ -107,3 +108,19 @@ def attach(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None
         type(node).args.__set__(node, args)  # pyright: ignore[reportAttributeAccessIssue]
     if kwargs:
         type(node).kwargs.__set__(node, kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def copied(graph: fx.Graph) -> fx.Graph:
+    """Copy a graph: `copy.deepcopy` without its detours."""
+    new = fx.Graph(tracer_cls=graph._tracer_cls)
+    new.set_codegen(graph._codegen)
+    twin: dict[fx.Node, fx.Node] = {}
+    for n in graph.nodes:
+        args, kwargs = map_arg((n.args, n.kwargs), twin.__getitem__)
+        if n.op == "output":
+            new.output(args[0])
+            break
+        twin[n] = new.create_node(n.op, n.target, name=n.name, type_expr=n.type)
+        attach(twin[n], args, kwargs)
+        twin[n].meta.update(n.meta)
+    return new

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from fxprune.attention import MultiheadAttention, make_traceable
-from fxprune.cloning import clone, modules_in, named_state
+from fxprune.cloning import clone, modules_in, named_part, named_state
 from fxprune.errors import TraceError
 from fxprune.exporting import exported
 from fxprune.pausing import without_collector
 from fxprune.recurrent import PACKED, is_packed, raised_packing
+from fxprune.sizing import SizedTracer, Symbol
 from fxprune.traced import TRAINING, Traced, TrainingFlag, attach, left_out, taking_part
+from fxprune.values import to_meta
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(__file__)
@@ -48,12 +54,13 @@ class _Flag(int):
     asked: list[str]
 
     def __bool__(self) -> bool:
-        self.asked.append(_user_line(sys._getframe(1)))
+        self.asked.append(user_line(sys._getframe(1)))
         return int(self) != 0
 
 
-def _user_line(frame: Any) -> str:
-    """Return `file:line` of the innermost frame that is neither torch's nor ours."""
+def user_line(frame: Any = None) -> str:
+    """Return `file:line` of the innermost frame, from `frame` on, that is neither torch's nor ours."""
+    frame = frame or sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
         if _is_users(name):
@@ -67,34 +74,44 @@ def _is_users(path: str) -> bool:
     return not path.startswith((_TORCH, "<")) and os.path.dirname(path) != _HERE
 
 
-class Tracer(fx.Tracer):
+class Tracer(SizedTracer):
     """Symbolic tracer that keeps default arguments, source lines, and what depends on training mode."""
 
-    def __init__(self, fixed: Mapping[str, Any], training: bool) -> None:
-        super().__init__()
+    def __init__(self, fixed: Mapping[str, Any], inputs: Mapping[str, Any], training: bool) -> None:
+        super().__init__(inputs)
         self.fixed = fixed
         self.flag = _Flag(training)
         self.flag.asked = []
         self.sources: dict[str, str] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Keep modules of torch.nn whole, and stateless ones whose forward asks for `self.training` (drop-path)."""
-        if isinstance(m, MultiheadAttention) or super().is_leaf_module(m, module_qualified_name):
+        """Keep modules of torch.nn whole; of others batch norms, and stateless ones, that ask for `self.training`."""
+        if isinstance(m, MultiheadAttention):
+            return True
+        if super().is_leaf_module(m, module_qualified_name) and not _is_users_own(m):
             return True
         code = getattr(type(m).forward, "__code__", None)
-        asks = code is not None and "training" in code.co_names
-        return asks and not any(True for _ in m.parameters()) and not any(True for _ in m.children())
+        if code is None or "training" not in code.co_names:
+            return False
+        stateless = not any(True for _ in m.parameters()) and not any(True for _ in m.children())
+        return stateless or isinstance(m, nn.modules.batchnorm._BatchNorm)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Record a leaf, walk through the others; the stack of modules that torch notes at every node is not needed."""
+        if not self.recording:
+            return forward(*args, **kwargs)
         path = self.path_of_module(m)
         return (
             self.create_proxy("call_module", path, args, kwargs)
             if self.is_leaf_module(m, path)
             else forward(*args, **kwargs)
         )
+
+    def user_line(self) -> str:
+        """Return file and line of the user's code that is being traced."""
+        return user_line(sys._getframe(1))
 
     def create_node(
         self,
@@ -110,19 +127,21 @@ class Tracer(fx.Tracer):
             return super().create_node(kind, target, args, kwargs, name, type_expr)
         node = super().create_node(kind, target, (), {}, name, type_expr)
         attach(node, args, kwargs)
-        self.sources[node.name] = _user_line(sys._getframe(1))
+        self.sources[node.name] = user_line(sys._getframe(1))
         return node
 
     def create_arg(self, a: Any) -> Any:
         """Turn `self.training`, handed to a function, into a node that asks for it."""
         kind = type(a)
-        if kind is fx.Proxy:
+        if kind is Symbol:
             return a.node
         if kind in _PLAIN:
             return a
         if kind is tuple:
             return tuple([self.create_arg(v) for v in a])
         if kind is _Flag:
+            if TRAINING not in self.root._modules:
+                self.root.add_module(TRAINING, TrainingFlag())
             return self.create_node("call_module", TRAINING, (), {})
         return super().create_arg(a)
 
@@ -135,6 +154,12 @@ class Tracer(fx.Tracer):
         self.root.add_module(target, Expect(name, value).train(bool(int(self.flag))))
         self.create_node("call_module", target, (proxy.node,), {})
         return value
+
+
+def _is_users_own(module: nn.Module) -> bool:
+    """Say whether a module of a class that `torch.nn.utils.parametrize` has made is a layer of the user's."""
+    kind = type(module)
+    return kind.__module__ == parametrize.__name__ and not kind.__bases__[0].__module__.startswith("torch.")
 
 
 _ADVICE = "Check that `model(*example_inputs)` runs; mark functions that cannot be traced with `torch.fx.wrap`."
@@ -154,10 +179,13 @@ def trace(model: nn.Module, example_inputs: Any) -> Traced:
         TraceError: no example inputs, inputs that do not fit the signature, or neither front end can trace the model.
     """
     args, kwargs = _inputs(model, example_inputs)
-    try:
-        return _symbolic(model, args, kwargs)
-    except Exception as symbolic_error:
-        first = symbolic_error
+    first = None
+    for through in (True, False):
+        try:
+            return _symbolic(model, args, kwargs, through)
+        except Exception as symbolic_error:
+            first = first or symbolic_error
+    assert first is not None
     try:
         return exported(model, args, kwargs)
     except Exception as export_error:
@@ -202,12 +230,15 @@ def _inputs(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dic
 
 
 @without_collector
-def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
+def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], through: bool) -> Traced:
     fixed = _fixed(model, args, kwargs)
-    root, graph, tracer = _trace_once(model, fixed, model.training)
+    given = inspect.signature(model.forward).bind(*args, **kwargs)
+    given.apply_defaults()
+    inputs = to_meta(given.arguments)
+    root, graph, tracer = _trace_once(model, fixed, inputs, model.training, through)
     notes = []
     asked = list(dict.fromkeys(tracer.flag.asked))
-    if asked and not _merge_modes(graph, _trace_once(model, fixed, not model.training)[1]):
+    if asked and not _merge_modes(graph, _trace_once(model, fixed, inputs, not model.training, through)[1]):
         mode = "train" if model.training else "eval"
         lines = ", ".join(f"{os.path.basename(line)}" for line in asked[:3])
         notes.append(
@@ -215,7 +246,7 @@ def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             "both"
         )
     if any(n.op == "call_module" and n.target == TRAINING for n in graph.nodes):
-        root.add_module(TRAINING, TrainingFlag().train(model.training))
+        root.add_module(TRAINING, TrainingFlag().train(model.training))  # its own, or that of arguments merged
     one_path = bool(notes)
     state, unused = taking_part(root, graph)
     notes += left_out(unused)
@@ -257,16 +288,20 @@ def _guarded(model: nn.Module) -> tuple[dict[int, torch.Tensor], list[tuple[torc
     return copies, seen
 
 
-def _trace_once(model: nn.Module, fixed: Mapping[str, Any], training: bool) -> tuple[nn.Module, fx.Graph, Tracer]:
+def _trace_once(
+    model: nn.Module, fixed: Mapping[str, Any], inputs: Mapping[str, Any], training: bool, through: bool
+) -> tuple[nn.Module, fx.Graph, Tracer]:
     copies, seen = _guarded(model)
     root = clone(model, copies)
     make_traceable(root)
-    tracer = Tracer(fixed, training)
+    tracer = Tracer(fixed, inputs, training)
     modes = [(vars(m), m.training) for _, m in modules_in(root)]
     for attributes, mode in modes:
         if mode == model.training:
             attributes["training"] = tracer.flag
-    graph = tracer.trace(root)
+    with _through_wrapped() if through else nullcontext():
+        graph = tracer.trace(root)
+    _restore_buffers(root, model, copies)
     written = {id(t) for t, version in seen if t._version != version}
     if written:
         names = [name for name, t, _ in named_state(root) if id(t) in written]
@@ -275,6 +310,43 @@ def _trace_once(model: nn.Module, fixed: Mapping[str, Any], training: bool) -> t
         attributes["training"] = mode
     graph._tracer_cls = fx.Tracer  # what unpickling a module of this graph calls
     return root, graph, tracer
+
+
+_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
+
+
+def _restore_buffers(root: nn.Module, model: nn.Module, copies: Mapping[int, torch.Tensor]) -> None:
+    """Put back the buffers that forward assigned symbolic values to: `self.calls += 1` is in the graph as `iadd`.
+
+    Raises:
+        TraceError: another value was assigned, which the graph would forget.
+    """
+    for path, m in modules_in(root):
+        for key, value in m._buffers.items():
+            if isinstance(value, fx.Proxy):
+                name = f"{path}.{key}" if path else key
+                node = value.node
+                while node.op == "call_function" and node.target in _IN_PLACE and isinstance(node.args[0], fx.Node):
+                    node = node.args[0]
+                if (node.op, node.target) != ("get_attr", name):
+                    raise TraceError(f"forward assigns to {name!r}, which a symbolic trace does not record")
+                own = named_part(model, name)
+                m._buffers[key] = copies.get(id(own), own)
+
+
+@contextmanager
+def _through_wrapped() -> Iterator[None]:
+    """Let a trace walk through the Python functions that `torch.fx.wrap` keeps whole: they hold sizes of their own."""
+    table = fx._symbolic_trace._wrapped_fns_to_patch
+    walked = {
+        key: table.pop(key)
+        for key, home in list(table.items())
+        if isinstance(home.get(key[1]), FunctionType) and not home.get("__name__", "").startswith("torch.")
+    }
+    try:
+        yield
+    finally:
+        table.update(walked)
 
 
 def _merge_modes(graph: fx.Graph, other: fx.Graph) -> bool:

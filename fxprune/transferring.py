@@ -18,6 +18,8 @@ def transfer(
 ) -> torch.optim.Optimizer:
     """Return an optimizer of the same class, settings and parameter groups for the slim network, with sliced state.
 
+    The constants of removed branches are parameters that the original does not have: they join the first group.
+
     Args:
         optimizer: over the parameters of the original model. It is not touched.
         slim: from `compile` or `load`.
@@ -36,6 +38,9 @@ def transfer(
         params = [targets[named[id(p)]] for p in group["params"] if named.get(id(p)) in targets]
         groups.append({**{k: v for k, v in group.items() if k != "params"}, "params": params})
     accepted = inspect.signature(type(optimizer)).parameters
+    if model is not None and groups:
+        known = {name for name, _ in model.named_parameters()}
+        groups[0]["params"] += [p for name, p in slim.named_parameters() if name not in known]
     settings = {k: v for k, v in optimizer.defaults.items() if k in accepted}
     states = {}
     for p, state in optimizer.state.items():

@@ -2,7 +2,8 @@
 
 The reference knows nothing of graphs, labels or rewriting. It runs the original module in float64 with every removed
 position of every parameter and buffer set to NaN, which stands for *absent* (see `masking`). What comes out, without
-the absent positions, is what the slim network must return.
+the absent positions, is what the slim network must return. A dim of which nothing stays is no exception: what sums over
+it returns its bias.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ from torch.utils import _pytree as pytree
 from fxprune.cloning import clone, named_state
 from fxprune.coupling import Coupling
 from fxprune.errors import VerificationError
-from fxprune.masking import AbsentIsNaN, InFloat64
+from fxprune.masking import NO_INPUT, AbsentIsNaN, InFloat64
 from fxprune.plans import Plan
+from fxprune.slimming import EXACT
 from fxprune.values import bind, tensors_in
 
+MADE_BY_TRACING = ("_tensor_constant", "lifted_tensor")
+"""How the names of tensors begin that forward makes, and a trace has made before."""
 TOLERANCE = 1e-9
 """Largest relative error, in float64, that counts as equal."""
 
@@ -70,11 +74,18 @@ def _to_double(value: Any) -> Any:
     return pytree.tree_map(widen, value)
 
 
-def _double_copy(module: nn.Module) -> nn.Module:
-    """Return a float64 copy in eval mode, on the same devices."""
+def double_copy(module: nn.Module, exact: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
+    """Return a float64 copy in eval mode, on the same devices.
+
+    Args:
+        module: not touched.
+        exact: name -> value of a parameter before it was rounded; used where the parameter still is that, rounded.
+    """
     memo = {}
-    for _, t, is_parameter in named_state(module):
-        fresh = t.detach().to(
+    for name, t, is_parameter in named_state(module):
+        before = exact.get(name) if exact else None
+        same = before is not None and torch.equal(before.to(t.device, t.dtype), t)
+        fresh = (before if same and before is not None else t).detach().to(
             torch.complex128 if t.is_complex() else torch.float64 if t.is_floating_point() else t.dtype, copy=True
         )
         memo[id(t)] = nn.Parameter(fresh, requires_grad=False) if is_parameter else fresh
@@ -83,11 +94,11 @@ def _double_copy(module: nn.Module) -> nn.Module:
 
 def masked_copy(module: nn.Module, plan: Plan) -> nn.Module:
     """Return a float64 copy of a module, in eval mode, with NaN at every position the plan removes."""
-    masked = _double_copy(module)
+    masked = double_copy(module)
     state = {name: t for name, t, _ in named_state(masked)}
     with torch.no_grad():
         for (name, dim), positions in plan.kept.items():
-            if name.startswith("_tensor_constant") and name not in state:
+            if name.startswith(MADE_BY_TRACING) and name not in state:
                 continue  # made by tracing out of a tensor that forward makes
             value = state[name]
             if positions.ndim == 1:
@@ -98,7 +109,21 @@ def masked_copy(module: nn.Module, plan: Plan) -> nn.Module:
                 for row, stays in zip(rows.tolist(), positions, strict=True):
                     gone = np.setdiff1d(np.arange(value.shape[dim]), stays)
                     value[row].index_fill_(dim - 1, torch.from_numpy(gone).to(value.device), torch.nan)
+        for name in dict.fromkeys(name for (name, _), positions in plan.kept.items() if not positions.size):
+            _mark_emptied(state[name], {dim: k for (n, dim), k in plan.kept.items() if n == name})
     return masked
+
+
+def _mark_emptied(value: torch.Tensor, kept: Mapping[int, np.ndarray]) -> None:
+    """Mark where a weight, one dim of which keeps nothing, is kept along all others: these positions lack inputs."""
+    others = {dim: positions for dim, positions in kept.items() if positions.size}
+    if value.dtype != torch.float64 or value.ndim < 2 or len(kept) != len(others) + 1:
+        return
+    here = torch.ones(value.shape, dtype=torch.bool, device=value.device)
+    for dim, positions in others.items():
+        gone = np.setdiff1d(np.arange(value.shape[dim]), positions)
+        here.index_fill_(dim, torch.from_numpy(gone).to(value.device), False)
+    value.view(torch.int64).masked_fill_(here, NO_INPUT)
 
 
 def run_in(mode: InFloat64, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Any:
@@ -106,13 +131,17 @@ def run_in(mode: InFloat64, module: nn.Module, args: Any, kwargs: Mapping[str, A
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     args, kwargs = _to_double((args, dict(kwargs)))
-    fastpath = torch.backends.mha.get_fastpath_enabled()
+    mode.know(t for name, t, _ in named_state(module) if name.startswith(MADE_BY_TRACING))
+    fastpath, cudnn = torch.backends.mha.get_fastpath_enabled(), torch.backends.cudnn.enabled
     torch.backends.mha.set_fastpath_enabled(False)
+    if any(isinstance(m, nn.RNNBase) for m in module.modules()):
+        torch.backends.cudnn.enabled = False  # in it a recurrent layer is a single op
     try:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), mode:
             return module(*args, **kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
+        torch.backends.cudnn.enabled = cudnn
 
 
 def _named_outputs(value: Any) -> dict[str, torch.Tensor]:
@@ -174,7 +203,7 @@ def _verify(coupling: Coupling, plan: Plan, slim: fx.GraphModule) -> Verificatio
     reference, plain = AbsentIsNaN(), InFloat64()
     try:
         masked = _named_outputs(run_in(reference, masked_copy(original, plan), traced.args, traced.kwargs))
-        found = _named_outputs(run_in(plain, _double_copy(slim), traced.args, traced.kwargs))
+        found = _named_outputs(run_in(plain, double_copy(slim, slim.meta.get(EXACT)), traced.args, traced.kwargs))
     except Exception as error:
         raise VerificationError(
             f"the networks do not run in float64 on the example inputs: {type(error).__name__}: {error}. Check that "
@@ -226,7 +255,7 @@ def _first_difference(coupling: Coupling, plan: Plan, slim: fx.GraphModule) -> s
     dense = _Recorder(masked_copy(traced.module, plan))  # pyright: ignore[reportArgumentType]
     with torch.no_grad(), AbsentIsNaN():
         dense.run(*_to_double(values), enable_io_processing=False)
-    short = _Recorder(_double_copy(slim))  # pyright: ignore[reportArgumentType]
+    short = _Recorder(double_copy(slim, slim.meta.get(EXACT)))  # pyright: ignore[reportArgumentType]
     with torch.no_grad(), InFloat64():
         short.run(*_to_double(values), enable_io_processing=False)
     for name, expected in dense.values.items():

@@ -243,7 +243,7 @@ def test_tie_keeps_the_same_positions() -> None:
     [
         ({"keep_inputs": "stem"}, "is one string"),
         ({"tie": "stem"}, "is one string"),
-        ({"min_width": 0}, "min_width=0"),
+        ({"min_width": -1}, "min_width=-1"),
         ({"multiple_of": 0}, "multiple_of=0"),
         ({"max_ratio": 1.5}, "max_ratio=1.5"),
         ({"max_ratio": -0.1}, "max_ratio=-0.1"),

@@ -265,7 +265,7 @@ def test_tracing_shares_the_parameters_and_changes_nothing() -> None:
 
 
 class DataDependent(nn.Module):
-    """Python that symbolic tracing cannot follow: a loop over a size, and a branch on one."""
+    """Python that symbolic tracing cannot follow: a tensor made of a size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -279,7 +279,7 @@ class DataDependent(nn.Module):
             raise ValueError("maps with an even number of channels are needed")
         for _ in range(int(x.shape[1] > 8)):
             x = torch.sigmoid(self.b(x))
-        return self.c(x)
+        return self.c(x) / torch.tensor(x.shape[-1]).sqrt()
 
 
 def test_what_symbolic_trace_cannot_do_is_exported() -> None:

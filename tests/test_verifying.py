@@ -216,6 +216,16 @@ OPS: dict[str, Any] = {
     "logsumexp": lambda x, w: x.logsumexp(1),
     "softmax": lambda x, w: x.softmax(1).amax(1),
     "layer_norm": lambda x, w: F.layer_norm(x, x.shape[1:]).nan_to_num(-9.0).amax(1),
+    "std_mean": lambda x, w: torch.stack(torch.std_mean(x, 1)),
+    "max of all": lambda x, w: x.max() - x.min(),
+    "norm of all": lambda x, w: x.norm(),
+    "vdot": lambda x, w: torch.vdot(x[0], x[1]),
+    "cdist": lambda x, w: torch.cdist(x, w.t()),
+    "weight_norm": lambda x, w: torch._weight_norm(x, x[:, :1].detach().clone(), 0).nan_to_num(-9.0).amax(1),
+    "complex matmul": lambda x, w: torch.complex(x, 2 * x) @ torch.complex(w, -w),
+    "parts of a complex": lambda x, w: torch.view_as_real(torch.complex(x, 2 * x)).sum((1, 2)),
+    "fft": lambda x, w: torch.fft.irfft(torch.fft.rfft(x[:, :, None] * w, dim=2), n=4, dim=2).sum(1),
+    "patches with padding": lambda x, w: F.unfold(x[:, :, None, None], (1, 3), padding=(0, 1)).mean((1, 2)),
 }
 
 

@@ -32,6 +32,7 @@ def magnitude(coupling: Coupling, p: float = 2.0) -> np.ndarray:
         nonlocal room
         if name not in latest:
             latest.clear()
+            weight = weight.abs() if weight.is_complex() else weight
             if (room.dtype, room.device) != (weight.dtype, weight.device):
                 room = torch.empty(largest, dtype=weight.dtype, device=weight.device)
             out = room[: weight.numel()].view(weight.shape)

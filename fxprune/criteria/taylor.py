@@ -43,7 +43,8 @@ def taylor(coupling: Coupling, calibration: Iterable[Any] | None, tasks: Mapping
     gradients = _gradients(coupling, calibration, tasks)
 
     def measure(name: str, weight: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
-        product = weight.double() * gradients[name].double()
+        wide = torch.complex128 if weight.is_complex() else torch.float64
+        product = (weight.to(wide).conj() * gradients[name].to(wide)).real
         return (product.sum(dim=dims, keepdim=True) if dims else product) ** 2
 
     return add_up(coupling, [s for s in weight_sites(coupling) if s.name in gradients], measure)

@@ -135,8 +135,9 @@ class Op:
 
     def _hold_summed(self, x: Labels, w: Labels, dims: Iterable[int]) -> None:
         """Freeze channels made of a constant where they are summed over and neither operand knows when they go."""
+        ndim = max(len(x), len(w))
         for d in dims:
-            a, b = x[d], w[d]
+            a, b = x[d - ndim], w[d - ndim]
             if a is not None and b is not None:
                 both = self.ledger.is_constant(a) & self.ledger.is_constant(b)
                 for ids in (a, b):
@@ -207,4 +208,13 @@ def lookup(func: Any) -> Rule | None:
     return found
 
 
-from fxprune.rules import contraction, creation, movement, normalization, pointwise, pooling  # noqa: E402, F401 (fills RULES)
+from fxprune.rules import (  # noqa: E402 (fills RULES)
+    contraction,  # noqa: F401
+    creation,  # noqa: F401
+    movement,  # noqa: F401
+    normalization,  # noqa: F401
+    pointwise,  # noqa: F401
+    pooling,  # noqa: F401
+    selection,  # noqa: F401
+    spectral,  # noqa: F401
+)

@@ -43,10 +43,18 @@ def mv(op: Op, x: torch.Tensor, w: torch.Tensor) -> Labels:
     return op.contract(op.labels(x), tuple(x.shape), op.labels(w), tuple(w.shape), [1])
 
 
-@rule(aten.dot)
+@rule(aten.dot, aten.vdot)
 def dot(op: Op, x: torch.Tensor, w: torch.Tensor) -> Labels:
     """x: (k,), w: (k,) -> ()."""
     return op.contract(op.labels(x), tuple(x.shape), op.labels(w), tuple(w.shape), [0])
+
+
+@rule(aten._cdist_forward)
+def cdist(op: Op, x: torch.Tensor, y: torch.Tensor, *args: object) -> Labels:
+    """x: (.., n, k), y: (.., m, k) -> (.., n, m): a norm of the differences along k."""
+    wide_x, wide_y = algebra.insert(op.labels(x), x.ndim - 1), algebra.insert(op.labels(y), y.ndim - 2)
+    shapes = (*x.shape[:-1], 1, x.shape[-1]), (*y.shape[:-2], 1, *y.shape[-2:])
+    return op.contract(wide_x, shapes[0], wide_y, shapes[1], [x.ndim])
 
 
 @rule(aten.embedding)

@@ -26,6 +26,8 @@ aten = torch.ops.aten
     aten.lift_fresh,
     aten.lift,
     aten.lift_fresh_copy,
+    aten._conj,
+    aten._neg_view,
 )
 def same(op: Op, x: torch.Tensor, *args: Any, **kwargs: Any) -> Labels:
     """x: any shape. The same values in the same places."""
@@ -75,6 +77,8 @@ def unsqueeze(op: Op, x: torch.Tensor, dim: int) -> Labels:
 @rule(aten.squeeze)
 def squeeze(op: Op, x: torch.Tensor, dim: int | Sequence[int] | None = None) -> Labels:
     """x: any shape; dims of size one are removed."""
+    if not x.ndim:
+        return ()
     dims = range(x.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
     return algebra.drop(op.labels(x), [d % x.ndim for d in dims if x.shape[d] == 1])
 
@@ -124,6 +128,13 @@ def flip(op: Op, x: torch.Tensor, dims: Sequence[int]) -> Labels:
     for d in dims:
         labels = op.pick(labels, d % x.ndim, np.arange(x.shape[d])[::-1])
     return labels
+
+
+@rule(aten.rot90)
+def rot90(op: Op, x: torch.Tensor, k: int = 1, dims: Sequence[int] = (0, 1)) -> Labels:
+    """x: any shape; two dims are turned, and with them the positions of both: none may go."""
+    turned = [d % x.ndim for d in dims]
+    return op.mix(op.fix(op.labels(x), turned), turned)
 
 
 @rule(aten.roll)

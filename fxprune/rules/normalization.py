@@ -68,7 +68,7 @@ def softmax(op: Op, x: torch.Tensor, dim: int, *args: Any, **kwargs: Any) -> Lab
 
 @rule(
     aten.sum, aten.mean, aten.amax, aten.amin, aten.prod, aten.any, aten.all, aten.logsumexp, aten.var, aten.std,
-    aten.norm, aten.count_nonzero,
+    aten.count_nonzero,
 )  # fmt: skip
 def reduction(op: Op, x: torch.Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> Labels:
     """x: any shape; some or all dims disappear."""
@@ -76,10 +76,19 @@ def reduction(op: Op, x: torch.Tensor, dim: Any = None, *args: Any, **kwargs: An
     return op.reduce(op.labels(x), dims, keepdim=op.out.ndim == x.ndim)
 
 
-@rule(aten.linalg_vector_norm)
+@rule(aten.linalg_vector_norm, aten.norm)
 def vector_norm(op: Op, x: torch.Tensor, order: float = 2, dim: Any = None, *args: Any, **kwargs: Any) -> Labels:
     """x: any shape; the norm over some or all dims."""
     return op.reduce(op.labels(x), dims_of(dim, x.ndim), keepdim=op.out.ndim == x.ndim)
+
+
+@rule(aten._weight_norm_interface)
+def weight_norm(op: Op, v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> list[Labels]:
+    """v: a weight, g: of size one but along `dim`: g * v / |v|, the norm over all other dims; and that norm."""
+    others = [d for d in range(v.ndim) if d != dim % v.ndim]
+    directions = op.mix(op.labels(v), others)
+    labels, _ = algebra.broadcast(op.ledger, directions, tuple(v.shape), op.labels(g), tuple(g.shape))
+    return [labels, op.reduce(labels, others, keepdim=True)]
 
 
 @rule(aten.var_mean, aten.std_mean)

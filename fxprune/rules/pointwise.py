@@ -29,6 +29,10 @@ def tensors_of(*values: Any) -> list[torch.Tensor]:
     aten.bernoulli,
     aten.dropout,
     aten.rrelu,
+    aten.rsub,
+    aten.floor_divide,
+    aten.polar,
+    aten.complex,
 )
 def pointwise(op: Op, *args: Any, **kwargs: Any) -> Labels | list[Labels]:
     """All operands broadcast. An in-place op keeps the labels of what it writes to."""

@@ -1,7 +1,9 @@
-"""Pooling, upsampling and spatial padding: channels pass, nothing along the spatial dims may go."""
+"""Pooling, upsampling, patches and spatial padding: channels pass, nothing along the spatial dims may go."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,6 +42,33 @@ rule(
     aten.adaptive_max_pool3d, aten.upsample_nearest3d, aten.upsample_trilinear3d, aten._upsample_nearest_exact3d,
     aten.reflection_pad3d, aten.replication_pad3d,
 )(spatial(3))  # fmt: skip
+
+
+@rule(aten.unfold)
+def windows(op: Op, x: torch.Tensor, dim: int, size: int, step: int) -> Labels:
+    """x: (.., n, ..) -> (.., windows, .., size): runs along one dim, laid out in a new last one."""
+    dim %= x.ndim
+    return algebra.insert(op.mix(op.fix(op.labels(x), [dim]), [dim]), x.ndim)
+
+
+@rule(aten.im2col)
+def im2col(op: Op, x: torch.Tensor, kernel: Sequence[int], *args: Any) -> Labels:
+    """x: (b, c, h, w) -> (b, c * k * k, patches)."""
+    b, c = x.shape[:2]
+    labels = op.reduce(op.fix(op.labels(x), [2, 3]), [2, 3])
+    for _ in range(2):
+        labels = algebra.insert(labels, 2)
+    patches = op.out.shape[2]
+    return op.reshape(labels, (b, c, math.prod(kernel), patches), (b, op.out.shape[1], patches))
+
+
+@rule(aten.col2im)
+def col2im(op: Op, x: torch.Tensor, size: Sequence[int], kernel: Sequence[int], *args: Any) -> Labels:
+    """x: (b, c * k * k, patches) -> (b, c, h, w); overlapping patches are added."""
+    b, c = op.out.shape[:2]
+    rows = op.reshape(op.labels(x), tuple(x.shape), (b, c, math.prod(kernel), x.shape[2]))
+    labels = op.reduce(op.fix(rows, [2, 3]), [2, 3])
+    return algebra.insert(algebra.insert(labels, 2), 2)
 
 
 @rule(aten.grid_sampler_2d)

@@ -1,0 +1,192 @@
+"""Symbolic values that know their sizes while a graph is recorded: Python may branch and loop on sizes.
+
+Where Python asks for the truth of a comparison of sizes, for a length or for a whole number, what that value is
+computed from is run on tensors without data, on the example inputs. Everything else stays dynamic, and where another
+input could give another answer, the graph checks it when it runs. The values of tensors are never known.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.proxy import TraceError
+
+from fxprune.running import MetaRunner
+
+NUMBERS = (bool, int, float)
+
+
+class Symbol(fx.Proxy):
+    """A symbolic value that knows its length, or its value where that is a number computed from sizes."""
+
+    tracer: SizedTracer
+
+    def __getattr__(self, k: str) -> Attribute:
+        return Attribute(self, k)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    def __len__(self) -> int:
+        return self.tracer.count(self)
+
+    def __index__(self) -> int:
+        return self.tracer.number(self).__index__()
+
+    def __int__(self) -> int:
+        return int(self.tracer.number(self))
+
+    def __float__(self) -> float:
+        return float(self.tracer.number(self))
+
+    def __ceil__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.ceil, (self,), {})
+
+    def __floor__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.floor, (self,), {})
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return self.tracer.create_proxy("call_function", round, (self,) if digits is None else (self, digits), {})
+
+
+class Attribute(fx.proxy.Attribute, Symbol):
+    """An attribute of a symbolic value, such as its shape, or a method of it."""
+
+    def __getattr__(self, k: str) -> Attribute:
+        return Attribute(self, k)
+
+
+class Expected(nn.Module):
+    """Raises when a size that decided what was traced is another one."""
+
+    def __init__(self, value: Any, line: str) -> None:
+        super().__init__()
+        self.value, self.line = value, line
+
+    def forward(self, given: Any) -> None:
+        """Compare a length, a number or a decision with the one traced."""
+        found = answer(self.value, given)
+        if found != self.value:
+            raise ValueError(
+                f"forward asks for a size at {self.line or 'an unknown line'}, and followed {self.value!r} when the "
+                f"network was traced; it is now {found!r}. Trace it with example inputs that give the same."
+            )
+
+
+def answer(asked: Any, given: Any) -> Any:
+    """Return the truth of a value, its length or itself, whichever `asked` was the answer to."""
+    if isinstance(asked, bool):
+        return bool(given)
+    return given if isinstance(given, NUMBERS) else len(given)
+
+
+class SizedTracer(fx.Tracer):
+    """A symbolic tracer whose values know their sizes.
+
+    Attributes:
+        inputs: the arguments of forward by name, on the meta device.
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, inputs: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.inputs = inputs
+        self.recording = True
+        self._sizes: _Sizes | None = None
+        self._asked: set[tuple[fx.Node, Any]] = set()
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Wrap a node in a value that knows its sizes."""
+        return Symbol(node, self)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """Return what stands for a parameter or buffer, or itself while sizes are looked up."""
+        return super().getattr(attr, attr_val, parameter_proxy_cache) if self.recording else attr_val
+
+    def count(self, obj: fx.Proxy) -> int:
+        """Return how many items the example inputs give a tuple, a list or a tensor."""
+        value = self._value(obj)
+        if not isinstance(value, (tuple, list, dict, torch.Tensor)):
+            raise TypeError(f"node {obj.node.name!r} is counted, and is a {type(value).__name__}")
+        return len(value) if isinstance(value, torch.Size) else self._expect(obj, len(value))
+
+    def number(self, obj: fx.Proxy) -> Any:
+        """Return the number that the example inputs give a value computed from sizes."""
+        value = self._value(obj)
+        if not isinstance(value, NUMBERS):
+            raise TraceError(f"Python asks for the value of node {obj.node.name!r}, which depends on the data")
+        return self._expect(obj, value)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Return the truth that the example inputs give a value computed from sizes."""
+        value = self._value(obj)
+        if isinstance(value, torch.Tensor):
+            raise TraceError(f"Python asks for the truth of node {obj.node.name!r}, which depends on the data")
+        return self._expect(obj, bool(value))
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """Iterate over a value whose number of items the example inputs tell."""
+        return iter([obj[i] for i in range(self.count(obj))])
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        """Return the keys of a dict."""
+        value = self._value(obj)
+        return list(value) if isinstance(value, dict) else super().keys(obj)
+
+    def _value(self, obj: fx.Proxy) -> Any:
+        if self._sizes is None:
+            self._sizes = _Sizes(self.root, self.graph, self.inputs)
+        self.recording = False
+        try:
+            return self._sizes.of(obj.node)
+        finally:
+            self.recording = True
+
+    def _expect(self, obj: fx.Proxy, value: Any) -> Any:
+        """Let the graph check that it is so, once."""
+        key = (obj.node, (type(value), value))
+        if key not in self._asked:
+            self._asked.add(key)
+            target = f"fxprune_expected_{len(self._asked)}"
+            self.root.add_module(target, Expected(value, self.user_line()))
+            self.create_node("call_module", target, (obj.node,), {})
+        return value
+
+    def user_line(self) -> str:
+        """Return file and line of the user's code that is being traced."""
+        raise NotImplementedError
+
+
+class _Sizes(MetaRunner):
+    """Runs what a trace has recorded so far, as far as it is asked for."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, inputs: Mapping[str, Any]) -> None:
+        super().__init__(root, graph)
+        self._inputs = inputs
+
+    def of(self, node: fx.Node) -> Any:
+        """Return the value of a node."""
+        needed, stack = {node}, [node]
+        while stack:
+            fresh = [n for n in stack.pop().all_input_nodes if n not in self.env and n not in needed]
+            needed.update(fresh)
+            stack += fresh
+        for n in self.graph.nodes:  # pyright: ignore[reportGeneralTypeIssues, reportAttributeAccessIssue]
+            if n in needed and n not in self.env:
+                self.env[n] = self.run_on_meta(n)
+        return self.env[node]
+
+    def fetch_attr(self, target: str) -> Any:
+        """Return what a node refers to on the meta device, in eval mode."""
+        found = super().fetch_attr(target)
+        return found.eval() if isinstance(found, nn.Module) else found
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Return an example input."""
+        return self._inputs[str(target).lstrip("*")]
