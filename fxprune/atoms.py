@@ -74,6 +74,11 @@ class Ledger:
     _products_seen: dict[bytes, np.ndarray] = field(default_factory=dict)
     _parents: dict[int, tuple[int, int]] = field(default_factory=dict)
 
+    def copy(self) -> Ledger:
+        """Return a ledger that says the same and can be written to."""
+        lists = (list(v) for v in (self.ties, self.rows, self.products, self.freezes, self.births))
+        return Ledger(self.num_atoms, self.node, *lists, self._constant, {}, set(), {}, dict(self._parents))
+
     def fresh(self, shape: tuple[int, ...]) -> np.ndarray:
         """Issue new atoms, numbered in order."""
         n = math.prod(shape)

@@ -51,7 +51,7 @@ def submodule(module: nn.Module, name: str) -> nn.Module:
 
 
 def named_part(module: nn.Module, name: str) -> Any:
-    """Return the module, parameter, buffer or attribute of a qualified name: `getattr`, whatever a trace makes of it."""
+    """Return the module, parameter, buffer or attribute of a qualified name; a trace patches `getattr` on modules."""
     path, _, key = name.rpartition(".")
     holder = submodule(module, path)
     for table in (holder._modules, holder._parameters, holder._buffers, vars(holder)):

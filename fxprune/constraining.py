@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,10 @@ from torch import fx
 from fxprune.atoms import Ledger
 from fxprune.coupling import Coupling, close_record
 from fxprune.errors import PlanError
+from fxprune.heads import FIELDS, hold
 from fxprune.labels import Labels, broadcast
+
+_PATTERNS = ("keep_inputs", "keep_outputs", *FIELDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,9 @@ class Constraints:
         max_ratio: which share of a group's channels may go at most.
         multiple_of: widths of groups are rounded up to multiples of this, where the dense width allows it.
         tie: tuples of layer names whose outputs keep the same positions.
+        keep_heads: attention layers that keep all their heads (and grouped convolutions that keep all their groups).
+        keep_qk: attention layers that keep all head dims over which queries and keys are multiplied.
+        keep_v: attention layers that keep all head dims of their values.
     """
 
     keep_inputs: Sequence[str] = ()
@@ -39,6 +46,9 @@ class Constraints:
     max_ratio: float = 1.0
     multiple_of: int = 1
     tie: Sequence[Sequence[str]] = ()
+    keep_heads: Sequence[str] = ()
+    keep_qk: Sequence[str] = ()
+    keep_v: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self._check_names()
@@ -61,12 +71,12 @@ class Constraints:
             raise PlanError(f"Constraints(max_ratio={self.max_ratio}) is not a share. Pass a number from 0 to 1.")
 
     def _check_names(self) -> None:
-        for field in ("keep_inputs", "keep_outputs", "tie"):
+        for field in (*_PATTERNS, "tie"):
             if isinstance(getattr(self, field), str):
                 raise PlanError(
                     f"Constraints({field}={getattr(self, field)!r}) is one string. Pass a list: `{field}=[...]`."
                 )
-        for field in ("keep_inputs", "keep_outputs"):
+        for field in _PATTERNS:
             if not _are_names(getattr(self, field)):
                 raise PlanError(
                     f"Constraints({field}={getattr(self, field)!r}) is not a list of strings. Pass a list of layer "
@@ -90,7 +100,7 @@ def layers(graph: fx.Graph) -> dict[str, list[fx.Node]]:
         names = [str(node.target)] if node.op == "call_module" else []
         if node.op not in ("call_module", "get_attr"):
             names = [str(n.target).rpartition(".")[0] for n in node.all_input_nodes if n.op == "get_attr"]
-        for name in dict.fromkeys(n for n in names if n):
+        for name in dict.fromkeys(n for n in names if n and not n.startswith("fxprune_")):
             found.setdefault(name, []).append(node)
     return found
 
@@ -105,7 +115,7 @@ def matching(graph: fx.Graph, pattern: str, what: str) -> list[fx.Node]:
     nodes = [
         n
         for name, found in known.items()
-        if fnmatch.fnmatchcase(name, pattern) or name.startswith(pattern + ".")
+        if any(fnmatch.fnmatchcase(outer, pattern) for outer in accumulate(name.split("."), "{}.{}".format))
         for n in found
     ]
     if not nodes:
@@ -129,12 +139,9 @@ def kept_nodes(coupling: Coupling, constraints: Constraints) -> set[str]:
 
 def constrain(coupling: Coupling, constraints: Constraints) -> Coupling:
     """Return a coupling in which what the constraints keep is frozen, and what they tie is tied."""
-    if not (constraints.keep_inputs or constraints.keep_outputs or constraints.tie):
+    if not any(getattr(constraints, field) for field in (*_PATTERNS, "tie")):
         return coupling
-    old = coupling.record.ledger
-    ledger = Ledger(
-        old.num_atoms, "", list(old.ties), list(old.rows), list(old.products), list(old.freezes), list(old.births)
-    )
+    ledger = coupling.record.ledger.copy()
     graph = coupling.traced.graph
     nodes = coupling.record.nodes
     for field, inward in (("keep_inputs", True), ("keep_outputs", False)):
@@ -144,6 +151,12 @@ def constrain(coupling: Coupling, constraints: Constraints) -> Coupling:
                 for source in node.all_input_nodes if inward else [node]:
                     for t in nodes.get(source.name, []) if source.op != "get_attr" else []:
                         _keep_all(ledger, t.labels, f"is kept by Constraints({field}={pattern!r})")
+    for field in FIELDS:
+        for pattern in getattr(constraints, field):
+            nodes_hit = matching(graph, pattern, field)
+            ledger.node = nodes_hit[0].name
+            known = layers(graph)
+            hold(ledger, coupling, field, pattern, {name for name in known if set(known[name]) & set(nodes_hit)})
     for names in constraints.tie:
         _tie(ledger, coupling, [matching(graph, name, "tie")[0] for name in names])
     return close_record(coupling.traced, replace(coupling.record, ledger=ledger))

@@ -22,6 +22,7 @@ from fxprune.interpreting import InterpretationError, interpret
 from fxprune.labels import Labels, Shape, fix
 from fxprune.pausing import without_collector
 from fxprune.records import Interpretation, Labelled
+from fxprune.settling import Settling
 from fxprune.traced import Traced
 from fxprune.values import tensors_in
 
@@ -186,40 +187,15 @@ class Coupling:
         Returns:
             A new array that keeps at most as much.
         """
-        if not self.rows and not len(self.products.channel):
-            return keep.copy()
-        keep = np.append(keep, True)
-        while True:
-            before = keep.sum()
-            for batch in self.rows:
-                real = batch.row != FIXED
-                row = batch.row[real]
-                alive = keep[batch.columns[real]].any(axis=1)
-                np.logical_and.at(keep, row, alive)
-                keep[batch.columns[real][~keep[row]]] = False
-                keep[FIXED] = True
-            self._settle_products(keep)
-            if keep.sum() == before:
-                return keep[:-1]
+        return self._settling.settle(keep)
 
-    def _settle_products(self, keep: np.ndarray) -> None:
-        """Remove crossings with a parent, and a parent of which no crossing is left."""
-        p = self.products
-        np.logical_and.at(keep, p.channel, keep[p.row] & keep[p.column])
-        for parent, other in ((p.row, p.column), (p.column, p.row)):
-            torn = ~keep[p.channel] & keep[parent] & keep[other]
-            if torn.any():
-                left = np.bincount(parent[keep[p.channel]], minlength=len(keep))
-                keep[parent[torn & (left[parent] == 0)]] = False
+    @cached_property
+    def _settling(self) -> Settling:
+        return Settling(self.rows, self.products)
 
     def lost_rows(self, keep: np.ndarray) -> list[np.ndarray]:
         """Return the columns of every row that would be emptied although it is frozen."""
-        lost = []
-        for batch in self.rows:
-            real = np.flatnonzero(batch.row != FIXED)
-            row = batch.row[real]
-            lost += list(batch.columns[real[self.is_frozen[row] & ~keep[row]]])
-        return lost
+        return self._settling.emptied(keep, self.is_frozen)
 
     def violation(self, keep: np.ndarray, *, may_empty: bool = False) -> str | None:
         """Return what is wrong with a choice of kept channels, or None: frozen ones gone, rows out of balance.
@@ -241,11 +217,8 @@ class Coupling:
         keep = np.append(keep, True)
         if not np.array_equal(keep[self.products.channel], keep[self.products.row] & keep[self.products.column]):
             return "a crossing would go although both its parents stay"
-        for batch in self.rows:
-            count = keep[batch.columns].sum(axis=1)
-            if len(np.unique(count[count > 0])) > 1:
-                return f"the rows at node {batch.node!r} would keep unequally many channels"
-        return None
+        uneven = self._settling.uneven(keep[:FIXED])
+        return None if uneven is None else f"the rows at node {uneven!r} would keep unequally many channels"
 
     def channels(self, atoms: np.ndarray) -> np.ndarray:
         """Translate atoms to channels."""

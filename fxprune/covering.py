@@ -71,7 +71,8 @@ class Coverage:
             rows.append([*more, f"{len(rest)} more", "", ""])
         headers = ["macs", "params", "node", "held because", "line"]
         align = ("right", "right", "left", "left", "left")
-        return f"{self.headline}. What holds the rest:\n\n{tabulate(rows, headers, disable_numparse=True, colalign=align)}"
+        table = tabulate(rows, headers, disable_numparse=True, colalign=align)
+        return f"{self.headline}. What holds the rest:\n\n{table}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""

@@ -184,22 +184,33 @@ class Emptying:
 
     def _needed(self, state: dict[str, str], emptied: np.ndarray) -> tuple[set[str], dict[str, list[str]]]:
         """Walk back from the outputs; return what is still needed, and where constants are taken in."""
-        kept = [n for n in self._nodes if not n.users and state[n.name] in (LIVE, FREE)]
-        needed: set[str] = set()
+        unused = [n for n in self._nodes if not n.users and state[n.name] in (LIVE, FREE)]
+        writing = [n for n in unused if writes(n, self.coupling.traced.root)]
+        ends_at = [n for n in self._nodes if n.op in ("placeholder", "output")]
+        needed = self._behind(ends_at + writing, state, set())
+        for n in unused:  # checks of sizes and the like, which stay where what they look at does
+            seen = self._behind([n], state, needed)
+            if not any(self.places.nodes.get(name) for name in seen - {n.name}):
+                needed |= seen
         ends: dict[str, list[str]] = {}
-        while kept:
-            n = kept.pop()
+        for n in self._nodes:
             if n.name in needed:
-                continue
-            needed.add(n.name)
-            self._check_needed(n, emptied)
-            for source in n.all_input_nodes:
-                if state[source.name] in (LIVE, FREE):
-                    kept.append(source)
-                    continue
-                self._check_end(n, source, state)
-                ends.setdefault(source.name, []).append(n.name)
+                self._check_needed(n, emptied)
+                for source in n.all_input_nodes:
+                    if source.name not in needed:
+                        self._check_end(n, source, state)
+                        ends.setdefault(source.name, []).append(n.name)
         return needed, ends
+
+    def _behind(self, nodes: list[fx.Node], state: dict[str, str], known: set[str]) -> set[str]:
+        """Return these nodes and all that they are computed from, up to what is known, constant or absent."""
+        found: set[str] = set()
+        while nodes:
+            n = nodes.pop()
+            if n.name not in found and n.name not in known:
+                found.add(n.name)
+                nodes += [source for source in n.all_input_nodes if state[source.name] in (LIVE, FREE)]
+        return found
 
     def _check_needed(self, n: fx.Node, emptied: np.ndarray) -> None:
         """Check that nothing in a node that stays is empty."""

@@ -57,13 +57,17 @@ class Group:
         Args:
             score: (channels,) saliency of each choice; those that may not go have infinite saliency.
         """
-        steps = min(
-            int(np.isfinite(score[cell]).sum()) // take for cell, take in zip(self.cells, self.takes, strict=True)
-        )
-        ranked = [cell[np.argsort(score[cell], kind="stable")] for cell in self.cells]
-        return np.concatenate(
-            [cell[: steps * take].reshape(steps, take) for cell, take in zip(ranked, self.takes, strict=True)], axis=1
-        )
+        if len(self.cells) == 1:
+            cell, take = self.cells[0], self.takes[0]
+            steps = int(np.isfinite(score[cell]).sum()) // take
+            return cell[np.argsort(score[cell], kind="stable")][: steps * take].reshape(steps, take)
+        choices, takes = np.concatenate(self.cells), np.array(self.takes)
+        lengths = np.array([len(cell) for cell in self.cells])
+        cell_of, scores = np.repeat(np.arange(len(lengths)), lengths), score[choices]
+        ranked = choices[np.lexsort((scores, cell_of))]
+        steps = int((np.bincount(cell_of[np.isfinite(scores)], minlength=len(lengths)) // takes).min())
+        first = ranges(np.cumsum(lengths) - lengths, takes)
+        return ranked[first + np.arange(steps)[:, None] * np.repeat(takes, takes)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +83,7 @@ class Members:
             return choices, np.arange(len(choices))
         start = np.searchsorted(self.choice, choices, "left")
         count = np.searchsorted(self.choice, choices, "right") - start
-        offset = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-        return self.channel[np.repeat(start, count) + offset], np.repeat(np.arange(len(choices)), count)
+        return self.channel[ranges(start, count)], np.repeat(np.arange(len(choices)), count)
 
     def total(self, score: np.ndarray) -> np.ndarray:
         """Add up a per-channel score over the members of every choice: (channels,) -> (channels,)."""
@@ -105,6 +108,24 @@ class Products:
     column: np.ndarray
 
 
+def ranges(start: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Return start[0], .., start[0] + count[0] - 1, start[1], .., one range after the other."""
+    return np.arange(count.sum()) + np.repeat(start - (np.cumsum(count) - count), count)
+
+
+def _without(numbers: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Return the numbers that are not among the ascending `known`, of which there are some."""
+    at = np.minimum(np.searchsorted(known, numbers), len(known) - 1)
+    return numbers[known[at] != numbers]
+
+
+def _counted(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the distinct numbers, ascending, and how often each occurs."""
+    ordered = np.sort(numbers)
+    first = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])) if ordered.size else ordered
+    return ordered[first], np.diff(np.append(first, ordered.size))
+
+
 def find_members(num_channels: int, rows: list[Rows], products: Products, emptied: np.ndarray) -> Members:
     """Find what goes with each choice: a row takes its columns along, a parent its products.
 
@@ -125,19 +146,14 @@ def find_members(num_channels: int, rows: list[Rows], products: Products, emptie
     a, b = a[a != b], b[a != b]
     known = np.arange(num_channels) * (num_channels + 1)
     fresh = a * num_channels + b
+    count = np.bincount(a, minlength=num_channels)
+    start = np.cumsum(count) - count
     while len(fresh):
-        known = np.union1d(known, fresh)
-        fresh = np.setdiff1d(_follow(fresh, a, b, num_channels), known)
-    return Members(known // num_channels, known % num_channels)
-
-
-def _follow(pairs: np.ndarray, a: np.ndarray, b: np.ndarray, n: int) -> np.ndarray:
-    """Extend pairs (choice, channel), coded as choice * n + channel, by the sorted edges a -> b."""
-    at = pairs % n
-    start, end = np.searchsorted(a, at, "left"), np.searchsorted(a, at, "right")
-    count = end - start
-    offset = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-    return distinct(np.repeat(pairs // n, count) * n + b[np.repeat(start, count) + offset])
+        known = np.sort(np.concatenate([known, fresh]))
+        choice, at = np.divmod(fresh, num_channels)
+        further = np.repeat(choice, count[at]) * num_channels + b[ranges(start[at], count[at])]
+        fresh = _without(distinct(further), known)
+    return Members(*np.divmod(known, num_channels))
 
 
 def mixed(numbers: np.ndarray) -> np.ndarray:
@@ -175,15 +191,11 @@ def _losses(num_channels: int, rows: list[Rows], members: Members) -> _Losses:
         empty = np.empty(0, dtype=np.int64)
         return _Losses(empty, empty, empty, empty, empty.reshape(0, 2))
     x, r = np.concatenate(channel), np.concatenate(row)
-    order = np.argsort(x, kind="stable")
-    x, r = x[order], r[order]
-    start, end = np.searchsorted(x, members.channel, "left"), np.searchsorted(x, members.channel, "right")
-    count = end - start
-    offset = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-    keys, lost = np.unique(
-        np.repeat(members.choice, count) * first + r[np.repeat(start, count) + offset], return_counts=True
-    )
-    choice, row = keys // first, keys % first
+    r = r[np.argsort(x, kind="stable")]
+    per_channel = np.bincount(x, minlength=num_channels)
+    start, count = (np.cumsum(per_channel) - per_channel)[members.channel], per_channel[members.channel]
+    keys, lost = _counted(np.repeat(members.choice, count) * first + r[ranges(start, count)])
+    choice, row = np.divmod(keys, first)
     partial = lost < np.concatenate(width)[row]
     emptied = np.stack([choice, np.concatenate([batch.row for batch in rows])[row]], 1)[~partial]
     return _Losses(
@@ -197,8 +209,10 @@ def _members_and_losses(num_channels: int, rows: list[Rows], products: Products)
     while True:
         members = find_members(num_channels, rows, products, emptied)
         losses = _losses(num_channels, rows, members)
-        found = np.unique(np.concatenate([losses.emptied, _bereft_parents(members, products, num_channels)]), axis=0)
-        if len(found) == len(emptied):
+        found = np.concatenate([losses.emptied, _bereft_parents(members, products, num_channels)])
+        known = members.choice * num_channels + members.channel
+        further = _without(found[:, 0] * num_channels + found[:, 1], known)
+        if not len(further):
             return members, losses
         emptied = found
 
@@ -208,8 +222,7 @@ def _matches(members: Members, channel: np.ndarray) -> tuple[np.ndarray, np.ndar
     order = np.argsort(members.channel, kind="stable")
     start = np.searchsorted(members.channel[order], channel, "left")
     count = np.searchsorted(members.channel[order], channel, "right") - start
-    offset = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-    return members.choice[order[np.repeat(start, count) + offset]], np.repeat(np.arange(len(channel)), count)
+    return members.choice[order[ranges(start, count)]], np.repeat(np.arange(len(channel)), count)
 
 
 def _bereft_parents(members: Members, products: Products, n: int) -> np.ndarray:

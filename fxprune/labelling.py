@@ -102,6 +102,12 @@ class Labelling(TorchDispatchMode):
         self.ledger.mark(atoms)
         return atoms
 
+    def pair(self, x: torch.Tensor, w: torch.Tensor, dim: int) -> None:
+        """Remember that `dim` of `x` is summed over with `w`, if both are activations."""
+        ids = self.labels(x)[dim]
+        if ids is not None and all(getattr(t, "_buffer", NO_BUFFER) is not NO_BUFFER for t in (x, w)):
+            self.record.paired.append(ids.ravel())
+
     def count(self, fixed: int, dims: tuple[Extent, ...]) -> None:
         """Record multiply-accumulates."""
         self.record.work.append(Work(self.ledger.node, fixed, dims))
@@ -129,7 +135,8 @@ class Labelling(TorchDispatchMode):
         known = {id(t): self.value(t) for t in inputs}
         if any(v is None for v in known.values()) or func.overloadpacket in UNDEFINED:
             if func._schema.is_mutable:
-                self._overwritten |= {v.untyped_storage()._cdata for t in results if (v := known.get(id(t))) is not None}
+                written = [v for t in results if (v := known.get(id(t))) is not None]
+                self._overwritten.update(v.untyped_storage()._cdata for v in written)
             return
         args, kwargs = pytree.tree_map(lambda a: known[id(a)] if isinstance(a, torch.Tensor) else a, (args, kwargs))
         out = func(*args, **({**kwargs, "device": "cpu"} if "device" in kwargs else kwargs))

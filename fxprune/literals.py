@@ -7,6 +7,8 @@ dynamic. Slices, pads and indices are in `positions`.
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -30,6 +32,10 @@ class Context(Protocol):
 
     def dense(self, arg: Any) -> Any:
         """Return what a number or a constant integer tensor was in the dense network."""
+        ...
+
+    def insert(self, at: fx.Node, function: Callable[..., Any], *args: Any) -> fx.Node:
+        """Add a node in front of another, and return it."""
         ...
 
     def shapes(self, node: fx.Node) -> list[Shape]:
@@ -91,11 +97,54 @@ def set_argument(node: fx.Node, index: int, value: Any, *names: str) -> None:
         node.update_kwarg(next((name for name in names if name in node.kwargs), names[0]), value)
 
 
-def _new_sizes(ctx: Context, given: Sequence[Any], predicted: Shape) -> list[Any]:
+def _new_sizes(ctx: Context, node: fx.Node, given: Sequence[Any], predicted: Shape) -> list[Any]:
     """Return sizes with those replaced that do not evaluate to the prediction."""
     if len(given) != len(predicted):
         raise CannotRewriteError(f"{len(given)} sizes are given for {len(predicted)} dims")
-    return [g if ctx.value(g) in (-1, p) else p for g, p in zip(given, predicted, strict=True)]
+    return [
+        g if ctx.value(g) in (-1, p) else _scaled(ctx, node, g, p) for g, p in zip(given, predicted, strict=True)
+    ]
+
+
+def _scaled(ctx: Context, node: fx.Node, size: Any, predicted: int) -> Any:
+    """Return a size in place of one that is another now: `batch * heads` stays a multiple of the batch."""
+    value = ctx.value(size)
+    if not value or not isinstance(size, fx.Node) or not _varies(ctx, size):
+        return predicted
+    shared = math.gcd(value, predicted)
+    if predicted != shared:
+        size = ctx.insert(node, operator.mul, size, predicted // shared)
+    return size if value == shared else ctx.insert(node, operator.floordiv, size, value // shared)
+
+
+def _varies(ctx: Context, size: fx.Node) -> bool:
+    """Say whether a size is computed from a dim of which nothing can be pruned, such as the batch."""
+    seen, stack = {size}, [size]
+    while stack:
+        n = stack.pop()
+        source, at = _read_size(n)
+        if source is not None:
+            if ctx.kept(source, ctx.value(at)) is None:
+                return True
+            continue
+        fresh = [m for m in n.all_input_nodes if m not in seen]
+        seen.update(fresh)
+        stack += fresh
+    return False
+
+
+def _read_size(n: fx.Node) -> tuple[fx.Node | None, Any]:
+    """Return the tensor and the dim that a node reads the size of: `x.shape[at]`, `x.size(at)`."""
+    if n.op == "call_method" and n.target == "size" and len(n.args) == 2:
+        return n.args[0], n.args[1]  # pyright: ignore[reportReturnType]
+    if n.target is operator.getitem and isinstance(n.args[0], fx.Node):
+        shape = n.args[0]
+        whole = (shape.target is getattr and shape.args[1] == "shape") or shape.target == "size"
+        if whole and isinstance(shape.args[0], fx.Node) and not isinstance(n.args[1], slice):
+            return shape.args[0], n.args[1]
+    if n.target is torch.ops.aten.sym_size.int:
+        return n.args[0], n.args[1]  # pyright: ignore[reportReturnType]
+    return None, None
 
 
 def _fix_sizes(ctx: Context, node: fx.Node, first: int, predicted: Shape) -> None:
@@ -103,11 +152,12 @@ def _fix_sizes(ctx: Context, node: fx.Node, first: int, predicted: Shape) -> Non
     given = node.args[first:]
     packed = given[0] if given else node.kwargs.get("size", node.kwargs.get("shape"))
     if isinstance(ctx.value(packed), int):
-        node.args = (*node.args[:first], *_new_sizes(ctx, given, predicted))
+        node.args = (*node.args[:first], *_new_sizes(ctx, node, given, predicted))
     elif isinstance(packed, (tuple, list)):
-        set_argument(node, first, _new_sizes(ctx, packed, predicted), "size", "shape")
+        set_argument(node, first, _new_sizes(ctx, node, packed, predicted), "size", "shape")
     elif packed is not None and isinstance(ctx.value(packed), (tuple, list)) and tuple(ctx.value(packed)) != predicted:
-        set_argument(node, first, list(predicted), "size", "shape")
+        items = [ctx.insert(node, operator.getitem, packed, i) for i in range(len(ctx.value(packed)))]
+        set_argument(node, first, _new_sizes(ctx, node, items, predicted), "size", "shape")
 
 
 @fixes("view", "reshape", "_unsafe_view", "expand", "new_zeros", "new_ones", "new_empty", "new_full", "broadcast_to")
@@ -151,7 +201,7 @@ def unflatten(ctx: Context, node: fx.Node) -> None:
     sizes = argument(node, 2, "sizes", "unflattened_size")
     predicted = ctx.shapes(node)[0]
     at = ctx.value(argument(node, 1, "dim")) % (len(predicted) - len(sizes) + 1)
-    set_argument(node, 2, _new_sizes(ctx, sizes, predicted[at : at + len(sizes)]), "sizes")
+    set_argument(node, 2, _new_sizes(ctx, node, sizes, predicted[at : at + len(sizes)]), "sizes")
 
 
 @fixes("split", "chunk", "split_with_sizes", "unsafe_split", "unsafe_chunk", "tensor_split")

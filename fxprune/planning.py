@@ -197,9 +197,10 @@ def _kept_by_row(labels: Labels, dim: int, keep: np.ndarray, frees: np.ndarray) 
     for other, row in enumerate(labels):
         if other != dim and row is not None and frees[row].any():
             stay &= np.moveaxis(keep[row], dim, -1)[..., 0]
-    if not rows[stay].any():
+    rows = rows[stay]
+    if not rows.any():
         return frozen(np.empty(0, dtype=np.int64))
-    return frozen(np.stack([np.flatnonzero(row) for row in rows[stay]]))
+    return frozen(np.nonzero(rows)[1].reshape(len(rows), -1))
 
 
 def keep_of(coupling: Coupling, plan: Plan) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from fxprune.atoms import Ledger
@@ -55,5 +56,7 @@ class Interpretation:
     """Node -> the values of the constant integer tensor that it returned."""
     work: list[Work] = field(default_factory=list)
     buffers: list[Buffer] = field(default_factory=list)
+    paired: list[np.ndarray] = field(default_factory=list)
+    """Atoms of dims over which two activations are multiplied and summed: head dims of queries and keys."""
     unknown: list[tuple[str, str]] = field(default_factory=list)
     steps: int = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from fxprune.cloning import Cloner, submodule
 from fxprune.closing import owner
 from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError
+from fxprune.expecting import Expected, answer
 from fxprune.labels import Labels, Shape
 from fxprune.literals import FIXERS, plain_name
 from fxprune.pausing import without_collector
@@ -26,8 +27,7 @@ from fxprune.planning import keep_of
 from fxprune.plans import Plan
 from fxprune.records import Labelled
 from fxprune.resizing import Call, fits, is_sized, resize
-from fxprune.running import MetaRunner
-from fxprune.sizing import Expected, answer
+from fxprune.running import MetaRunner, Runner
 from fxprune.slicing import Kept, kept_size, sliced_like
 from fxprune.slimming import SlimModule, only_used
 from fxprune.traced import copied
@@ -106,7 +106,7 @@ class Prediction:
         return rows[rows.any(axis=1)]
 
     def kept_of(self, module: str, name: str, dim: int) -> np.ndarray:
-        """Return (size,) bool: which positions stay along a dim of a module's parameter that is the same in all rows."""
+        """Return (size,) bool: which positions stay along a dim of a module's parameter, the same in all rows."""
         shape, labels = self.coupling.tensors[f"{module}.{name}"]
         ids = labels[dim]
         return np.ones(shape[dim], dtype=bool) if ids is None else self.keep[ids].ravel()
@@ -271,6 +271,13 @@ class _Fixer(MetaRunner):
         if arg.name in self.record.numbers:
             return self.record.numbers[arg.name]
         return self.record.constants.get(arg.name)
+
+    def insert(self, at: fx.Node, function: Callable[..., Any], *args: Any) -> fx.Node:
+        """Add a node in front of another, and return it."""
+        with self.graph.inserting_before(at):
+            node = self.graph.call_function(function, args)
+        self.env[node] = Runner.run_node(self, node)
+        return node
 
     def shapes(self, node: fx.Node) -> list[Shape]:
         """Return the predicted shapes of what a node returns."""

@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.cloning import clone, named_part, named_state
+from fxprune.expecting import Expected
 from fxprune.meta import OnMeta, meta_tensor
 from fxprune.recurrent import run_module
 
@@ -21,8 +22,9 @@ class Runner(fx.Interpreter):
         self.module = root  # pyright: ignore[reportAttributeAccessIssue] (not above: it would list all modules in it)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Run a module, or what stands in for it."""
-        return run_module(self.fetch_attr(target), args, kwargs)
+        """Run a module, or what stands in for it; what only checks sizes has checked them when it was traced."""
+        module = self.fetch_attr(target)
+        return None if isinstance(module, Expected) else run_module(module, args, kwargs)
 
     def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
         """Look up arguments; functions may write to lists among them, which those of a graph do not allow."""

@@ -7,18 +7,22 @@ input could give another answer, the graph checks it when it runs. The values of
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
+from torch.utils import _pytree as pytree
 
+from fxprune.expecting import NUMBERS, Expected
 from fxprune.running import MetaRunner
 
-NUMBERS = (bool, int, float)
+_FACTORIES = ("tensor", "arange", "linspace", "eye", "zeros", "ones", "full", "empty", "rand", "randn")
 
 
 class Symbol(fx.Proxy):
@@ -61,43 +65,24 @@ class Attribute(fx.proxy.Attribute, Symbol):
         return Attribute(self, k)
 
 
-class Expected(nn.Module):
-    """Raises when a size that decided what was traced is another one."""
-
-    def __init__(self, value: Any, line: str) -> None:
-        super().__init__()
-        self.value, self.line = value, line
-
-    def forward(self, given: Any) -> None:
-        """Compare a length, a number or a decision with the one traced."""
-        found = answer(self.value, given)
-        if found != self.value:
-            raise ValueError(
-                f"forward asks for a size at {self.line or 'an unknown line'}, and followed {self.value!r} when the "
-                f"network was traced; it is now {found!r}. Trace it with example inputs that give the same."
-            )
-
-
-def answer(asked: Any, given: Any) -> Any:
-    """Return the truth of a value, its length or itself, whichever `asked` was the answer to."""
-    if isinstance(asked, bool):
-        return bool(given)
-    return given if isinstance(given, NUMBERS) else len(given)
-
-
 class SizedTracer(fx.Tracer):
     """A symbolic tracer whose values know their sizes.
 
     Attributes:
         inputs: the arguments of forward by name, on the meta device.
+        device: where they really are.
+        recording: modules that are called are recorded; not so while sizes are looked up.
+        autocasts: lines of the user's code that set `torch.autocast`, which no graph holds.
     """
 
     proxy_buffer_attributes = True
 
-    def __init__(self, inputs: Mapping[str, Any]) -> None:
+    def __init__(self, inputs: Mapping[str, Any], device: torch.device) -> None:
         super().__init__()
         self.inputs = inputs
+        self.device = device
         self.recording = True
+        self.autocasts: list[str] = []
         self._sizes: _Sizes | None = None
         self._asked: set[tuple[fx.Node, Any]] = set()
 
@@ -141,7 +126,7 @@ class SizedTracer(fx.Tracer):
 
     def _value(self, obj: fx.Proxy) -> Any:
         if self._sizes is None:
-            self._sizes = _Sizes(self.root, self.graph, self.inputs)
+            self._sizes = _Sizes(self.root, self.graph, self.inputs, self.device)
         self.recording = False
         try:
             return self._sizes.of(obj.node)
@@ -158,6 +143,34 @@ class SizedTracer(fx.Tracer):
             self.create_node("call_module", target, (obj.node,), {})
         return value
 
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Trace a module; what makes tensors out of sizes is recorded too."""
+        plain = {name: getattr(torch, name) for name in (*_FACTORIES, "autocast")}
+        try:
+            for name in _FACTORIES:
+                setattr(torch, name, self._recorded(plain[name]))
+            torch.autocast = self._left_out(plain["autocast"])
+            return super().trace(root, concrete_args)
+        finally:
+            for name, function in plain.items():
+                setattr(torch, name, function)
+
+    def _recorded(self, function: Any) -> Any:
+        @functools.wraps(function)
+        def record(*args: Any, **kwargs: Any) -> Any:
+            symbolic = any(isinstance(a, fx.Proxy) for a in pytree.tree_leaves((args, kwargs)))
+            return self.create_proxy("call_function", function, args, kwargs) if symbolic else function(*args, **kwargs)
+
+        return record
+
+    def _left_out(self, autocast: Any) -> Any:
+        @functools.wraps(autocast, updated=())
+        def note(*args: Any, **kwargs: Any) -> Any:
+            self.autocasts.append(self.user_line())
+            return nullcontext()
+
+        return note
+
     def user_line(self) -> str:
         """Return file and line of the user's code that is being traced."""
         raise NotImplementedError
@@ -166,9 +179,10 @@ class SizedTracer(fx.Tracer):
 class _Sizes(MetaRunner):
     """Runs what a trace has recorded so far, as far as it is asked for."""
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, inputs: Mapping[str, Any]) -> None:
+    def __init__(self, root: nn.Module, graph: fx.Graph, inputs: Mapping[str, Any], device: torch.device) -> None:
         super().__init__(root, graph)
         self._inputs = inputs
+        self._device = device
 
     def of(self, node: fx.Node) -> Any:
         """Return the value of a node."""
@@ -186,6 +200,12 @@ class _Sizes(MetaRunner):
         """Return what a node refers to on the meta device, in eval mode."""
         found = super().fetch_attr(target)
         return found.eval() if isinstance(found, nn.Module) else found
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Run a function; a tensor's device is the real one."""
+        if target is getattr and args[1] == "device":
+            return self._device
+        return super().call_function(target, args, kwargs)
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Return an example input."""

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from fxprune.attention import MultiheadAttention, make_traceable
 from fxprune.cloning import clone, modules_in, named_part, named_state
 from fxprune.errors import TraceError
+from fxprune.expecting import Expect
 from fxprune.exporting import exported
 from fxprune.pausing import without_collector
 from fxprune.recurrent import PACKED, is_packed, raised_packing
@@ -30,22 +31,6 @@ from fxprune.values import to_meta
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(__file__)
 _PLAIN = {int, float, str, bool, type(None)}
-
-
-class Expect(nn.Module):
-    """Raises when an argument that was fixed at tracing time is given another value."""
-
-    def __init__(self, name: str, value: Any) -> None:
-        super().__init__()
-        self.name, self.value = name, value
-
-    def forward(self, given: Any) -> None:
-        """Compare the value given with the one traced."""
-        if given is not self.value and given != self.value:
-            raise ValueError(
-                f"argument {self.name!r} was fixed to {self.value!r} when the network was traced, and is now "
-                f"{given!r}. Trace it with an example of {self.name!r} instead."
-            )
 
 
 class _Flag(int):
@@ -77,8 +62,10 @@ def _is_users(path: str) -> bool:
 class Tracer(SizedTracer):
     """Symbolic tracer that keeps default arguments, source lines, and what depends on training mode."""
 
-    def __init__(self, fixed: Mapping[str, Any], inputs: Mapping[str, Any], training: bool) -> None:
-        super().__init__(inputs)
+    def __init__(
+        self, fixed: Mapping[str, Any], inputs: Mapping[str, Any], device: torch.device, training: bool
+    ) -> None:
+        super().__init__(inputs, device)
         self.fixed = fixed
         self.flag = _Flag(training)
         self.flag.asked = []
@@ -103,11 +90,12 @@ class Tracer(SizedTracer):
         if not self.recording:
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
-        return (
-            self.create_proxy("call_module", path, args, kwargs)
-            if self.is_leaf_module(m, path)
-            else forward(*args, **kwargs)
-        )
+        if not self.is_leaf_module(m, path):
+            return forward(*args, **kwargs)
+        result = self.create_proxy("call_module", path, args, kwargs)
+        if isinstance(m, MultiheadAttention) and not m.asked_for_weights(*args, **kwargs):
+            return result[0], None  # which forward may compare with None: a symbolic value never is
+        return result
 
     def user_line(self) -> str:
         """Return file and line of the user's code that is being traced."""
@@ -234,11 +222,12 @@ def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], t
     fixed = _fixed(model, args, kwargs)
     given = inspect.signature(model.forward).bind(*args, **kwargs)
     given.apply_defaults()
-    inputs = to_meta(given.arguments)
-    root, graph, tracer = _trace_once(model, fixed, inputs, model.training, through)
+    device = next(t.device for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
+    make = functools.partial(Tracer, fixed, to_meta(given.arguments), device)
+    root, graph, tracer = _trace_once(model, make, model.training, through)
     notes = []
     asked = list(dict.fromkeys(tracer.flag.asked))
-    if asked and not _merge_modes(graph, _trace_once(model, fixed, inputs, not model.training, through)[1]):
+    if asked and not _merge_modes(graph, _trace_once(model, make, not model.training, through)[1]):
         mode = "train" if model.training else "eval"
         lines = ", ".join(f"{os.path.basename(line)}" for line in asked[:3])
         notes.append(
@@ -248,6 +237,9 @@ def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], t
     if any(n.op == "call_module" and n.target == TRAINING for n in graph.nodes):
         root.add_module(TRAINING, TrainingFlag().train(model.training))  # its own, or that of arguments merged
     one_path = bool(notes)
+    if tracer.autocasts:
+        lines = ", ".join(os.path.basename(line) for line in dict.fromkeys(tracer.autocasts))
+        notes.append(f"forward sets torch.autocast ({lines}); the slim network leaves it as it is set outside")
     state, unused = taking_part(root, graph)
     notes += left_out(unused)
     return Traced(model, root, graph, args, kwargs, "symbolic_trace", one_path, tuple(notes), tracer.sources, state)
@@ -289,12 +281,12 @@ def _guarded(model: nn.Module) -> tuple[dict[int, torch.Tensor], list[tuple[torc
 
 
 def _trace_once(
-    model: nn.Module, fixed: Mapping[str, Any], inputs: Mapping[str, Any], training: bool, through: bool
+    model: nn.Module, make: Callable[[bool], Tracer], training: bool, through: bool
 ) -> tuple[nn.Module, fx.Graph, Tracer]:
     copies, seen = _guarded(model)
     root = clone(model, copies)
     make_traceable(root)
-    tracer = Tracer(fixed, inputs, training)
+    tracer = make(training)
     modes = [(vars(m), m.training) for _, m in modules_in(root)]
     for attributes, mode in modes:
         if mode == model.training:

@@ -185,7 +185,7 @@ class Raising(nn.Module):
         raise ZeroDivisionError("not on my watch")
 
 
-class SingularValues(nn.Module):
+class Singular(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a = nn.Linear(8, 6)
@@ -222,9 +222,9 @@ BAD: dict[str, tuple[Any, Any, Any, dict[str, Any], type[Exception], str]] = {
         r"'stem\*' matches no layer",
     ),
     "a method without its data": (Chain, X, HALF, {"method": methods.Taylor()}, fxprune.PlanError, "needs calibration"),
-    "an unknown op": (SingularValues, TOKENS, HALF, {"unknown": "error"}, fxprune.CouplingError, "svd.* at node 'linalg"),
+    "an unknown op": (Singular, TOKENS, HALF, {"unknown": "error"}, fxprune.CouplingError, "svd.* at node 'linalg"),
     "a word for unknown": (Chain, X, HALF, {"unknown": "skip"}, fxprune.CouplingError, "neither 'freeze' nor 'error'"),
-    "nothing that may go": (SingularValues, TOKENS, HALF, {}, fxprune.PlanError, "cannot be met"),
+    "nothing that may go": (Singular, TOKENS, HALF, {}, fxprune.PlanError, "cannot be met"),
 }
 
 

@@ -179,3 +179,18 @@ def test_a_batch_norm_with_its_own_forward_keeps_both_modes() -> None:
     before = slim.get_buffer("norm.running_mean").clone()
     slim.train()(x)
     assert not torch.equal(slim.get_buffer("norm.running_mean"), before)
+
+
+class Casting(Net):
+    def between(self, x: Tensor) -> Tensor:
+        if x.device.type == "meta":
+            raise RuntimeError("nobody computes on the meta device")
+        with torch.autocast(x.device.type, enabled=False):
+            return x * 2
+
+
+def test_devices_are_real_and_autocast_is_said_to_be_left_out() -> None:
+    slim = fxprune.compile(settled(Casting), torch.randn(1, 3, 8, 8), Budget(macs=0.5), progress=False)
+    report = fxprune.report(slim)
+    assert report.frontend == "symbolic_trace"
+    assert any(note.startswith("forward sets torch.autocast (test_sizing.py:") for note in report.notes)

@@ -103,12 +103,12 @@ TIMM = {
     "gcvit": Small(
         lambda: GlobalContextVit(num_classes=10, img_size=64, embed_dim=32, depths=(1, 1, 1, 1)), fixed=True
     ),
-    "edgenext": _timm("edgenext_xx_small", depths=(1, 1, 2, 1)),
     "convnext": _timm("test_convnext"),
     "nfnet": _timm("nf_regnet_b0"),
     "res2net": _timm("res2net50_14w_8s", layers=[1, 1, 1, 1]),
     "ghostnet": _timm("ghostnet_050"),
     "efficientnet": _timm("test_efficientnet"),
+    "lambda_resnet": _timm("lambda_resnet26t", img_size=64),
     "volo": Small(lambda: VOLO([1, 1], 64, num_classes=10, embed_dims=[48, 96], num_heads=[2, 4]), fixed=True),
     "pvt_v2": _timm("pvt_v2_b0", depths=(1, 1, 1, 1)),
     "cait": _timm("cait_xxs24_224", img_size=64, depth=2, depth_token_only=1, embed_dim=48),

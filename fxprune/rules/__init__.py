@@ -50,6 +50,10 @@ class Labeller(Protocol):
         """Record multiply-accumulates: `fixed` times the kept size of each labelled dim."""
         ...
 
+    def pair(self, x: torch.Tensor, w: torch.Tensor, dim: int) -> None:
+        """Remember that `dim` of `x` is summed over with `w`, if both are activations."""
+        ...
+
     def value(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Return the known value of a constant integer tensor."""
         ...

@@ -17,6 +17,7 @@ aten = torch.ops.aten
 
 def matmul(op: Op, x: torch.Tensor, w: torch.Tensor) -> Labels:
     """x: (.., n, k), w: (.., k, m) -> (.., n, m)."""
+    op.host.pair(x, w, x.ndim - 1)
     wide_x = algebra.insert(op.labels(x), x.ndim)
     wide_w = algebra.insert(op.labels(w), w.ndim - 2)
     return op.contract(wide_x, (*x.shape, 1), wide_w, (*w.shape[:-2], 1, *w.shape[-2:]), [x.ndim - 1])

@@ -90,7 +90,7 @@ class WrittenSpectralConv(SpectralConv):
         return torch.fft.irfft2(out, s=(x.size(-2), x.size(-1)))
 
 
-@trap("Fourier neural operator written into zeros", IMAGE, FNO, frontend="export")
+@trap("Fourier neural operator written into zeros", IMAGE, FNO)
 class WrittenFNO(FNO2d):
     def __init__(self) -> None:
         super().__init__()
