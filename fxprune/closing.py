@@ -21,6 +21,11 @@ def distinct(numbers: np.ndarray) -> np.ndarray:
     return ordered[np.append(True, ordered[1:] != ordered[:-1])] if ordered.size else ordered
 
 
+def spans(start: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Return start[0], .., start[0] + count[0] - 1, start[1], .., one range after the other."""
+    return np.arange(count.sum()) + np.repeat(start - (np.cumsum(count) - count), count)
+
+
 def owner(ids: np.ndarray) -> np.ndarray:
     """Return the array of which `ids` is a mere reshaping, or `ids` itself: equal owners have equal positions."""
     base = ids.base

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from fxprune.closing import distinct, owner
+from fxprune.closing import distinct, owner, spans
 from fxprune.labels import Extent, extents
 from fxprune.records import Interpretation
 
@@ -77,7 +77,7 @@ class _Sizes:
         found = self._by_owner.get((id(home), -1 if plain else dim))
         if found is None:
             channels = self._to_channels(ids)
-            rows = channels.reshape(1, -1) if plain else np.moveaxis(channels, dim, -1).reshape(-1, ids.shape[dim])
+            rows = channels.reshape(1, -1) if plain else _distinct_rows(channels, dim)
             key = (rows.tobytes(), rows.shape[1])
             found = self._by_content.setdefault(key, len(self.rows))
             if found == len(self.rows):
@@ -85,6 +85,12 @@ class _Sizes:
             self._by_owner[id(home), -1 if plain else dim] = found
             self._alive.append(home)
         return found
+
+
+def _distinct_rows(channels: np.ndarray, dim: int) -> np.ndarray:
+    """Return (rows, width) channels along `dim`; of equal neighbours, such as the filters of a group, only the first."""
+    rows = np.moveaxis(channels, dim, -1).reshape(-1, channels.shape[dim])
+    return rows[np.append(True, (rows[1:] != rows[:-1]).any(axis=1))]
 
 
 class _Counter:
@@ -210,21 +216,15 @@ class CostModel:
         term, place = np.nonzero(indices >= 0)
         order = np.argsort(indices[term, place], kind="stable")
         dim = indices[term, place][order]
-        touched = spans(np.searchsorted(dim, changed % n, "left"), np.searchsorted(dim, changed % n, "right"))
-        repeat = np.searchsorted(dim, changed % n, "right") - np.searchsorted(dim, changed % n, "left")
-        hit = distinct(np.repeat(changed // n, repeat) * len(factors) + term[order][touched])
+        first = np.searchsorted(dim, changed % n, "left")
+        repeat = np.searchsorted(dim, changed % n, "right") - first
+        hit = distinct(np.repeat(changed // n, repeat) * len(factors) + term[order][spans(first, repeat)])
         which, term = hit // max(len(factors), 1), hit % max(len(factors), 1)
         wanted = which[:, None] * n + indices[term] % n
         at = np.minimum(np.searchsorted(changed, wanted), len(changed) - 1)
         after = np.where(changed[at] == wanted, fresh[at], sizes[indices[term]]).prod(axis=1)
         delta = factors[term] * (after - sizes[indices[term]].prod(axis=1))
         return self._macs(sizes) + np.bincount(which, delta, count)
-
-
-def spans(start: np.ndarray, stop: np.ndarray) -> np.ndarray:
-    """Return start[0], .., stop[0] - 1, start[1], .., one range after the other."""
-    count = stop - start
-    return np.repeat(start, count) + np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
 
 
 _Products = tuple[np.ndarray, np.ndarray]

@@ -10,13 +10,13 @@ positions each gives up.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
+from itertools import pairwise
 from math import gcd
 
 import numpy as np
 
 from fxprune.atoms import FIXED
-from fxprune.closing import components, distinct
+from fxprune.closing import components, distinct, spans
 
 PLAIN, COLUMN, ROW = 0, 1, 2
 
@@ -66,7 +66,7 @@ class Group:
         cell_of, scores = np.repeat(np.arange(len(lengths)), lengths), score[choices]
         ranked = choices[np.lexsort((scores, cell_of))]
         steps = int((np.bincount(cell_of[np.isfinite(scores)], minlength=len(lengths)) // takes).min())
-        first = ranges(np.cumsum(lengths) - lengths, takes)
+        first = spans(np.cumsum(lengths) - lengths, takes)
         return ranked[first + np.arange(steps)[:, None] * np.repeat(takes, takes)]
 
 
@@ -83,7 +83,7 @@ class Members:
             return choices, np.arange(len(choices))
         start = np.searchsorted(self.choice, choices, "left")
         count = np.searchsorted(self.choice, choices, "right") - start
-        return self.channel[ranges(start, count)], np.repeat(np.arange(len(choices)), count)
+        return self.channel[spans(start, count)], np.repeat(np.arange(len(choices)), count)
 
     def total(self, score: np.ndarray) -> np.ndarray:
         """Add up a per-channel score over the members of every choice: (channels,) -> (channels,)."""
@@ -106,11 +106,6 @@ class Products:
     channel: np.ndarray
     row: np.ndarray
     column: np.ndarray
-
-
-def ranges(start: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """Return start[0], .., start[0] + count[0] - 1, start[1], .., one range after the other."""
-    return np.arange(count.sum()) + np.repeat(start - (np.cumsum(count) - count), count)
 
 
 def _without(numbers: np.ndarray, known: np.ndarray) -> np.ndarray:
@@ -151,7 +146,7 @@ def find_members(num_channels: int, rows: list[Rows], products: Products, emptie
     while len(fresh):
         known = np.sort(np.concatenate([known, fresh]))
         choice, at = np.divmod(fresh, num_channels)
-        further = np.repeat(choice, count[at]) * num_channels + b[ranges(start[at], count[at])]
+        further = np.repeat(choice, count[at]) * num_channels + b[spans(start[at], count[at])]
         fresh = _without(distinct(further), known)
     return Members(*np.divmod(known, num_channels))
 
@@ -175,10 +170,14 @@ class _Losses:
     batch_of_row: np.ndarray
     emptied: np.ndarray
     """(n, 2): choices that empty a row, and the channel of that row."""
+    start: np.ndarray
+    """(channels + 1,) where the entries of each choice start."""
+    first_rows: np.ndarray
+    """(batches,) the first row of each batch."""
 
 
 def _losses(num_channels: int, rows: list[Rows], members: Members) -> _Losses:
-    channel, row, width, batch_of_row, first = [], [], [], [], 0
+    channel, row, width, batch_of_row, first_rows, first = [], [], [], [], [], 0
     for index, batch in enumerate(rows):
         n, w = batch.columns.shape
         real = batch.columns != FIXED
@@ -186,20 +185,27 @@ def _losses(num_channels: int, rows: list[Rows], members: Members) -> _Losses:
         row.append(np.broadcast_to(np.arange(first, first + n)[:, None], (n, w))[real])
         width.append(np.full(n, w))
         batch_of_row.append(np.full(n, index))
+        first_rows.append(first)
         first += n
     if not rows:
         empty = np.empty(0, dtype=np.int64)
-        return _Losses(empty, empty, empty, empty, empty.reshape(0, 2))
+        return _Losses(empty, empty, empty, empty, empty.reshape(0, 2), empty, empty)
     x, r = np.concatenate(channel), np.concatenate(row)
     r = r[np.argsort(x, kind="stable")]
     per_channel = np.bincount(x, minlength=num_channels)
     start, count = (np.cumsum(per_channel) - per_channel)[members.channel], per_channel[members.channel]
-    keys, lost = _counted(np.repeat(members.choice, count) * first + r[ranges(start, count)])
+    keys, lost = _counted(np.repeat(members.choice, count) * first + r[spans(start, count)])
     choice, row = np.divmod(keys, first)
     partial = lost < np.concatenate(width)[row]
     emptied = np.stack([choice, np.concatenate([batch.row for batch in rows])[row]], 1)[~partial]
     return _Losses(
-        choice[partial], row[partial], lost[partial], np.concatenate(batch_of_row), emptied[emptied[:, 1] != FIXED]
+        choice[partial],
+        row[partial],
+        lost[partial],
+        np.concatenate(batch_of_row),
+        emptied[emptied[:, 1] != FIXED],
+        np.searchsorted(choice[partial], np.arange(num_channels + 1)),
+        np.array(first_rows),
     )
 
 
@@ -222,7 +228,7 @@ def _matches(members: Members, channel: np.ndarray) -> tuple[np.ndarray, np.ndar
     order = np.argsort(members.channel, kind="stable")
     start = np.searchsorted(members.channel[order], channel, "left")
     count = np.searchsorted(members.channel[order], channel, "right") - start
-    return members.choice[order[ranges(start, count)]], np.repeat(np.arange(len(channel)), count)
+    return members.choice[order[spans(start, count)]], np.repeat(np.arange(len(channel)), count)
 
 
 def _bereft_parents(members: Members, products: Products, n: int) -> np.ndarray:
@@ -295,7 +301,7 @@ def find_groups(
     drafts = [("channels", (cell,), (1,)) for cell in _by_key(np.flatnonzero(open_ & (role != ROW)), key)]
     drafts += [("rows", (cell,), (1,)) for cell in _by_key(np.flatnonzero(open_ & (role == ROW)), row_key)]
     drafts += _balanced(losses, role, frozen | ~reaches, crossing, num_channels)
-    drafts.sort(key=lambda draft: min(int(cell.min()) for cell in draft[1]))
+    drafts.sort(key=lambda draft: min(int(cell[0]) for cell in draft[1]))
     return _numbered(drafts, members, site_key, names, first_site), members
 
 
@@ -308,7 +314,8 @@ def _by_key(choices: np.ndarray, key: np.ndarray) -> list[np.ndarray]:
         return []
     order = np.argsort(key[choices], kind="stable")
     ordered = choices[order]
-    return np.split(ordered, np.flatnonzero(np.diff(key[ordered])) + 1)
+    ends = [0, *(np.flatnonzero(np.diff(key[ordered])) + 1).tolist(), len(ordered)]
+    return [ordered[a:b] for a, b in pairwise(ends)]
 
 
 def _balanced(losses: _Losses, role: np.ndarray, frozen: np.ndarray, crossing: np.ndarray, n: int) -> list[_Draft]:
@@ -316,20 +323,21 @@ def _balanced(losses: _Losses, role: np.ndarray, frozen: np.ndarray, crossing: n
     if not len(losses.choice):
         return []
     signature = np.zeros(n, dtype=np.uint64)
-    np.add.at(signature, losses.choice, mixed(losses.row) * losses.count.astype(np.uint64))
+    known = np.flatnonzero(np.diff(losses.start))
+    signature[known] = np.add.reduceat(mixed(losses.row) * losses.count.astype(np.uint64), losses.start[known])
     anchor = n + losses.batch_of_row[losses.row] * 3 + role[losses.choice]
     family = components(n + 3 * (int(losses.batch_of_row.max()) + 1), losses.choice, anchor)
-    ours = ~crossing[losses.choice]
     drafts = []
-    for choices in _by_key(np.unique(losses.choice[ours]), family):
-        cells = _by_key(choices, signature)
-        free = [cell for cell in cells if not frozen[cell].all()]
+    for choices in _by_key(known[~crossing[known]], family):
+        counted = [(cell, len(cell) - np.count_nonzero(frozen[cell])) for cell in _by_key(choices, signature)]
+        free = [cell for cell, left in counted if left]
         if not free:
             continue
-        levels = reduce(gcd, [len(cell) for cell in free])
-        for takes in ([len(cell) // levels for cell in free], [1] * len(free)):
-            stay = frozen[np.concatenate(free)].any() or max(takes) < max(len(cell) for cell in free)
-            steps = min(int((~frozen[cell]).sum()) // take for cell, take in zip(free, takes, strict=True))
+        lengths, left = [len(cell) for cell in free], [left for _, left in counted if left]
+        levels = gcd(*lengths)
+        for takes in ([length // levels for length in lengths], [1] * len(free)):
+            stay = left != lengths or max(takes) < max(lengths)
+            steps = min(n // take for n, take in zip(left, takes, strict=True))
             if steps and stay and _even(losses, free, takes):
                 kind = "rows" if (role[free[0]] == ROW).all() else "balanced"
                 drafts.append((kind, tuple(free), tuple(takes)))
@@ -339,12 +347,14 @@ def _balanced(losses: _Losses, role: np.ndarray, frozen: np.ndarray, crossing: n
 
 def _even(losses: _Losses, cells: list[np.ndarray], takes: list[int]) -> bool:
     """Say whether one step takes equally many columns out of every row of the batches it touches."""
-    rate = np.zeros(int(max(losses.choice.max(), max(cell.max() for cell in cells))) + 1)
-    for cell, take in zip(cells, takes, strict=True):
-        rate[cell] = take / len(cell)
-    lost = np.bincount(losses.row, weights=losses.count * rate[losses.choice], minlength=len(losses.batch_of_row))
-    touched = np.unique(losses.batch_of_row[lost > 0])
-    return all(np.ptp(lost[losses.batch_of_row == batch]) < 1e-9 for batch in touched)
+    choices = np.concatenate(cells)
+    lengths = np.array([len(cell) for cell in cells])
+    rate = np.repeat(np.array(takes) / lengths, lengths)
+    start, count = losses.start[choices], losses.start[choices + 1] - losses.start[choices]
+    hit = spans(start, count)
+    lost = np.bincount(losses.row[hit], losses.count[hit] * np.repeat(rate, count), len(losses.batch_of_row))
+    most, least = (f.reduceat(lost, losses.first_rows) for f in (np.maximum, np.minimum))
+    return bool((most - least < 1e-9).all())
 
 
 def _numbered(

@@ -55,7 +55,7 @@ def test_trap(name: str) -> None:
     assert report.verification is not None
     assert report.verification.worst < 1e-9
     assert 0.7 * trap.macs < report.costs.share("macs") <= trap.macs
-    assert report.frontend == trap.frontend
+    assert report.frontend == "symbolic_trace"
     assert not [note for note in report.notes if "was frozen" in note]
 
     stays = {site for site in trap.shrinks if size(slim, site) == size(model, site)}
@@ -82,7 +82,7 @@ def test_trap(name: str) -> None:
         dense, found = tensors_in(model(*trap.inputs)), tensors_in(slim(*trap.inputs))
     assert [y.shape for y in found] == [y.shape for y in dense]
     longer = [torch.cat([x, x[:1]]) for x in trap.inputs]
-    with torch.no_grad(), suppress(RuntimeError):
+    with torch.no_grad(), suppress(RuntimeError):  # some write the batch size into forward
         dense = tensors_in(model(*longer))
         found = tensors_in(slim(*longer))
         assert [y.shape for y in found] == [y.shape for y in dense]

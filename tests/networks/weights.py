@@ -65,7 +65,7 @@ class StandardisedConv(Op, weight=3, shared=True):
         self.conv = nn.Conv2d(shapes[0][0], args[0], 3, padding=1, groups=args[1])
         self.scale = nn.Parameter(torch.empty(args[0], 1, 1, 1))
 
-    def weight(self) -> Tensor:
+    def kernel(self) -> Tensor:
         w, style = self.conv.weight, self.args[2]
         if style == 0:
             mean, var = w.mean((1, 2, 3), keepdim=True), w.var((1, 2, 3), keepdim=True, unbiased=False)
@@ -76,7 +76,7 @@ class StandardisedConv(Op, weight=3, shared=True):
         return w * self.scale if style == 2 else w + w.flip(-1).roll(1, -2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight(), self.conv.bias, padding=1, groups=self.args[1])
+        return F.conv2d(x, self.kernel(), self.conv.bias, padding=1, groups=self.args[1])
 
 
 class LowRank(Op, ranks=(VECTOR, TOKENS), weight=3, shared=True):

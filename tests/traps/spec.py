@@ -24,7 +24,6 @@ class Trap:
         shrinks: parameter and dim, as in "conv.weight 0", of all that must get smaller.
         held: parameter and dim -> words of the reason why nothing of it goes.
         macs: the budget.
-        frontend: what traces it.
     """
 
     make: Callable[[], nn.Module]
@@ -32,7 +31,6 @@ class Trap:
     shrinks: tuple[str, ...]
     held: Mapping[str, str] = field(default_factory=dict)
     macs: float = 0.5
-    frontend: str = "symbolic_trace"
 
 
 TRAPS: dict[str, Trap] = {}
@@ -46,7 +44,6 @@ def trap(
     held: Mapping[str, str] | None = None,
     macs: float = 0.5,
     entries: int = 0,
-    frontend: str = "symbolic_trace",
 ) -> Callable[[Make], Make]:
     """Enter a network in the list.
 
@@ -57,7 +54,6 @@ def trap(
         held: `Trap.held`.
         macs: the budget.
         entries: the input is integers below this number instead of floats.
-        frontend: `Trap.frontend`.
     """
 
     def register(make: Make) -> Make:
@@ -65,7 +61,7 @@ def trap(
         x = torch.randint(entries, shape, generator=generator) if entries else torch.randn(shape, generator=generator)
         assert name not in TRAPS
         sites = tuple(site.strip() for site in shrinks.split(","))
-        TRAPS[name] = Trap(make, (x,), sites, dict(held or {}), macs, frontend)
+        TRAPS[name] = Trap(make, (x,), sites, dict(held or {}), macs)
         return make
 
     return register
