@@ -75,6 +75,6 @@ class Settling:
             return None
         count = np.add.reduceat(np.append(keep, True)[self.columns], self._starts, dtype=np.int64)
         most = np.maximum.reduceat(count, self._first_rows)
-        least = np.minimum.reduceat(np.where(count > 0, count, len(keep) + 1), self._first_rows)
+        least = np.minimum.reduceat(np.where(count > 0, count, np.iinfo(np.int64).max), self._first_rows)
         wrong = np.flatnonzero((most > 0) & (least < most))
         return self.nodes[wrong[0]] if len(wrong) else None

@@ -108,7 +108,7 @@ class HandwrittenPool(Op, ranks=(MAP, TOKENS), weight=3):
         if self.args[0] == 0:
             return x.sum((2, 3)) / (h * w)
         if self.args[0] == 1:
-            return x.view(b, c, h * w).sum(2) / x[0, 0].numel()
+            return x.contiguous().view(b, c, h * w).sum(2) / x[0, 0].numel()
         return x.reshape(b, -1).reshape(b, c, -1).sum(-1) * (1.0 / area(self.shapes[0]))
 
 
