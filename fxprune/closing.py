@@ -21,6 +21,15 @@ def distinct(numbers: np.ndarray) -> np.ndarray:
     return ordered[np.append(True, ordered[1:] != ordered[:-1])] if ordered.size else ordered
 
 
+def mixed(numbers: np.ndarray) -> np.ndarray:
+    """Hash integers to 64 bits (splitmix64), the same on every machine."""
+    with np.errstate(over="ignore"):
+        z = numbers.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
 def spans(start: np.ndarray, count: np.ndarray) -> np.ndarray:
     """Return start[0], .., start[0] + count[0] - 1, start[1], .., one range after the other."""
     return np.arange(count.sum()) + np.repeat(start - (np.cumsum(count) - count), count)
@@ -86,12 +95,13 @@ def close(ledger: Ledger) -> Classes:
     a = np.concatenate([tie.a for tie in ledger.ties] or [empty])
     b = np.concatenate([tie.b for tie in ledger.ties] or [empty])
     root = components(n, a, b)
+    rows = _by_width(ledger)
     reason = np.full(n, -1, dtype=np.int64)
     for index in reversed(range(len(ledger.freezes))):
         reason[root[ledger.freezes[index].atoms]] = index
     while True:
-        reason, spread = _spread_frozen(ledger, root, reason)
-        pairs = [*_equal_rows(ledger, root), *_equal_products(ledger, root, reason)]
+        reason, spread = _spread_frozen(ledger, rows, root, reason)
+        pairs = [*_equal_rows(rows, root), *_equal_products(ledger, rows, root, reason)]
         a = np.concatenate([p[0] for p in pairs] or [empty])
         b = np.concatenate([p[1] for p in pairs] or [empty])
         if (a == b).all():
@@ -113,10 +123,31 @@ def _joined_reasons(reason: np.ndarray, joined: np.ndarray) -> np.ndarray:
     return np.where(merged == late, -1, merged)
 
 
-def _spread_frozen(ledger: Ledger, root: np.ndarray, reason: np.ndarray) -> tuple[np.ndarray, bool]:
+_Rows = list[tuple[np.ndarray, np.ndarray]]
+"""The rows of each width, (rows, width) atoms, and their atoms (rows,)."""
+
+
+def _by_width(ledger: Ledger) -> _Rows:
+    """Lay all rows of the same width below each other, without those that always stay."""
+    found: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for batch in ledger.rows:
+        real = batch.row != FIXED
+        columns, row = (batch.columns, batch.row) if real.all() else (batch.columns[real], batch.row[real])
+        if len(row):
+            found.setdefault(columns.shape[1], []).append((columns, row))
+    return [(np.concatenate([c for c, _ in same]), np.concatenate([r for _, r in same])) for same in found.values()]
+
+
+def _reaches_rows(rows: _Rows, root: np.ndarray, reason: np.ndarray) -> bool:
+    """Say whether a row that is not frozen has a frozen member."""
+    is_frozen = reason[root] >= 0
+    return any(bool((is_frozen[columns].any(axis=1) & ~is_frozen[row]).any()) for columns, row in rows)
+
+
+def _spread_frozen(ledger: Ledger, rows: _Rows, root: np.ndarray, reason: np.ndarray) -> tuple[np.ndarray, bool]:
     """A row with a frozen member is frozen; a frozen product freezes both parents."""
     before = (reason >= 0).sum()
-    for batch in ledger.rows:
+    for batch in ledger.rows if _reaches_rows(rows, root, reason) else ():
         real = batch.row != FIXED
         member = reason[root[batch.columns[real]]]
         row = root[batch.row[real]]
@@ -130,41 +161,35 @@ def _spread_frozen(ledger: Ledger, root: np.ndarray, reason: np.ndarray) -> tupl
     return reason, bool((reason >= 0).sum() > before)
 
 
-def _equal_rows(ledger: Ledger, root: np.ndarray) -> list[Pairs]:
+def _equal_rows(rows: _Rows, root: np.ndarray) -> list[Pairs]:
     """Rows with the same members are one; a row with one distinct member is that member."""
     pairs: list[Pairs] = []
-    by_width: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
-    for batch in ledger.rows:
-        real = batch.row != FIXED
-        if real.any():
-            members = np.sort(root[batch.columns[real]], axis=1)
-            by_width.setdefault(members.shape[1], []).append((members, root[batch.row[real]]))
-    for batches in by_width.values():
-        members = np.concatenate([m for m, _ in batches])
-        rows = np.concatenate([r for _, r in batches])
-        single = members[:, 0] == members[:, -1]
-        pairs.append((rows[single], members[single, 0]))
-        _, first, inverse = np.unique(members, axis=0, return_index=True, return_inverse=True)
-        pairs.append((rows, rows[first[inverse.reshape(-1)]]))
+    hashes = mixed(root)
+    for columns, row in rows:
+        members, channel = root[columns], root[row]
+        single = (members == members[:, :1]).all(axis=1)
+        pairs.append((channel[single], members[single, 0]))
+        pairs.append(_same_key(hashes[columns].sum(axis=1), channel))
     return pairs
 
 
-def _equal_products(ledger: Ledger, root: np.ndarray, reason: np.ndarray) -> list[Pairs]:
+def _equal_products(ledger: Ledger, rows: _Rows, root: np.ndarray, reason: np.ndarray) -> list[Pairs]:
     """Products of equal parents are one, a frozen parent gives the other, r & s_1 ~ r & s_2 gives s_1 ~ s_2."""
     if not ledger.products:
         return []
     atom = root[np.concatenate([p.atom for p in ledger.products])]
     row = root[np.concatenate([p.row for p in ledger.products])]
     column = root[np.concatenate([p.column for p in ledger.products])]
+    n = len(root)
     pairs: list[Pairs] = []
     for mine, other in ((row, column), (column, row)):
         certain = (reason[other] >= 0) | (mine == other)
         pairs.append((atom[certain], mine[certain]))
         proper = atom != mine
-        pairs.append(_same_key(np.stack([atom, mine], 1)[proper], other[proper]))
-    pairs.append(_same_key(np.sort(np.stack([row, column], 1), axis=1), atom))
+        pairs.append(_same_key((atom * n + mine)[proper], other[proper]))
+    pairs.append(_same_key(np.minimum(row, column) * n + np.maximum(row, column), atom))
     pairs.extend(_one_crossing(atom, row, column))
-    pairs.extend(_absorbed(ledger, root, atom, row, column))
+    pairs.extend(_absorbed(rows, root, atom, row, column))
     return pairs
 
 
@@ -180,19 +205,27 @@ def _one_crossing(atom: np.ndarray, row: np.ndarray, column: np.ndarray) -> list
 
 
 def _same_key(keys: np.ndarray, values: np.ndarray) -> Pairs:
-    _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-    return values, values[first[inverse.reshape(-1)]]
+    """Pair every value with one of the same key."""
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    first = np.append(True, ordered[1:] != ordered[:-1])[: len(order)]
+    values = values[order]
+    return values, values[first][np.cumsum(first) - 1]
 
 
-def _absorbed(ledger: Ledger, root: np.ndarray, atom: np.ndarray, row: np.ndarray, column: np.ndarray) -> list[Pairs]:
+def _absorbed(rows: _Rows, root: np.ndarray, atom: np.ndarray, row: np.ndarray, column: np.ndarray) -> list[Pairs]:
     """A row and one of its own members cross in that member: any(.., s, ..) & s is s."""
-    members: dict[int, set[int]] = {}
-    for batch in ledger.rows:
-        for r, columns in zip(batch.row.tolist(), batch.columns, strict=True):
-            if r != FIXED:
-                members.setdefault(int(root[r]), set()).update(root[columns].tolist())
+    n = len(root)
+    asked = np.zeros(n, dtype=bool)
+    asked[row] = asked[column] = True
+    known = [np.empty(0, dtype=np.int64)]
+    for columns, channel in rows:
+        parents = asked[root[channel]]
+        known.append((root[channel[parents], None] * n + root[columns[parents]]).ravel())
+    members = np.append(distinct(np.concatenate(known)), n * n)
     pairs: list[Pairs] = []
     for r, s in ((row, column), (column, row)):
-        hit = np.array([b in members.get(a, ()) for a, b in zip(r.tolist(), s.tolist(), strict=True)], dtype=bool)
+        code = r * n + s
+        hit = members[np.searchsorted(members, code)] == code
         pairs.append((atom[hit], s[hit]))
     return pairs

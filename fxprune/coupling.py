@@ -13,11 +13,11 @@ import numpy as np
 from fxprune import explaining
 from fxprune.atoms import FIXED
 from fxprune.channels import Frozen, Site, find_frozen, find_products, find_rows, find_sites
-from fxprune.closing import Classes, close, owner
+from fxprune.closing import Classes, close, mixed, owner
 from fxprune.costs import CostModel
 from fxprune.covering import Coverage, cover
 from fxprune.errors import CouplingError, TraceError
-from fxprune.grouping import Group, Members, Products, Rows, find_groups, mixed
+from fxprune.grouping import Group, Members, Products, Rows, find_groups
 from fxprune.interpreting import InterpretationError, interpret
 from fxprune.labels import Labels, Shape, fix
 from fxprune.pausing import without_collector

@@ -16,7 +16,7 @@ from math import gcd
 import numpy as np
 
 from fxprune.atoms import FIXED
-from fxprune.closing import components, distinct, spans
+from fxprune.closing import components, distinct, mixed, spans
 
 PLAIN, COLUMN, ROW = 0, 1, 2
 
@@ -149,15 +149,6 @@ def find_members(num_channels: int, rows: list[Rows], products: Products, emptie
         further = np.repeat(choice, count[at]) * num_channels + b[spans(start[at], count[at])]
         fresh = _without(distinct(further), known)
     return Members(*np.divmod(known, num_channels))
-
-
-def mixed(numbers: np.ndarray) -> np.ndarray:
-    """Hash integers to 64 bits (splitmix64), the same on every machine."""
-    with np.errstate(over="ignore"):
-        z = numbers.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
 
 
 @dataclass(frozen=True, slots=True)

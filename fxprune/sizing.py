@@ -10,9 +10,11 @@ from __future__ import annotations
 import functools
 import math
 import operator
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
@@ -29,6 +31,18 @@ class Symbol(fx.Proxy):
     """A symbolic value that knows its length, or its value where that is a number computed from sizes."""
 
     tracer: SizedTracer
+    _glances: ClassVar[dict[tuple[int, int], list[_Check]]] = {}
+    """Where whole numbers were asked for last, by frame and instruction, and the checks that were added."""
+
+    @classmethod
+    def __torch_function__(cls, orig_method: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Record a call; its parser may have looked at numbers among the arguments, which decided nothing."""
+        if Symbol._glances:
+            frame = sys._getframe(1)
+            for check in Symbol._glances.get((id(frame), frame.f_lasti), ()):
+                check.take_back()
+            Symbol._glances.clear()
+        return super().__torch_function__(orig_method, types, args, kwargs)
 
     def __getattr__(self, k: str) -> Attribute:
         return Attribute(self, k)
@@ -40,7 +54,11 @@ class Symbol(fx.Proxy):
         return self.tracer.count(self)
 
     def __index__(self) -> int:
-        return self.tracer.number(self).__index__()
+        value = self.tracer.number(self).__index__()
+        frame = sys._getframe(1)
+        here = id(frame), frame.f_lasti
+        Symbol._glances = {here: [*Symbol._glances.get(here, ()), *self.tracer.latest]}
+        return value
 
     def __int__(self) -> int:
         return int(self.tracer.number(self))
@@ -65,6 +83,22 @@ class Attribute(fx.proxy.Attribute, Symbol):
         return Attribute(self, k)
 
 
+@dataclass(frozen=True, slots=True)
+class _Check:
+    """A check in the graph that a size is what it was."""
+
+    key: Any
+    node: fx.Node
+    root: nn.Module
+    asked: set[Any]
+
+    def take_back(self) -> None:
+        """Remove it."""
+        self.node.graph.erase_node(self.node)
+        del self.root._modules[str(self.node.target)]
+        self.asked.discard(self.key)
+
+
 class SizedTracer(fx.Tracer):
     """A symbolic tracer whose values know their sizes.
 
@@ -72,6 +106,7 @@ class SizedTracer(fx.Tracer):
         inputs: the arguments of forward by name, on the meta device.
         device: where they really are.
         recording: modules that are called are recorded; not so while sizes are looked up.
+        latest: the check that the last answer has added, if any.
         autocasts: lines of the user's code that set `torch.autocast`, which no graph holds.
     """
 
@@ -84,7 +119,9 @@ class SizedTracer(fx.Tracer):
         self.recording = True
         self.autocasts: list[str] = []
         self._sizes: _Sizes | None = None
-        self._asked: set[tuple[fx.Node, Any]] = set()
+        self.latest: list[_Check] = []
+        self._asked: set[Any] = set()
+        self._count = 0
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Wrap a node in a value that knows its sizes."""
@@ -135,12 +172,15 @@ class SizedTracer(fx.Tracer):
 
     def _expect(self, obj: fx.Proxy, value: Any) -> Any:
         """Let the graph check that it is so, once."""
-        key = (obj.node, (type(value), value))
+        key = (obj.node, type(value), value)
+        self.latest = []
         if key not in self._asked:
-            self._asked.add(key)
-            target = f"fxprune_expected_{len(self._asked)}"
+            self._count += 1
+            target = f"fxprune_expected_{self._count}"
             self.root.add_module(target, Expected(value, self.user_line()))
-            self.create_node("call_module", target, (obj.node,), {})
+            node = self.create_node("call_module", target, (obj.node,), {})
+            self._asked.add(key)
+            self.latest.append(_Check(key, node, self.root, self._asked))
         return value
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:

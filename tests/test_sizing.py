@@ -194,3 +194,17 @@ def test_devices_are_real_and_autocast_is_said_to_be_left_out() -> None:
     report = fxprune.report(slim)
     assert report.frontend == "symbolic_trace"
     assert any(note.startswith("forward sets torch.autocast (test_sizing.py:") for note in report.notes)
+
+
+class Reshaping(Net):
+    def between(self, x: Tensor) -> Tensor:
+        x = torch.reshape(x, (x.shape[0], x.shape[1], x.shape[2] * x.shape[3]))
+        return torch.reshape(x, (x.shape[0], 16, 8, 8))
+
+
+def test_functions_that_look_at_numbers_fix_none() -> None:
+    model = settled(Reshaping)
+    traced = fxprune.trace(model, torch.randn(2, 3, 8, 8))
+    assert not any("expected" in n.name for n in traced.graph.nodes)
+    slim = fxprune.compile(model, torch.randn(2, 3, 8, 8), Budget(macs=0.5), progress=False)
+    assert slim(torch.randn(5, 3, 8, 8)).shape == (5, 4, 8, 8)
