@@ -72,12 +72,13 @@ class Ledger:
     _rows_seen: dict[tuple[bytes, int], np.ndarray] = field(default_factory=dict)
     _owned: set[tuple[bytes, bytes]] = field(default_factory=set)
     _products_seen: dict[bytes, np.ndarray] = field(default_factory=dict)
-    _parents: dict[int, tuple[int, int]] = field(default_factory=dict)
+    _parents: np.ndarray = field(default_factory=lambda: np.empty((2, 0), dtype=np.int64))
+    """(2, at most about twice as many as atoms): row and column of each atom that is a crossing, -1 for others."""
 
     def copy(self) -> Ledger:
         """Return a ledger that says the same and can be written to."""
         lists = (list(v) for v in (self.ties, self.rows, self.products, self.freezes, self.births))
-        return Ledger(self.num_atoms, self.node, *lists, self._constant, {}, set(), {}, dict(self._parents))
+        return Ledger(self.num_atoms, self.node, *lists, self._constant, {}, set(), {}, self._parents.copy())
 
     def fresh(self, shape: tuple[int, ...]) -> np.ndarray:
         """Issue new atoms, numbered in order."""
@@ -95,28 +96,35 @@ class Ledger:
             self._constant = np.append(self._constant, np.zeros(self.num_atoms + 1, dtype=bool))
         self._constant[atoms] = True
 
+    @property
+    def has_constants(self) -> bool:
+        """Whether any atom is made of a constant."""
+        return len(self._constant) > 1
+
     def is_constant(self, atoms: np.ndarray) -> np.ndarray:
         """Return which atoms are made of a constant, wholly or in part."""
-        if len(self._constant) == 1:
+        if not self.has_constants:
             return np.zeros(atoms.shape, dtype=bool)
         return (atoms < len(self._constant)) & self._constant.take(atoms, mode="clip") & (atoms != FIXED)
 
     def chosen(self, a: np.ndarray, b: np.ndarray, constant: bool) -> np.ndarray:
         """Return, of two tied atoms at each position, one that is made of a constant, or one that is not."""
-        if len(self._constant) == 1 or a.shape != b.shape:
+        if not self.has_constants or a.shape != b.shape:
             return a
         swap = (self.is_constant(a) != constant) & (self.is_constant(b) == constant)
         return np.where(swap, b, a) if swap.any() else a
 
     def constants(self, atoms: np.ndarray) -> np.ndarray:
         """Return the constants that these atoms are made of: of a crossing, those among its parents."""
-        found, left = [np.empty(0, dtype=np.int64)], np.unique(atoms[self.is_constant(atoms)])
+        found = [np.empty(0, dtype=np.int64)]
+        left = np.unique(atoms[self.is_constant(atoms)]) if self.has_constants else found[0]
         while left.size:
-            crossing = np.array([atom in self._parents for atom in left.tolist()], dtype=bool)
+            parents = self._parents_of(left)
+            crossing = parents[0] != FIXED
             found.append(left[~crossing])
-            parents = np.array([self._parents[atom] for atom in left[crossing].tolist()], dtype=np.int64).ravel()
+            parents = parents[:, crossing].ravel()
             left = np.unique(parents[self.is_constant(parents)])
-        return np.unique(np.concatenate(found))
+        return np.unique(np.concatenate(found)) if len(found) > 1 else found[0]
 
     def tie(self, a: np.ndarray, b: np.ndarray, reason: str = "is tied to positions that cannot go") -> None:
         """Say that `a` and `b` (broadcast against each other) live and die together, position by position."""
@@ -176,24 +184,30 @@ class Ledger:
         real = (row != FIXED) & (column != FIXED) & (row != column)
         if not real.any():
             return result
-        pairs, inverse = np.unique(np.stack([row[real], column[real]], 1), axis=0, return_inverse=True)
+        codes, inverse = np.unique(row[real] * self.num_atoms + column[real], return_inverse=True)
+        pairs = np.stack(np.divmod(codes, self.num_atoms))
         key = pairs.tobytes()
         atoms = self._products_seen.get(key)
         if atoms is None:
-            atoms = self.fresh((len(pairs),))
-            self.mark(atoms[self.is_constant(pairs).any(1)])
+            atoms = self.fresh((len(codes),))
+            self.mark(atoms[self.is_constant(pairs).any(0)])
             self._products_seen[key] = atoms
-            self.products.append(ProductBatch(atoms, pairs[:, 0], pairs[:, 1], self.node))
-            self._parents.update(zip(atoms.tolist(), map(tuple, pairs.tolist()), strict=True))
-        result[real] = atoms[inverse.reshape(-1)]
+            self.products.append(ProductBatch(atoms, *pairs, self.node))
+            if self._parents.shape[1] < self.num_atoms:
+                none = np.full((2, self.num_atoms), FIXED, dtype=np.int64)
+                self._parents = np.concatenate([self._parents, none], axis=1)
+            self._parents[:, atoms] = pairs
+        result[real] = atoms[inverse]
         return result
 
     def parents(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         """Return the row and column parents of every atom in `ids`, or None when some atom is no product."""
-        if not self._parents:
+        if not self._parents.size:
             return None
-        flat = ids.ravel().tolist()
-        if flat[0] not in self._parents or any(atom not in self._parents for atom in flat):
-            return None
-        pairs = np.array([self._parents[atom] for atom in flat], dtype=np.int64)
-        return pairs[:, 0].reshape(ids.shape), pairs[:, 1].reshape(ids.shape)
+        row, column = self._parents_of(ids)
+        return None if (row == FIXED).any() else (row, column)
+
+    def _parents_of(self, ids: np.ndarray) -> np.ndarray:
+        """Return the row and the column (2, *ids) of every atom, `FIXED` where it is no product."""
+        known = (ids >= 0) & (ids < self._parents.shape[1])
+        return np.where(known, self._parents.take(np.where(known, ids, 0), axis=1), FIXED)

@@ -276,9 +276,7 @@ def find_groups(
     crossing = _torn(members, products, num_channels)
     reaches = np.bincount(members.choice, weights=site_key[members.channel] != 0, minlength=num_channels) > 0
     crossing[products.channel] = True
-    role = np.zeros(num_channels, dtype=np.int64)
-    role[products.column] = COLUMN
-    role[products.row] = ROW
+    role = _roles(products, num_channels)
     row_key = np.zeros(num_channels, dtype=np.uint64)
     for index, batch in enumerate(rows):
         real = np.unique(batch.row[batch.row != FIXED])
@@ -309,6 +307,15 @@ def _by_key(choices: np.ndarray, key: np.ndarray) -> list[np.ndarray]:
     return [ordered[a:b] for a, b in pairwise(ends)]
 
 
+def _roles(products: Products, n: int) -> np.ndarray:
+    """Return (channels,) which are the row or the column of a crossing; of one that is both, what it was first."""
+    role = np.zeros(n, dtype=np.int64)
+    kinds = np.repeat([COLUMN, ROW], len(products.channel))
+    latest_first = np.argsort(-np.tile(np.arange(len(products.channel)), 2), kind="stable")
+    role[np.concatenate([products.column, products.row])[latest_first]] = kinds[latest_first]
+    return role
+
+
 def _balanced(losses: _Losses, role: np.ndarray, frozen: np.ndarray, crossing: np.ndarray, n: int) -> list[_Draft]:
     """Form families of choices that empty the same rows, and the cells inside each."""
     if not len(losses.choice):
@@ -316,7 +323,7 @@ def _balanced(losses: _Losses, role: np.ndarray, frozen: np.ndarray, crossing: n
     signature = np.zeros(n, dtype=np.uint64)
     known = np.flatnonzero(np.diff(losses.start))
     signature[known] = np.add.reduceat(mixed(losses.row) * losses.count.astype(np.uint64), losses.start[known])
-    anchor = n + losses.batch_of_row[losses.row] * 3 + role[losses.choice]
+    anchor = n + losses.batch_of_row[losses.row] * 2 + (role[losses.choice] == ROW)  # columns go with plain channels
     family = components(n + 3 * (int(losses.batch_of_row.max()) + 1), losses.choice, anchor)
     drafts = []
     for choices in _by_key(known[~crossing[known]], family):

@@ -140,7 +140,7 @@ class Op:
     def _hold_summed(self, x: Labels, w: Labels, dims: Iterable[int]) -> None:
         """Freeze channels made of a constant where they are summed over and neither operand knows when they go."""
         ndim = max(len(x), len(w))
-        for d in dims:
+        for d in dims if self.ledger.has_constants else ():
             a, b = x[d - ndim], w[d - ndim]
             if a is not None and b is not None:
                 both = self.ledger.is_constant(a) & self.ledger.is_constant(b)

@@ -134,8 +134,7 @@ def _by_groups(op: Op, x: torch.Tensor, weight: torch.Tensor, transposed: bool, 
     if transposed:
         cut = algebra.move(cut, [0, 2, 1])
     shapes = (batch, groups, 1, c_in // groups), (1, groups, c_out // groups, c_in // groups)
-    # the kernel first: the result takes its row labels, which are known to be those of its outputs
-    result = op.contract(algebra.insert(cut, 0), shapes[1], rows, shapes[0], [3], each)
+    result = op.contract(rows, shapes[0], algebra.insert(cut, 0), shapes[1], [3], each)
     result = op.reshape(result, (batch, groups, c_out // groups), (batch, c_out))
     for d in space:
         result = algebra.insert(result, d)

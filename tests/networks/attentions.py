@@ -58,7 +58,7 @@ class AttentionBlock(PackedAttention, ranks=(TOKENS,), weight=4):
 
 
 class CrossAttention(Op, ranks=(TOKENS,), arity=2, weight=8):
-    """args: heads, qk dim, v dim, twist, core, cut, merge, project: queries of one value, keys and values of another."""
+    """args: heads, qk dim, v dim, twist, core, cut, merge, project: over another value."""
 
     @classmethod
     def pairs(cls, x: Shape, other: Shape) -> bool:
@@ -78,7 +78,8 @@ class CrossAttention(Op, ranks=(TOKENS,), arity=2, weight=8):
         super().__init__(shapes, args)
         (tokens, queries), (_, keys) = shapes
         heads, dim, wide, twist, *_ = args
-        self.q, self.k, self.v = nn.Linear(queries, heads * dim), nn.Linear(keys, heads * dim), nn.Linear(keys, heads * wide)
+        self.q, self.k = nn.Linear(queries, heads * dim), nn.Linear(keys, heads * dim)
+        self.v = nn.Linear(keys, heads * wide)
         self.twist = Twist(twist, heads, dim, tokens)
         self.proj = nn.Linear(heads * wide, queries) if args[7] else nn.Identity()
 

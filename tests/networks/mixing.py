@@ -87,8 +87,7 @@ class HeadsTimesDims(Op, ranks=(TOKENS, VECTOR), weight=3):
 
     @classmethod
     def draw(cls, pick: Picker, *shapes: Shape) -> Args:
-        sizes = (3, 2, 4)
-        return tuple(pick.choice(sizes) for _ in range(4)) + (pick.integer(0, 2),)
+        return *(pick.choice((3, 2, 4)) for _ in range(4)), pick.integer(0, 2)
 
     @classmethod
     def outputs(cls, shapes: tuple[Shape, ...], args: Args) -> tuple[Shape, ...]:

@@ -10,8 +10,21 @@ import torch
 from torch import Tensor, nn
 
 # Defining an op enters it in the table.
-from networks import attentions, blocks, convolutions, functions, joins, linears, mixing, moves  # noqa: F401
-from networks import reshapes, sequences, sizes, transformers, weights  # noqa: F401
+from networks import (  # noqa: F401
+    attentions,
+    blocks,
+    convolutions,
+    functions,
+    joins,
+    linears,
+    mixing,
+    moves,
+    reshapes,
+    sequences,
+    sizes,
+    transformers,
+    weights,
+)
 from networks.ops import OPS, Args, Op, Shape
 
 FORMS = ("tensor", "tuple", "dict", "nested")

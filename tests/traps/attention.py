@@ -67,6 +67,38 @@ for _name, _take in PACKED.items():
     )
 
 
+class MergedByDim(Packed):
+    """Heads are merged as (D, H): values keep the same dims in every head, queries and keys need not (timm's nest)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = attend(*self.take(self.qkv(x)))
+        return self.out(x + self.proj(y.permute(0, 2, 3, 1).reshape(x.shape[0], x.shape[1], -1)))
+
+
+trap("packed qkv, merged by head dim", TOKENS, "stem.weight 0, qkv.weight 0, qkv.weight 1, proj.weight 1")(
+    lambda: MergedByDim(PACKED["reshape (3, H, D), permute, unbind"])
+)
+
+
+class PackedNorm(Packed):
+    """A norm over the head dim of queries and keys: these keep the same dims in every head, values need not."""
+
+    def __init__(self) -> None:
+        super().__init__(PACKED["reshape (3, H, D), permute, unbind"])
+        self.norm = nn.LayerNorm(D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        q, k, v = self.take(self.qkv(x))
+        return self.out(x + self.proj(merged(attend(self.norm(q), self.norm(k), v))))
+
+
+trap("packed qkv, normed queries and keys", TOKENS, "stem.weight 0, qkv.weight 0, norm.weight 0, proj.weight 1")(
+    PackedNorm
+)
+
+
 class Separate(nn.Module):
     """Three projections; `kv` heads for keys and values, `tweak` sees q and k."""
 
