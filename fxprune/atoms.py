@@ -8,7 +8,7 @@ and one is the crossing of a row and a column (*product*: it stays while both st
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -77,8 +77,19 @@ class Ledger:
 
     def copy(self) -> Ledger:
         """Return a ledger that says the same and can be written to."""
-        lists = (list(v) for v in (self.ties, self.rows, self.products, self.freezes, self.births))
-        return Ledger(self.num_atoms, self.node, *lists, self._constant, {}, set(), {}, self._parents.copy())
+        return replace(
+            self,
+            ties=list(self.ties),
+            rows=list(self.rows),
+            products=list(self.products),
+            freezes=list(self.freezes),
+            births=list(self.births),
+            _constant=self._constant.copy(),
+            _rows_seen={},
+            _owned=set(),
+            _products_seen={},
+            _parents=self._parents.copy(),
+        )
 
     def fresh(self, shape: tuple[int, ...]) -> np.ndarray:
         """Issue new atoms, numbered in order."""
@@ -210,4 +221,6 @@ class Ledger:
     def _parents_of(self, ids: np.ndarray) -> np.ndarray:
         """Return the row and the column (2, *ids) of every atom, `FIXED` where it is no product."""
         known = (ids >= 0) & (ids < self._parents.shape[1])
-        return np.where(known, self._parents.take(np.where(known, ids, 0), axis=1), FIXED)
+        found = np.full((2, *ids.shape), FIXED, dtype=np.int64)
+        found[:, known] = self._parents[:, ids[known]]
+        return found

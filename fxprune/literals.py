@@ -101,9 +101,7 @@ def _new_sizes(ctx: Context, node: fx.Node, given: Sequence[Any], predicted: Sha
     """Return sizes with those replaced that do not evaluate to the prediction."""
     if len(given) != len(predicted):
         raise CannotRewriteError(f"{len(given)} sizes are given for {len(predicted)} dims")
-    return [
-        g if ctx.value(g) in (-1, p) else _scaled(ctx, node, g, p) for g, p in zip(given, predicted, strict=True)
-    ]
+    return [g if ctx.value(g) in (-1, p) else _scaled(ctx, node, g, p) for g, p in zip(given, predicted, strict=True)]
 
 
 def _scaled(ctx: Context, node: fx.Node, size: Any, predicted: int) -> Any:

@@ -77,6 +77,17 @@ def _cdist(func: Any, x: torch.Tensor, y: torch.Tensor, p: float, *args: Any) ->
     return _mark(torch.linalg.vector_norm(_present(apart), p, dim=-1), apart.isnan().all(-1))
 
 
+@_absent_aware(aten._trilinear)
+def _trilinear(func: Any, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, *args: Any) -> torch.Tensor:
+    wide = []
+    for t, dims in zip((x, w, y), args[:3], strict=True):
+        for d in dims:
+            t = t.unsqueeze(d)
+        wide.append(t)
+    product = wide[0] * wide[1] * wide[2]
+    return _mark(_present(product).sum(args[3]), product.isnan().all(dim=tuple(args[3])))
+
+
 @_absent_aware(aten.convolution)
 def _convolution(func: Any, x: torch.Tensor, w: torch.Tensor, b: Any, *args: Any) -> torch.Tensor:
     transposed, groups = args[3], args[5]

@@ -171,6 +171,12 @@ def embedding(module: Any, call: Call) -> None:
     module.num_embeddings, module.embedding_dim = module.weight.shape
 
 
+@resizes(nn.Bilinear)
+def bilinear(module: Any, call: Call) -> None:
+    """weight: (out, in1, in2)."""
+    module.out_features, module.in1_features, module.in2_features = module.weight.shape
+
+
 @resizes(nn.PReLU)
 def prelu(module: Any, call: Call) -> None:
     """weight: (channels,) or (1,)."""

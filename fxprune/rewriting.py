@@ -185,7 +185,7 @@ class _Fixer(MetaRunner):
         predicted = self.prediction.shapes(n.name)
         try:
             if self._is_dense_size(n):
-                self.graph.erase_node(n)
+                n.graph.erase_node(n)
                 return None
             self._fix(n)
             if self._certain(n, predicted):
@@ -274,8 +274,8 @@ class _Fixer(MetaRunner):
 
     def insert(self, at: fx.Node, function: Callable[..., Any], *args: Any) -> fx.Node:
         """Add a node in front of another, and return it."""
-        with self.graph.inserting_before(at):
-            node = self.graph.call_function(function, args)
+        with at.graph.inserting_before(at):
+            node = at.graph.call_function(function, args)
         self.env[node] = Runner.run_node(self, node)
         return node
 

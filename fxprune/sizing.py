@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
+from torch.fx import proxy
 from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
 
@@ -76,7 +77,7 @@ class Symbol(fx.Proxy):
         return self.tracer.create_proxy("call_function", round, (self,) if digits is None else (self, digits), {})
 
 
-class Attribute(fx.proxy.Attribute, Symbol):
+class Attribute(proxy.Attribute, Symbol):
     """An attribute of a symbolic value, such as its shape, or a method of it."""
 
     def __getattr__(self, k: str) -> Attribute:
@@ -154,7 +155,8 @@ class SizedTracer(fx.Tracer):
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Iterate over a value whose number of items the example inputs tell."""
-        return iter([obj[i] for i in range(self.count(obj))])
+        items = range(self.count(obj))
+        return iter([self.create_proxy("call_function", operator.getitem, (obj, i), {}) for i in items])
 
     def keys(self, obj: fx.Proxy) -> Any:
         """Return the keys of a dict."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx import _symbolic_trace
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
@@ -94,7 +95,8 @@ class Tracer(SizedTracer):
             return forward(*args, **kwargs)
         result = self.create_proxy("call_module", path, args, kwargs)
         if isinstance(m, MultiheadAttention) and not m.asked_for_weights(*args, **kwargs):
-            return result[0], None  # which forward may compare with None: a symbolic value never is
+            first = self.create_proxy("call_function", operator.getitem, (result, 0), {})
+            return first, None  # which forward may compare with None: a symbolic value never is
         return result
 
     def user_line(self) -> str:
@@ -329,7 +331,7 @@ def _restore_buffers(root: nn.Module, model: nn.Module, copies: Mapping[int, tor
 @contextmanager
 def _through_wrapped() -> Iterator[None]:
     """Let a trace walk through the Python functions that `torch.fx.wrap` keeps whole: they hold sizes of their own."""
-    table = fx._symbolic_trace._wrapped_fns_to_patch
+    table = _symbolic_trace._wrapped_fns_to_patch
     walked = {
         key: table.pop(key)
         for key, home in list(table.items())

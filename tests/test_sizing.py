@@ -39,7 +39,7 @@ class Padded(Net):
 
 class Asserting(Net):
     def between(self, x: Tensor) -> Tensor:
-        b, c, *space = x.shape
+        _, c, *space = x.shape
         assert c == 16, "sixteen channels"
         if len(space) != 2 or c % 16:
             raise ValueError

@@ -58,6 +58,30 @@ def cdist(op: Op, x: torch.Tensor, y: torch.Tensor, *args: object) -> Labels:
     return op.contract(wide_x, shapes[0], wide_y, shapes[1], [x.ndim])
 
 
+@rule(aten._trilinear)
+def trilinear(
+    op: Op,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    y: torch.Tensor,
+    expand_x: Sequence[int],
+    expand_w: Sequence[int],
+    expand_y: Sequence[int],
+    summed: Sequence[int],
+    *args: object,
+) -> Labels:
+    """x: (b, i), w: (o, i, j), y: (b, j) -> (b, o): each gets dims of size one, then all are multiplied and summed."""
+    wide: list[tuple[Labels, tuple[int, ...]]] = []
+    for tensor, dims in ((x, expand_x), (w, expand_w), (y, expand_y)):
+        labels, shape = op.labels(tensor), tuple(tensor.shape)
+        for d in dims:
+            labels, shape = algebra.insert(labels, d), (*shape[:d], 1, *shape[d:])
+        wide.append((labels, shape))
+    (first, first_shape), (second, second_shape), (third, third_shape) = wide
+    both, both_shape = algebra.broadcast(op.ledger, first, first_shape, second, second_shape)
+    return op.contract(both, both_shape, third, third_shape, summed)
+
+
 @rule(aten.embedding)
 def embedding(op: Op, weight: torch.Tensor, indices: torch.Tensor, *args: object) -> Labels:
     """weight: (entries, d), indices: any shape -> (*indices, d). Entries stay: which are read depends on the data."""

@@ -8,7 +8,7 @@ from networks.ops import ALL, MAP, OPS, TOKENS, VECTOR, Args, Op, Picker, Shape
 from networks.shrinking import without_dead_steps
 from networks.spec import FORMS, Network, Step
 
-MOST_STEPS = 20  # of which up to eight for the heads
+MOST_STEPS = 18  # of which up to eight for the heads
 MOST = {MAP: (48, 8, 8), TOKENS: (65, 64), VECTOR: (192,)}
 
 # One entry per unit of weight, so that a choice is one integer; `again` calls an earlier step's module once more.
@@ -111,7 +111,7 @@ class Growing:
 
 
 def grow(pick: Picker) -> Network:
-    """Draw a network of about 3 to 20 steps; the smallest choices make the simplest one."""
+    """Draw a network of about 3 to 18 steps; the smallest choices make the simplest one."""
     size = pick.choice((4, 8, 6))
     count = 1 + (pick.integer(0, 5) == 5)
     inputs = tuple((pick.choice((4, 6, 8)), size, size) for _ in range(count))

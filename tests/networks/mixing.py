@@ -23,7 +23,7 @@ class TokenLinear(Op, ranks=(TOKENS,), weight=4, shared=True):
     def __init__(self, shapes: tuple[Shape, ...], args: Args) -> None:
         super().__init__(shapes, args)
         tokens = shapes[0][0]
-        self.linear = nn.Conv1d(tokens, args[0], 1) if args[1] == 1 else nn.Linear(tokens, args[0])
+        self.linear = nn.Conv1d(tokens, args[0], 1) if args[1] == 1 else nn.Linear(tokens, args[0], bias=not args[1])
 
     def forward(self, x: Tensor) -> Tensor:
         if self.args[1] == 2:
@@ -95,9 +95,11 @@ class HeadsTimesDims(Op, ranks=(TOKENS, VECTOR), weight=3):
 
     def __init__(self, shapes: tuple[Shape, ...], args: Args) -> None:
         super().__init__(shapes, args)
-        heads, dim, more_heads, more_dims, _ = args
+        heads, dim, more_heads, more_dims, style = args
         self.first = nn.Linear(shapes[0][-1], heads * dim)
-        self.over_heads, self.over_dims = nn.Linear(heads, more_heads), nn.Linear(dim, more_dims)
+        self.over_heads, self.over_dims = (
+            nn.Linear(a, b, bias=style < 2) for a, b in ((heads, more_heads), (dim, more_dims))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu(self.first(x)).unflatten(-1, (self.args[0], self.args[1]))

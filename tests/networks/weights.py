@@ -63,7 +63,8 @@ class StandardisedConv(Op, weight=3, shared=True):
     def __init__(self, shapes: tuple[Shape, ...], args: Args) -> None:
         super().__init__(shapes, args)
         self.conv = nn.Conv2d(shapes[0][0], args[0], 3, padding=1, groups=args[1])
-        self.scale = nn.Parameter(torch.empty(args[0], 1, 1, 1))
+        if args[2] == 2:
+            self.scale = nn.Parameter(torch.empty(args[0], 1, 1, 1))
 
     def kernel(self) -> Tensor:
         w, style = self.conv.weight, self.args[2]
@@ -95,17 +96,18 @@ class LowRank(Op, ranks=(VECTOR, TOKENS), weight=3, shared=True):
     def __init__(self, shapes: tuple[Shape, ...], args: Args) -> None:
         super().__init__(shapes, args)
         c, (out, rank, style) = shapes[0][-1], args
-        self.base = nn.Linear(c, out)
+        self.base = nn.Linear(c, out) if style < 3 else nn.Identity()
         self.a, self.b = nn.Parameter(torch.empty(rank, c)), nn.Parameter(torch.empty(out, rank))
         if style == 2:
             self.register_buffer("scale", torch.empty(out, c))
 
     def forward(self, x: Tensor) -> Tensor:
-        style, w = self.args[2], self.base.weight
+        style = self.args[2]
+        if style == 3:
+            return F.linear(F.relu(F.linear(x, self.a)), torch.cat([self.b, self.b.flip(0)], 1)[:, : self.a.shape[0]])
+        w = self.base.weight
         if style == 0:
             return F.linear(x, self.b @ self.a, self.base.bias) + F.linear(x, w)
         if style == 1:
             return F.linear(x, w + 0.5 * self.b @ self.a, self.base.bias)
-        if style == 2:
-            return F.linear(x, w * self.scale, self.base.bias) + F.linear(F.linear(x, self.a), self.b)
-        return F.linear(F.relu(F.linear(x, self.a)), torch.cat([self.b, self.b.flip(0)], 1)[:, : self.a.shape[0]])
+        return F.linear(x, w * self.scale, self.base.bias) + F.linear(F.linear(x, self.a), self.b)

@@ -38,6 +38,17 @@ class TiedFunctional(nn.Module):
         return F.linear(y + self.down(F.gelu(self.up(y))), self.embed.weight)
 
 
+@trap("bilinear layer", (4, 5), "left.weight 0, right.weight 0, meet.weight 0, meet.weight 1, meet.weight 2")
+class BilinearLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.meet = nn.Linear(5, 12), nn.Linear(5, 10), nn.Bilinear(12, 10, 8)
+        self.out = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.relu(self.meet(self.left(x), self.right(x))))
+
+
 @trap("tied autoencoder", (4, 16), "w 0, bias 0, deep.weight 0")
 class TiedAutoencoder(nn.Module):
     """The decoder is the transposed encoder."""
