@@ -176,7 +176,7 @@ class Ledger:
         """Return the row atoms of `ids` over `dim` (kept with size 1); record that the rows are balanced."""
         if ids.shape[dim] == 1:
             return ids
-        moved = np.moveaxis(ids, dim, -1)
+        moved = ids.transpose([*range(dim), *range(dim + 1, ids.ndim), dim])
         columns = np.ascontiguousarray(moved).reshape(-1, ids.shape[dim])
         key = (columns.tobytes(), columns.shape[1])
         row = self._rows_seen.get(key)
@@ -186,7 +186,7 @@ class Ledger:
             self.mark(row[self.is_constant(columns).any(1) & (row != FIXED)])
             self._rows_seen[key] = row
             self.rows.append(RowBatch(columns, row, self.node))
-        return np.expand_dims(row.reshape(moved.shape[:-1]), dim)
+        return row.reshape([1 if d == dim else n for d, n in enumerate(ids.shape)])
 
     def product(self, row: np.ndarray, column: np.ndarray) -> np.ndarray:
         """Return atoms that stay while both `row` and `column` (broadcast against each other) stay."""

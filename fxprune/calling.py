@@ -155,6 +155,36 @@ def sigmoid(module: Any, x: torch.Tensor) -> Call:
     return aten.sigmoid.default, (x,)
 
 
+@calls(nn.GELU)
+def gelu(module: Any, x: torch.Tensor) -> Call:
+    """x: any shape. Exact or not: the shape is the same."""
+    return aten.gelu.default, (x,)
+
+
+@calls(nn.Linear)
+def linear(module: Any, x: torch.Tensor) -> Call | None:
+    """x: (.., k). Of values laid out otherwise, torch makes other calls."""
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    if weight is None or weight.dtype != x.dtype or x.ndim < 2 or x.shape[-1] != weight.shape[1]:
+        return None
+    return (aten.linear.default, (x, weight, bias)) if x.is_contiguous() else None
+
+
+@calls(nn.LayerNorm)
+def layer_norm(module: Any, x: torch.Tensor) -> Call | None:
+    """x: (.., *normalized_shape)."""
+    weight, bias, sizes = module._parameters["weight"], module._parameters["bias"], module.normalized_shape
+    if x.shape[-len(sizes) :] != sizes or (weight is not None and weight.dtype != x.dtype):
+        return None
+    return aten.native_layer_norm.default, (x, sizes, weight, bias, module.eps)
+
+
+def is_identity(module: nn.Module) -> bool:
+    """Say whether calling a module returns its input."""
+    kind = type(module)
+    return (kind is nn.Identity or (kind is nn.Dropout and not module.training)) and not is_hooked(module)
+
+
 @calls(nn.AdaptiveAvgPool2d)
 def global_average(module: Any, x: torch.Tensor) -> Call | None:
     """x: (b, c, h, w) -> (b, c, 1, 1)."""

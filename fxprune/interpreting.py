@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import fx
 
 from fxprune import labels as algebra
-from fxprune.calling import call_of, call_of_function, plain_calls
+from fxprune.calling import call_of, call_of_function, is_identity, plain_calls
 from fxprune.cloning import State, clone, named_state, submodule
 from fxprune.labelling import NO_BUFFER, Labelling
 from fxprune.records import Interpretation, Labelled
 from fxprune.running import Runner
 from fxprune.values import bind, tensors_in, to_meta
+
+
+_PLAIN = {
+    getattr, operator.getitem, operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv,
+    operator.mod, operator.eq, operator.neg,
+}  # fmt: skip
+"""Functions that make no ATen call on anything but tensors."""
 
 
 class InterpretationError(Exception):
@@ -67,8 +75,19 @@ class GraphRunner(Runner):
         if n.op == "call_function":
             call = call_of_function(n.target, operands)
         elif self._plain_calls and len(operands) == 1 and isinstance(operands[0], torch.Tensor):
-            call = call_of(submodule(self.module, str(n.target)), operands[0])
+            module = submodule(self.module, str(n.target))
+            if is_identity(module):
+                self._read(operands[0])
+                return operands[0]
+            call = call_of(module, operands[0])
         return None if call is None else self.mode.call(*call)
+
+    def _read(self, value: Any) -> None:
+        """Note that the memory of a value was needed up to now."""
+        for t in tensors_in(value):
+            buffer = getattr(t, "_buffer", None)
+            if buffer is not None and buffer is not NO_BUFFER:
+                buffer.dies = self.mode.record.steps
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Let `x[.., [2, 0, 1]]` know its positions: torch would make a meta tensor of the list."""
@@ -76,6 +95,14 @@ class GraphRunner(Runner):
             items = args[1] if isinstance(args[1], tuple) else (args[1],)
             args = (args[0], tuple(_positions(i) if isinstance(i, list) else i for i in items))
         return super().call_function(target, args, kwargs)
+
+    def _is_plain(self, n: fx.Node) -> bool:
+        """Say whether a node only asks for a size, or computes with numbers or containers."""
+        if n.op == "call_method":
+            return n.target in ("size", "dim")
+        if n.op != "call_function" or n.target not in _PLAIN:
+            return False
+        return n.target is getattr or not any(isinstance(self.env[a], torch.Tensor) for a in n.all_input_nodes)
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node and note what it returned."""
@@ -88,7 +115,7 @@ class GraphRunner(Runner):
                 return value
             if n.op in ("get_attr", "call_module"):
                 self.fetch_attr(str(n.target))  # its twins are no part of the graph: made outside the mode
-            with mode:
+            with nullcontext() if self._is_plain(n) else mode:
                 value = super().run_node(n)
         except Exception as error:
             raise InterpretationError(n.name) from error
@@ -106,11 +133,9 @@ class GraphRunner(Runner):
         if n.op == "placeholder":
             for t in tensors:
                 mode.own(t)
-        for node in [n, *n.all_input_nodes]:
-            for t in tensors_in(self.env.get(node, value if node is n else None)):
-                buffer = getattr(t, "_buffer", None)
-                if buffer is not None and buffer is not NO_BUFFER:
-                    buffer.dies = mode.record.steps
+        self._read(value)
+        for node in n.all_input_nodes:
+            self._read(self.env[node])
         return value
 
 

@@ -155,7 +155,8 @@ def move(labels: Labels, order: Sequence[int]) -> Labels:
 
 def insert(labels: Labels, dim: int) -> Labels:
     """Add a dim of size one before `dim`."""
-    moved = tuple(None if ids is None else np.expand_dims(ids, dim) for ids in labels)
+    at = (*[slice(None)] * dim, None)
+    moved = tuple([None if ids is None else ids[at] for ids in labels])
     return (*moved[:dim], None, *moved[dim:])
 
 

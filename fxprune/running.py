@@ -21,16 +21,17 @@ class Runner(fx.Interpreter):
         super().__init__(nn.Module(), garbage_collect_values=False, graph=graph)  # pyright: ignore[reportArgumentType]
         self.module = root  # pyright: ignore[reportAttributeAccessIssue] (not above: it would list all modules in it)
 
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node on the values of `env`, without the notes for tracebacks that torch takes at each."""
+        return getattr(self, n.op)(n.target, self._value(n.args), self._value(n.kwargs))
+
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Run a module, or what stands in for it; what only checks sizes has checked them when it was traced."""
         module = self.fetch_attr(target)
         return None if isinstance(module, Expected) else run_module(module, args, kwargs)
 
-    def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
-        """Look up arguments; functions may write to lists among them, which those of a graph do not allow."""
-        return self._value(args)
-
     def _value(self, arg: Any) -> Any:
+        """Look up arguments; functions may write to lists among them, which those of a graph do not allow."""
         if isinstance(arg, fx.Node):
             return self.env[arg]
         if isinstance(arg, list):

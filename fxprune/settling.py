@@ -62,7 +62,7 @@ class Settling:
             if torn.any():
                 left = np.bincount(parent[keep[p.channel]], minlength=len(keep))
                 keep[parent[torn & (left[parent] == 0)]] = False
-        return np.count_nonzero(keep) < before
+        return bool(np.count_nonzero(keep) < before)
 
     def emptied(self, keep: np.ndarray, among: np.ndarray) -> list[np.ndarray]:
         """Return the columns of every row `among` (channels,) bool that is gone from `keep` (channels,) bool."""

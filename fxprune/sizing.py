@@ -7,6 +7,7 @@ input could give another answer, the graph checks it when it runs. The values of
 
 from __future__ import annotations
 
+import dis
 import functools
 import math
 import operator
@@ -26,6 +27,9 @@ from fxprune.expecting import NUMBERS, Expected
 from fxprune.running import MetaRunner
 
 _FACTORIES = ("tensor", "arange", "linspace", "eye", "zeros", "ones", "full", "empty", "rand", "randn")
+
+
+_UNPACK = dis.opmap["UNPACK_SEQUENCE"]
 
 
 class Symbol(fx.Proxy):
@@ -50,6 +54,14 @@ class Symbol(fx.Proxy):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    def __iter__(self) -> Iterator[Any]:
+        """Return as many items as the caller unpacks, which its code says, or as there are."""
+        frame = sys._getframe(1)
+        code, at = frame.f_code.co_code, frame.f_lasti
+        if code[at] == _UNPACK and (at < 2 or code[at - 2] != dis.EXTENDED_ARG):
+            return (self[i] for i in range(code[at + 1]))
+        return self.tracer.iter(self)
 
     def __len__(self) -> int:
         return self.tracer.count(self)
@@ -120,6 +132,7 @@ class SizedTracer(fx.Tracer):
         self.recording = True
         self.autocasts: list[str] = []
         self._sizes: _Sizes | None = None
+        self._names: dict[int, tuple[str, torch.Tensor]] | None = None
         self.latest: list[_Check] = []
         self._asked: set[Any] = set()
         self._count = 0
@@ -130,7 +143,17 @@ class SizedTracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """Return what stands for a parameter or buffer, or itself while sizes are looked up."""
-        return super().getattr(attr, attr_val, parameter_proxy_cache) if self.recording else attr_val
+        if not self.recording or not isinstance(attr_val, torch.Tensor):
+            return attr_val
+        if self._names is None:
+            state = [*self.root.named_buffers(), *self.root.named_parameters()]
+            self._names = {id(tensor): (name, tensor) for name, tensor in state}
+        name, known = self._names.get(id(attr_val), ("", None))
+        if known is not attr_val:
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
 
     def count(self, obj: fx.Proxy) -> int:
         """Return how many items the example inputs give a tuple, a list or a tensor."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -51,10 +52,10 @@ class SlimModule(fx.GraphModule):
         twin = super().__deepcopy__(memo)
         for table in _HOOKS:
             getattr(twin, table).update(getattr(self, table))
-        return _with_record(twin, self.meta.get(RECORD))
+        return _with_record(twin, self.meta.get(RECORD), _plain_tensors(self))
 
     def __reduce__(self) -> Any:
-        return _restore, (super().__reduce__(), self.meta.get(RECORD))
+        return _restore, (super().__reduce__(), self.meta.get(RECORD), _plain_tensors(self))
 
 
 def only_used(root: nn.Module, graph: fx.Graph, copy: Cloner) -> nn.Module:
@@ -102,7 +103,21 @@ def _container(module: nn.Module) -> nn.Module:
     return plain
 
 
-def _with_record(module: fx.GraphModule, record: Any) -> SlimModule:
+def _plain_tensors(module: nn.Module) -> list[tuple[str, str]]:
+    """Return (module, name) of the tensors that are plain attributes, such as constants of forward."""
+    return [
+        (path, name)
+        for path, m in module.named_modules()
+        for name, value in vars(m).items()
+        if type(value) is torch.Tensor
+    ]
+
+
+def _with_record(module: fx.GraphModule, record: Any, plain: Iterable[tuple[str, str]]) -> SlimModule:
+    for path, name in plain:  # which torch made buffers of, on copying
+        holder = submodule(module, path)
+        if name in holder._buffers:
+            setattr(holder, name, holder._buffers.pop(name))
     slim = SlimModule(module, module.graph)
     slim.meta.update(module.meta)
     if record is not None:
@@ -110,5 +125,5 @@ def _with_record(module: fx.GraphModule, record: Any) -> SlimModule:
     return slim
 
 
-def _restore(reduced: Any, record: Any) -> SlimModule:
-    return _with_record(reduced[0](*reduced[1]), record)
+def _restore(reduced: Any, record: Any, plain: Iterable[tuple[str, str]] = ()) -> SlimModule:
+    return _with_record(reduced[0](*reduced[1]), record, plain)

@@ -156,6 +156,12 @@ def _bmm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor | None:
     return _of(x, (*x.shape[:2], w.shape[2])) if usual else None
 
 
+@tells(aten.linear.default)
+def _linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor | None:
+    usual = w.ndim == 2 and x.ndim and x.shape[-1] == w.shape[1] and (bias is None or bias.shape == w.shape[:1])
+    return _of(x, (*x.shape[:-1], w.shape[0])) if usual else None
+
+
 @tells(aten.addmm.default)
 def _addmm(bias: torch.Tensor, x: torch.Tensor, w: torch.Tensor, **scales: float) -> torch.Tensor | None:
     return _mm(x, w) if w.ndim == 2 and bias.shape == w.shape[1:] else None

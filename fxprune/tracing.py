@@ -125,7 +125,7 @@ class Tracer(SizedTracer):
         kind = type(a)
         if kind is Symbol:
             return a.node
-        if kind in _PLAIN:
+        if kind in _PLAIN or (kind is dict and not a):
             return a
         if kind is tuple:
             return tuple([self.create_arg(v) for v in a])
@@ -343,6 +343,19 @@ def _through_wrapped() -> Iterator[None]:
         table.update(walked)
 
 
+def _same(a: Any, b: Any, twin: Mapping[fx.Node, fx.Node]) -> bool:
+    """Say whether two arguments are the same; `twin` maps the nodes of the second graph to those of the first."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, fx.Node):
+        return twin.get(b) is a
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(_same(v, w, twin) for v, w in zip(a, b, strict=True))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(v, b[key], twin) for key, v in a.items())
+    return type(a) in _PLAIN and a == b
+
+
 def _merge_modes(graph: fx.Graph, other: fx.Graph) -> bool:
     """Let arguments that differ between train and eval ask for the mode. False if the graphs differ otherwise."""
     pairs = list(zip(graph.nodes, other.nodes, strict=False))
@@ -351,6 +364,8 @@ def _merge_modes(graph: fx.Graph, other: fx.Graph) -> bool:
     if len(graph.nodes) != len(other.nodes):
         return False
     for a, b in pairs:
+        if (a.op, a.target) == (b.op, b.target) and _same(a.args, b.args, twin) and _same(a.kwargs, b.kwargs, twin):
+            continue
         mine, spec = pytree.tree_flatten((list(a.args), dict(a.kwargs)))
         theirs, other_spec = pytree.tree_flatten((list(b.args), dict(b.kwargs)))
         theirs = [twin.get(v, v) if isinstance(v, fx.Node) else v for v in theirs]

@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -30,7 +30,12 @@ TRAINED = 8  # one network in so many is trained and run on another batch size
 COMPILED = 8  # and another one in so many is compiled to a budget
 FAILURES = ("mismatch", "crash", "unreported")
 T = TypeVar("T")
-Timed = Callable[[str, Callable[[], T]], T]
+
+
+class Timed(Protocol):
+    """Calls a function on behalf of a stage, and adds up its seconds."""
+
+    def __call__(self, stage: str, call: Callable[[], T]) -> T: ...
 
 
 @dataclass
@@ -106,9 +111,6 @@ def _first_line(error: Exception) -> str:
     """Return the first line of a message, with the next one where it only announces a list."""
     lines = [line.strip() for line in str(error).splitlines()]
     return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
-
-
-Timed = Callable[[str, Callable[[], T]], T]
 
 
 def _run(seed: int, outcome: Outcome) -> None:
@@ -214,7 +216,7 @@ def compiled(model: nn.Module, inputs: tuple[Tensor, ...], seed: int) -> str:
 
 
 def _cut(
-    traced: fxprune.Traced, seed: int, outcome: Outcome, timed: Timed[Any]
+    traced: fxprune.Traced, seed: int, outcome: Outcome, timed: Timed
 ) -> tuple[fxprune.Coupling, fxprune.Plan, fx.GraphModule]:
     """Couple, plan at random and rewrite; freeze nodes whose sizes cannot be rewritten, and start over."""
     attempts = 0

@@ -365,3 +365,23 @@ def test_fingerprints_tell_networks_apart_but_not_checkpoints() -> None:
     assert coupled(Residual(), torch.randn(1, 3, 16, 16)).fingerprint == first
     assert coupled(Residual(24)).fingerprint != first
     assert coupled(Chain()).fingerprint != first
+
+
+class Product(nn.Module):
+    """Rows of which each repeats its channels at every position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.rows, self.columns = nn.Linear(8, 6), nn.Linear(3, 3, bias=False), nn.Linear(2, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.first(x)).unflatten(-1, (3, 2))
+        return torch.einsum("...hd,gh,ed->...ge", y, self.rows.weight, self.columns.weight).flatten(-2)
+
+
+def test_rows_may_repeat_channels_more_often_than_there_are_channels() -> None:
+    coupling = coupled(Product(), torch.randn(2, 64, 8))
+    rows = next(g for g in coupling.groups() if g.kind == "rows")
+    keep = np.ones(coupling.num_channels, dtype=bool)
+    keep[rows.cells[0][0]] = False
+    assert coupling.violation(coupling.settle(keep)) is None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -294,3 +296,24 @@ def test_only_what_came_from_the_library_can_be_saved(tmp_path: Path) -> None:
     with pytest.raises(fxprune.FxPruneError, match=r"Chain carries no record.*fxprune\.compile"):
         fxprune.save(Chain(), tmp_path / "slim")
     assert not (tmp_path / "slim").exists()
+
+
+class Shifting(nn.Module):
+    """Tensors that are no buffers: a constant of forward, and an attribute of a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.b.shift = torch.arange(4.0)  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x) * torch.tensor(2.0)) + self.b.shift
+
+
+def test_copies_have_the_same_state_where_tensors_are_no_buffers() -> None:
+    x = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    slim = slimmed(settled(Shifting()), x)
+    again = fxprune.compile(slim, x, Budget(macs=1.0), progress=False)
+    for twin in (copy.deepcopy(slim), copy.deepcopy(copy.deepcopy(slim)), pickle.loads(pickle.dumps(slim)), again):
+        assert list(twin.state_dict()) == list(slim.state_dict())
+        assert torch.equal(twin(x), slim(x))

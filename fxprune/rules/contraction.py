@@ -38,6 +38,35 @@ def addmm(op: Op, bias: torch.Tensor, x: torch.Tensor, w: torch.Tensor, **kwargs
     return algebra.broadcast(op.ledger, labels, shape, op.labels(bias), tuple(bias.shape))[0]
 
 
+@rule(aten.linear)
+def linear(op: Op, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Labels:
+    """x: (.., k), weight: (m, k) -> (.., m)."""
+    labels, shape = op.labels(x), tuple(op.out.shape)
+    last = x.ndim - 1
+    if op.host.pristine(weight) and all(ids is None for ids in labels[:last]):
+        result = _first_linear(op, labels[last], x, weight)
+    else:
+        lead, (m, k) = math.prod(x.shape[:last]), weight.shape
+        flat = algebra.insert(op.reshape(labels, tuple(x.shape), (lead, k)), 1)
+        result = op.contract(flat, (lead, 1, k), algebra.insert(op.labels(weight), 0), (1, m, k), [2])
+        result = op.reshape(result, (lead, m), shape)
+    return result if bias is None else op.per_channel(result, shape, [bias], at=[last])
+
+
+def _first_linear(op: Op, channels: np.ndarray | None, x: torch.Tensor, weight: torch.Tensor) -> Labels:
+    """Contract the last dim with a weight met for the first time, where no other dim is labelled."""
+    m, k = weight.shape
+    fresh = op.ledger.fresh((m,)) if m > 1 else None
+    if channels is None and k > 1:
+        channels = op.ledger.fresh((k,))
+        op.ledger.freeze(channels, "is combined with a dim whose size cannot change")
+    ins, outs = (None if ids is None else ids.ravel() for ids in (channels, fresh))
+    op.host.name(weight, tuple(None if ids is None else algebra.along(ids, d, 2) for d, ids in enumerate((outs, ins))))
+    fixed = math.prod(x.shape[:-1]) * (k if ins is None else 1) * (m if outs is None else 1)
+    op.host.count(fixed, tuple((ids, 0) for ids in (ins, outs) if ids is not None))
+    return (*algebra.blank(x.ndim - 1), None if outs is None else algebra.along(outs, x.ndim - 1, x.ndim))
+
+
 @rule(aten.mv)
 def mv(op: Op, x: torch.Tensor, w: torch.Tensor) -> Labels:
     """x: (n, k), w: (k,) -> (n,)."""

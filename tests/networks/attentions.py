@@ -96,7 +96,8 @@ class GroupedQueryAttention(Op, ranks=(TOKENS,), weight=6, shared=True):
     @classmethod
     def draw(cls, pick: Picker, *shapes: Shape) -> Args:
         dim = pick.choice((4, 2, 6))
-        styles = pick.integer(0, 5), pick.choice((0, 1, 2, 4, 5, 8)), pick.integer(0, CORES - 1)
+        style = pick.integer(0, 5)
+        styles = style, pick.choice((0, 1, 2, 4, 5, 8) if style != 4 else (0,)), pick.integer(0, CORES - 1)
         return pick.choice(WIDTHS), pick.integer(1, 3), pick.integer(2, 3), dim, *styles
 
     @classmethod
@@ -131,7 +132,8 @@ class GroupedQueryAttention(Op, ranks=(TOKENS,), weight=6, shared=True):
             scores = q.unflatten(1, (few, each)) @ k.unsqueeze(2).transpose(-2, -1)
             y = ((scores * dim**-0.5).softmax(-1) @ v.unsqueeze(2)).flatten(1, 2)
         else:
-            y = F.scaled_dot_product_attention(*self.twist(q, k), v, enable_gqa=True)
+            q, k = self.twist(q, k)
+            y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
         return self.proj(merged(y, style % 3))
 
 

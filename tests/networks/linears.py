@@ -113,12 +113,12 @@ class FunctionalLinear(Op, ranks=(VECTOR, TOKENS), weight=3, shared=True):
         super().__init__(shapes, args)
         size = (shapes[0][-1], args[0]) if args[1] == 1 else (args[0], shapes[0][-1])
         self.matrix = nn.Parameter(torch.empty(size))
-        self.bias = nn.Parameter(torch.empty(args[0]))
+        self.bias = nn.Parameter(torch.empty(args[0])) if args[1] < 2 else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.args[1] == 0:
             return F.linear(x, self.matrix, self.bias)
-        return x @ self.matrix + self.bias if self.args[1] == 1 else torch.einsum("...c,oc->...o", x, self.matrix)
+        return torch.einsum("...c,oc->...o", x, self.matrix) if self.bias is None else x @ self.matrix + self.bias
 
 
 class Scale(Op, ranks=(MAP, VECTOR, TOKENS), weight=2):

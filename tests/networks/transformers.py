@@ -92,8 +92,16 @@ class EncoderLayer(Op, ranks=(TOKENS,), weight=3, shared=True):
         return self.layer(x)
 
 
-class DecoderLayer(EncoderLayer, ranks=(TOKENS,), arity=2, weight=2):
+class DecoderLayer(Op, ranks=(TOKENS,), arity=2, weight=2):
     """args: as of the encoder layer: `nn.TransformerDecoderLayer` over a memory."""
+
+    @classmethod
+    def accepts(cls, x: Shape) -> bool:
+        return bool(divisors(x[1]))
+
+    @classmethod
+    def draw(cls, pick: Picker, *shapes: Shape) -> Args:
+        return EncoderLayer.draw(pick, *shapes)
 
     @classmethod
     def pairs(cls, x: Shape, other: Shape) -> bool:

@@ -15,7 +15,7 @@ from networks.ops import MAP, TOKENS, VECTOR, WIDTHS, Args, Op, Picker, Shape, d
 WRAPS: tuple[Any, ...] = (
     parametrizations.weight_norm,
     nn.utils.weight_norm,
-    lambda layer: parametrizations.weight_norm(layer, dim=None),
+    lambda layer: parametrizations.weight_norm(layer, dim=None),  # type: ignore[arg-type]  # None: all of it
     lambda layer: parametrizations.weight_norm(layer, dim=1),
 )
 
@@ -96,7 +96,8 @@ class LowRank(Op, ranks=(VECTOR, TOKENS), weight=3, shared=True):
     def __init__(self, shapes: tuple[Shape, ...], args: Args) -> None:
         super().__init__(shapes, args)
         c, (out, rank, style) = shapes[0][-1], args
-        self.base = nn.Linear(c, out) if style < 3 else nn.Identity()
+        if style < 3:
+            self.base = nn.Linear(c, out)
         self.a, self.b = nn.Parameter(torch.empty(rank, c)), nn.Parameter(torch.empty(out, rank))
         if style == 2:
             self.register_buffer("scale", torch.empty(out, c))
