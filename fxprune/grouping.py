@@ -81,8 +81,8 @@ class Members:
         """Return the members of some choices, and for each which of the choices it is a member of."""
         if not len(self.choice) or len(self.choice) == self.choice[-1] + 1:  # every choice has one member, itself
             return choices, np.arange(len(choices))
-        start = np.searchsorted(self.choice, choices, "left")
-        count = np.searchsorted(self.choice, choices, "right") - start
+        per_choice = np.bincount(self.choice)
+        start, count = (np.cumsum(per_choice) - per_choice)[choices], per_choice[choices]
         return self.channel[spans(start, count)], np.repeat(np.arange(len(choices)), count)
 
     def total(self, score: np.ndarray) -> np.ndarray:

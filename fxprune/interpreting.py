@@ -102,7 +102,9 @@ class GraphRunner(Runner):
             return n.target in ("size", "dim")
         if n.op != "call_function" or n.target not in _PLAIN:
             return False
-        return n.target is getattr or not any(isinstance(self.env[a], torch.Tensor) for a in n.all_input_nodes)
+        if n.target is getattr:
+            return n.args[1] in ("shape", "ndim", "dtype", "device")  # `x.real` and `x.T` are tensors
+        return not any(isinstance(self.env[a], torch.Tensor) for a in n.all_input_nodes)
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node and note what it returned."""

@@ -110,6 +110,9 @@ def fits(module: nn.Module, inputs: list[Shape], outputs: list[Shape]) -> bool:
         return tuple(module.weight.shape) == (y[-1], x[-1]) and x[:-1] == y[:-1]  # pyright: ignore
     if kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
         return x == y and module.num_features == x[1]  # pyright: ignore
+    if kind is nn.LayerNorm:
+        sizes: Any = module.normalized_shape
+        return x == y and x[-len(sizes) :] == sizes and all(p.shape == sizes for p in module.parameters())
     if kind is nn.AdaptiveAvgPool2d and len(x) > 2:
         size: Any = module.output_size
         return x[:-2] == y[:-2] and y[-2:] == ((size, size) if isinstance(size, int) else size)
