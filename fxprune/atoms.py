@@ -203,7 +203,7 @@ class Ledger:
             atoms = self.fresh((len(codes),))
             self.mark(atoms[self.is_constant(pairs).any(0)])
             self._products_seen[key] = atoms
-            self.products.append(ProductBatch(atoms, *pairs, self.node))
+            self.products.append(ProductBatch(atoms, pairs[0], pairs[1], self.node))
             if self._parents.shape[1] < self.num_atoms:
                 none = np.full((2, self.num_atoms), FIXED, dtype=np.int64)
                 self._parents = np.concatenate([self._parents, none], axis=1)

@@ -88,7 +88,7 @@ class _Sizes:
 
 
 def _distinct_rows(channels: np.ndarray, dim: int) -> np.ndarray:
-    """Return (rows, width) channels along `dim`; of equal neighbours, such as the filters of a group, only the first."""
+    """Return (rows, width) channels along `dim`; of equal neighbours (the filters of a group) only the first."""
     rows = np.moveaxis(channels, dim, -1).reshape(-1, channels.shape[dim])
     return rows[np.append(True, (rows[1:] != rows[:-1]).any(axis=1))]
 

@@ -18,7 +18,6 @@ from fxprune.records import Interpretation, Labelled
 from fxprune.running import Runner
 from fxprune.values import bind, tensors_in, to_meta
 
-
 _PLAIN = {
     getattr, operator.getitem, operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv,
     operator.mod, operator.eq, operator.neg,

@@ -60,7 +60,8 @@ class Symbol(fx.Proxy):
         frame = sys._getframe(1)
         code, at = frame.f_code.co_code, frame.f_lasti
         if code[at] == _UNPACK and (at < 2 or code[at - 2] != dis.EXTENDED_ARG):
-            return (self[i] for i in range(code[at + 1]))
+            items = range(code[at + 1])
+            return iter([self.tracer.create_proxy("call_function", operator.getitem, (self, i), {}) for i in items])
         return self.tracer.iter(self)
 
     def __len__(self) -> int:

@@ -1,7 +1,7 @@
 """What common ops return on the meta device, told by a formula: many of torch's own kernels there are slow Python.
 
-A formula is asked only for floating tensors of one dtype, some of them on the meta device. It returns None where the call is
-an unusual one, or one that would raise: then the kernel is run.
+A formula is asked only for floating tensors of one dtype, some of them on the meta device. It returns None where the
+call is an unusual one, or one that would raise: then the kernel is run.
 """
 
 from __future__ import annotations
