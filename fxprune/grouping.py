@@ -108,10 +108,9 @@ class Products:
     column: np.ndarray
 
 
-def _without(numbers: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Return the numbers that are not among the ascending `known`, of which there are some."""
-    at = np.minimum(np.searchsorted(known, numbers), len(known) - 1)
-    return numbers[known[at] != numbers]
+def _among(numbers: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Say which numbers are among the ascending `known`, of which there are some."""
+    return known[np.minimum(np.searchsorted(known, numbers), len(known) - 1)] == numbers
 
 
 def _counted(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -147,7 +146,8 @@ def find_members(num_channels: int, rows: list[Rows], products: Products, emptie
         known = np.sort(np.concatenate([known, fresh]))
         choice, at = np.divmod(fresh, num_channels)
         further = np.repeat(choice, count[at]) * num_channels + b[spans(start[at], count[at])]
-        fresh = _without(distinct(further), known)
+        further = distinct(further)
+        fresh = further[~_among(further, known)]
     return Members(*np.divmod(known, num_channels))
 
 
@@ -208,8 +208,7 @@ def _members_and_losses(num_channels: int, rows: list[Rows], products: Products)
         losses = _losses(num_channels, rows, members)
         found = np.concatenate([losses.emptied, _bereft_parents(members, products, num_channels)])
         known = members.choice * num_channels + members.channel
-        further = _without(found[:, 0] * num_channels + found[:, 1], known)
-        if not len(further):
+        if _among(found[:, 0] * num_channels + found[:, 1], known).all():
             return members, losses
         emptied = found
 
@@ -229,10 +228,10 @@ def _bereft_parents(members: Members, products: Products, n: int) -> np.ndarray:
     found = []
     choice, which = _matches(members, products.channel)
     for parent in (products.row, products.column):
-        pairs = np.unique(np.stack([choice * n + parent[which], products.channel[which]], 1), axis=0)
-        keys, taken = np.unique(pairs[:, 0], return_counts=True)
-        all_of = np.unique(np.stack([parent, products.channel], 1), axis=0)
-        total = np.bincount(all_of[:, 0], minlength=n)
+        pairs, pair = np.unique(parent * n + products.channel, return_inverse=True)
+        total = np.bincount(pairs // n, minlength=n)
+        taker, taken = np.divmod(distinct(choice * len(pairs) + pair[which]), len(pairs))
+        keys, taken = _counted(taker * n + pairs[taken] // n)
         complete = keys[taken == total[keys % n]]
         found.append(np.stack([complete // n, complete % n], 1))
     return np.concatenate(found)
@@ -244,9 +243,8 @@ def _torn(members: Members, products: Products, n: int) -> np.ndarray:
     if len(products.channel):
         choice, which = _matches(members, products.channel)
         known = members.choice * n + members.channel
-        lonely = ~np.isin(choice * n + products.row[which], known) & ~np.isin(
-            choice * n + products.column[which], known
-        )
+        row, column = choice * n + products.row[which], choice * n + products.column[which]
+        lonely = ~_among(row, known) & ~_among(column, known)
         torn[choice[lonely]] = True
     return torn
 

@@ -45,10 +45,9 @@ def _formula(func: Any) -> Formula | None:
 
 def _alike(args: Any) -> bool:
     """Say whether all tensors among arguments are floating and of one dtype, and some are on the meta device."""
-    first = args[0]
-    if not isinstance(first, torch.Tensor) or not first.is_floating_point():
+    tensors = [a for a in (args[0] if type(args[0]) is list else args) if isinstance(a, torch.Tensor)]
+    if not tensors or not (first := tensors[0]).is_floating_point():
         return False
-    tensors = [a for a in args if isinstance(a, torch.Tensor)]
     return all(a.dtype is first.dtype for a in tensors) and any(a.is_meta for a in tensors)
 
 
@@ -137,6 +136,19 @@ def _reduced(x: torch.Tensor, dims: Any = None, keepdim: bool = False, correctio
     if not gone or len(gone) != len(dims) or min(dims) < -x.ndim or max(dims) >= x.ndim:
         return None
     return _of(x, [1 if d in gone else n for d, n in enumerate(x.shape) if keepdim or d not in gone])
+
+
+@tells(aten.cat.default)
+def _joined(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor | None:
+    first = tensors[0]
+    shape = list(first.shape)
+    if not -len(shape) <= dim < len(shape) or any(t.ndim != len(shape) for t in tensors):
+        return None
+    dim %= len(shape)
+    shape[dim] = sum(t.shape[dim] for t in tensors)
+    rest = [*first.shape[:dim], *first.shape[dim + 1 :]]
+    usual = all([*t.shape[:dim], *t.shape[dim + 1 :]] == rest and t.is_contiguous() for t in tensors)
+    return _of(first, shape) if usual else None
 
 
 @tells(aten.linalg_vector_norm.default)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fxprune
+from fxprune import interpreting
 from fxprune.calling import CALLS, FUNCTIONS, call_of, call_of_function
 
 IMAGE = (2, 8, 4, 4)
@@ -26,6 +29,9 @@ LAYERS = [
     (nn.AdaptiveAvgPool2d(1), IMAGE),
     (nn.AdaptiveAvgPool2d((1, 1)), IMAGE),
     (nn.Sigmoid(), IMAGE),
+    (nn.GELU(), IMAGE),
+    (nn.LayerNorm(4), IMAGE),
+    (nn.LayerNorm((4, 4), elementwise_affine=False), IMAGE),
     *[
         (kind(inplace), IMAGE)
         for kind in (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid, nn.SiLU)
@@ -76,7 +82,37 @@ def test_a_layer_makes_the_call_that_the_table_says(layer: nn.Module, shape: tup
 
 
 def test_every_layer_of_the_table_is_tested() -> None:
-    assert set(CALLS) == {type(layer) for layer, _ in LAYERS}
+    assert set(CALLS) == {type(layer) for layer, _ in LAYERS} | {nn.Linear}  # of which torch makes several calls
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.proj = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Dropout(0.5), nn.Linear(12, 8), nn.Identity())
+        self.over_tokens, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(b, n, 3, 2, c // 2).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + self.proj((q @ k.transpose(-2, -1) @ v).transpose(1, 2).reshape(b, n, c))
+        x = self.proj(x + self.mlp(x))
+        return self.head(self.over_tokens(x.transpose(1, 2)).mean(1))
+
+
+def test_the_table_only_saves_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = fxprune.trace(Tokens().eval(), torch.randn(2, 6, 8))
+    fast = fxprune.couple(traced)
+    monkeypatch.setattr(interpreting, "call_of", lambda *args: None)
+    monkeypatch.setattr(interpreting, "is_identity", lambda module: False)
+    slow = fxprune.couple(traced)
+    assert fast.num_channels == slow.num_channels
+    for a, b in zip(fast.sites, slow.sites, strict=True):
+        assert (a.name, a.dim) == (b.name, b.dim)
+        assert np.array_equal(a.channels, b.channels)
+    assert [(f.node, f.reason) for f in fast.fixed] == [(f.node, f.reason) for f in slow.fixed]
+    everything = np.ones(fast.num_channels, dtype=bool)
+    assert fast.costs(everything) == slow.costs(everything)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=str)
@@ -99,7 +135,9 @@ def test_a_function_makes_the_call_that_the_table_says(function: Any) -> None:
         (nn.BatchNorm2d(8), IMAGE),
         (nn.BatchNorm2d(8, track_running_stats=False).eval(), IMAGE),
         (nn.AdaptiveAvgPool2d(2), IMAGE),
-        (nn.GELU(), IMAGE),
+        (nn.Linear(8, 4), (8,)),
+        (nn.LayerNorm(8), IMAGE),
+        (nn.Tanh(), IMAGE),
     ],
     ids=str,
 )
