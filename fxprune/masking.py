@@ -186,6 +186,12 @@ def _where(func: Any, condition: torch.Tensor, a: torch.Tensor, b: torch.Tensor)
     return _mark(func(condition, a, b), a.isnan() | b.isnan())
 
 
+@_absent_aware(aten._prelu_kernel)
+def _prelu(func: Any, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Where the slope is absent, the channel is, though what is positive does not meet it."""
+    return _mark(func(x, w), w.isnan())
+
+
 @_absent_aware(aten.mean)
 def _mean(func: Any, x: torch.Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> torch.Tensor:
     mean = _moments(x, _dims(dim, x))[0]

@@ -202,6 +202,8 @@ class SizedTracer(fx.Tracer):
         self.latest = []
         if key not in self._asked:
             self._count += 1
+            while f"fxprune_expected_{self._count}" in self.root._modules:  # of an earlier trace
+                self._count += 1
             target = f"fxprune_expected_{self._count}"
             self.root.add_module(target, Expected(value, self.user_line()))
             node = self.create_node("call_module", target, (obj.node,), {})

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from fxprune.attention import MultiheadAttention, make_traceable
 from fxprune.cloning import clone, modules_in, named_part, named_state
 from fxprune.errors import TraceError
-from fxprune.expecting import Expect
+from fxprune.expecting import Expect, Expected
 from fxprune.exporting import exported
 from fxprune.pausing import without_collector
 from fxprune.recurrent import PACKED, is_packed, raised_packing
@@ -74,7 +74,7 @@ class Tracer(SizedTracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Keep modules of torch.nn whole; of others batch norms, and stateless ones, that ask for `self.training`."""
-        if isinstance(m, MultiheadAttention):
+        if isinstance(m, (MultiheadAttention, Expect, Expected)):
             return True
         if super().is_leaf_module(m, module_qualified_name) and not _is_users_own(m):
             return True

@@ -385,3 +385,28 @@ def test_rows_may_repeat_channels_more_often_than_there_are_channels() -> None:
     keep = np.ones(coupling.num_channels, dtype=bool)
     keep[rows.cells[0][0]] = False
     assert coupling.violation(coupling.settle(keep)) is None
+
+
+class Pairs(nn.Module):
+    """Groups of two channels that only go together, read by a weight that is computed: its columns hold all groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Conv2d(3, 8, 1), nn.Conv3d(4, 4, (3, 3, 3), padding=1)
+        self.b = nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 16, 3, padding=1, groups=4))
+        self.out, self.more = nn.Conv2d(16, 3, 1), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.a(x)
+        return self.out(self.b(x)), self.more(self.c(x.unflatten(1, (-1, 2))).flatten(1, 2))
+
+
+def test_what_a_channel_needs_stays() -> None:
+    coupling = coupled(Pairs())
+    columns = channels_of(coupling, "b.parametrizations.weight.original1", 1)
+    assert coupling.is_frozen[columns].all()
+    assert "is needed by" in coupling.why_frozen(("b.parametrizations.weight.original1", 1))
+    assert not coupling.is_frozen[channels_of(coupling, "a.weight", 0)].any()
+    report = fxprune.report(fxprune.compile(Pairs().eval(), X, fxprune.Budget(params=0.5), progress=False))
+    assert report.verification is not None
+    assert report.verification.passed
