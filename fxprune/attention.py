@@ -7,13 +7,13 @@ gets the classes of this module in their place; the parameters are the same.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxprune.cloning import modules_in
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -239,9 +239,9 @@ _TRACEABLE = {
 }
 
 
-def make_traceable(root: nn.Module) -> None:
-    """Give the attention modules of torch.nn in a copy of a model the classes of this module."""
-    for _, module in modules_in(root):
+def make_traceable(modules: Iterable[nn.Module]) -> None:
+    """Give the attention modules of torch.nn among those of a copy of a model the classes of this module."""
+    for module in modules:
         if type(module) is nn.MultiheadAttention:
             MultiheadAttention.adopt(module)
         elif type(module) in _TRACEABLE:

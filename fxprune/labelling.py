@@ -160,11 +160,8 @@ class Labelling(TorchDispatchMode):
             found = rule(op, *args, **kwargs)
             labels = found[: len(results)] if isinstance(found, list) else [found]
         for tensor, mine in zip(results, labels, strict=True):
-            shape = tensor.shape
-            if len(mine) != len(shape) or any(
-                ids is not None and ids.shape[d] != shape[d] for d, ids in enumerate(mine)
-            ):
-                raise RuntimeError(f"the rule of {op.name} returned labels that do not fit shape {tuple(shape)}")
+            if not _fit(mine, tensor.shape):
+                raise RuntimeError(f"the rule of {op.name} returned labels that do not fit shape {tuple(tensor.shape)}")
             origin = self._origin.get(id(tensor))
             if origin is None:
                 tensor._labels = mine  # pyright: ignore[reportAttributeAccessIssue]
@@ -198,6 +195,16 @@ class Labelling(TorchDispatchMode):
             buffer = Buffer(fixed, algebra.extents(labels), self.record.steps, self.record.steps)
             self.record.buffers.append(buffer)
         tensor._buffer = buffer  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _fit(labels: Labels, shape: Shape) -> bool:
+    """Say whether labels are those of a tensor of this shape."""
+    if len(labels) != len(shape):
+        return False
+    for d, ids in enumerate(labels):  # a loop: this is asked for every call
+        if ids is not None and ids.shape[d] != shape[d]:
+            return False
+    return True
 
 
 NO_BUFFER = Buffer(0, (), 0, 0)

@@ -254,14 +254,15 @@ class _Sizes(MetaRunner):
 
     def of(self, node: fx.Node) -> Any:
         """Return the value of a node."""
-        needed, stack = {node}, [node]
+        stack = [node]
         while stack:
-            fresh = [n for n in stack.pop().all_input_nodes if n not in self.env and n not in needed]
-            needed.update(fresh)
-            stack += fresh
-        for n in self.graph.nodes:  # pyright: ignore[reportGeneralTypeIssues, reportAttributeAccessIssue]
-            if n in needed and n not in self.env:
-                self.env[n] = self.run_on_meta(n)
+            n = stack[-1]
+            missing = [m for m in n.all_input_nodes if m not in self.env]
+            stack += missing
+            if not missing:
+                stack.pop()
+                if n not in self.env:
+                    self.env[n] = self.run_on_meta(n)
         return self.env[node]
 
     def fetch_attr(self, target: str) -> Any:

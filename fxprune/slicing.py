@@ -37,6 +37,9 @@ def slice_tensor(value: torch.Tensor, labels: Labels, kept: Kept) -> torch.Tenso
         kept: what stays.
     """
     value = value.detach()
+    if len(labels) == 1 and labels[0] is not None:
+        index = kept.positions(labels[0])
+        return value.clone() if index is None else value.index_select(0, index.to(value.device))
     result = value
     shape = value.shape
     for d, ids in enumerate(labels):

@@ -15,6 +15,8 @@ import torch
 
 aten = torch.ops.aten
 
+_META = torch.device("meta")
+
 Formula = Callable[..., Any]
 FORMULAS: dict[Any, Formula] = {}
 
@@ -45,10 +47,17 @@ def _formula(func: Any) -> Formula | None:
 
 def _alike(args: Any) -> bool:
     """Say whether all tensors among arguments are floating and of one dtype, and some are on the meta device."""
-    tensors = [a for a in (args[0] if type(args[0]) is list else args) if isinstance(a, torch.Tensor)]
-    if not tensors or not (first := tensors[0]).is_floating_point():
-        return False
-    return all(a.dtype is first.dtype for a in tensors) and any(a.is_meta for a in tensors)
+    dtype, some_meta = None, False
+    for a in args[0] if type(args[0]) is list else args:  # a loop: this is asked for every call
+        if isinstance(a, torch.Tensor):
+            if dtype is None:
+                dtype = a.dtype
+                if not dtype.is_floating_point:
+                    return False
+            elif a.dtype is not dtype:
+                return False
+            some_meta = some_meta or a.is_meta
+    return some_meta
 
 
 def _plain(kwargs: Any) -> bool:
@@ -56,7 +65,7 @@ def _plain(kwargs: Any) -> bool:
 
 
 def _of(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    return torch.empty(shape, dtype=x.dtype, device="meta")
+    return torch.empty(shape, dtype=x.dtype, device=_META)
 
 
 def tells(*overloads: Any) -> Callable[[Formula], Formula]:
@@ -71,9 +80,9 @@ def tells(*overloads: Any) -> Callable[[Formula], Formula]:
 
 def _pointwise(*args: Any, **kwargs: Any) -> torch.Tensor:
     first, shape = args[0], args[0].shape
-    tensors = [a for a in args[1:] if isinstance(a, torch.Tensor)]
-    if any(t.shape != shape for t in tensors):
-        shape = np.broadcast_shapes(shape, *[t.shape for t in tensors])
+    for t in args[1:]:
+        if isinstance(t, torch.Tensor) and t.shape != shape:
+            shape = np.broadcast_shapes(shape, t.shape)
     return _of(first, shape)
 
 

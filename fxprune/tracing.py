@@ -261,7 +261,7 @@ def _fixed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     return fixed
 
 
-def _guarded(model: nn.Module) -> tuple[dict[int, torch.Tensor], list[tuple[torch.Tensor, int]]]:
+def _guarded(modules: list[nn.Module]) -> tuple[dict[int, torch.Tensor], list[tuple[torch.Tensor, int]]]:
     """Copy what a forward that is traced may write to: buffers of modules that are no layers of torch.nn.
 
     Returns:
@@ -270,7 +270,7 @@ def _guarded(model: nn.Module) -> tuple[dict[int, torch.Tensor], list[tuple[torc
     copies: dict[int, torch.Tensor] = {}
     seen: list[tuple[torch.Tensor, int]] = []
     with torch.no_grad():
-        for _, m in modules_in(model):
+        for m in modules:
             seen += [(t, t._version) for t in m._parameters.values() if t is not None]
             if type(m).__module__.startswith("torch.nn."):
                 seen += [(t, t._version) for t in m._buffers.values() if t is not None]
@@ -285,17 +285,18 @@ def _guarded(model: nn.Module) -> tuple[dict[int, torch.Tensor], list[tuple[torc
 def _trace_once(
     model: nn.Module, make: Callable[[bool], Tracer], training: bool, through: bool
 ) -> tuple[nn.Module, fx.Graph, Tracer]:
-    copies, seen = _guarded(model)
+    copies, seen = _guarded([m for _, m in modules_in(model)])
     root = clone(model, copies)
-    make_traceable(root)
+    modules = list(modules_in(root))
+    make_traceable(m for _, m in modules)
     tracer = make(training)
-    modes = [(vars(m), m.training) for _, m in modules_in(root)]
+    modes = [(vars(m), m.training) for _, m in modules]
     for attributes, mode in modes:
         if mode == model.training:
             attributes["training"] = tracer.flag
     with _through_wrapped() if through else nullcontext():
         graph = tracer.trace(root)
-    _restore_buffers(root, model, copies)
+    _restore_buffers(modules, model, copies)
     written = {id(t) for t, version in seen if t._version != version}
     if written:
         names = [name for name, t, _ in named_state(root) if id(t) in written]
@@ -309,13 +310,15 @@ def _trace_once(
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 
 
-def _restore_buffers(root: nn.Module, model: nn.Module, copies: Mapping[int, torch.Tensor]) -> None:
+def _restore_buffers(
+    modules: list[tuple[str, nn.Module]], model: nn.Module, copies: Mapping[int, torch.Tensor]
+) -> None:
     """Put back the buffers that forward assigned symbolic values to: `self.calls += 1` is in the graph as `iadd`.
 
     Raises:
         TraceError: another value was assigned, which the graph would forget.
     """
-    for path, m in modules_in(root):
+    for path, m in modules:
         for key, value in m._buffers.items():
             if isinstance(value, fx.Proxy):
                 name = f"{path}.{key}" if path else key

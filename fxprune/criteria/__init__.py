@@ -25,11 +25,11 @@ def add_up(
     Returns:
         (channels,) float64.
     """
-    state = {name: tensor.detach() for name, tensor, _ in coupling.traced.state}
+    state = {name: tensor for name, tensor, _ in coupling.traced.state}
     weights: list[np.ndarray] = []
     channels: list[np.ndarray] = []
     for site in sites:
-        value = state[site.name]
+        value = state[site.name].detach()
         dims = tuple(d for d in range(value.ndim) if site.channels.shape[d] == 1)
         reduced = measure(site.name, value, dims)
         if reduced.device.type != "cpu" or reduced.dtype not in (torch.float32, torch.float64):

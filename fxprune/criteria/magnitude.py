@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -22,35 +24,24 @@ def magnitude(coupling: Coupling, p: float = 2.0) -> np.ndarray:
     Source: Li et al., Pruning Filters for Efficient ConvNets (2017), for one layer; Fang et al., DepGraph (2023),
     equation 4, for coupled layers.
     """
-    sites = weight_sites(coupling)
-    cut = {site.name for site in sites}
-    largest = max((t.numel() for name, t, _ in coupling.traced.state if name in cut), default=0)
-    latest: dict[str, torch.Tensor] = {}
-    room = torch.empty(largest)  # for the powers of one weight at a time; fresh memory for each costs more
 
     def measure(name: str, weight: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
-        nonlocal room
-        if name not in latest:
-            latest.clear()
-            weight = weight.abs() if weight.is_complex() else weight
-            if (room.dtype, room.device) != (weight.dtype, weight.device):
-                room = torch.empty(largest, dtype=weight.dtype, device=weight.device)
-            out = room[: weight.numel()].view(weight.shape)
-            latest[name] = torch.mul(weight, weight, out=out) if p == 2 else torch.pow(weight.abs(), p, out=out)
-        total = latest[name]
-        for run in _runs(dims):
-            total = total.sum(dim=run, keepdim=True)
-        return total
+        if p == 2 and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64):
+            return torch.from_numpy(_sum_of_squares(weight.numpy(), dims))
+        return weight.abs().pow(p).sum(dims, keepdim=True)
 
-    return add_up(coupling, sites, measure)
+    return add_up(coupling, weight_sites(coupling), measure)
 
 
-def _runs(dims: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Split dims into runs of neighbours: summed one after the other, each is read in memory order."""
-    runs: list[tuple[int, ...]] = []
-    for d in dims:
-        if runs and runs[-1][-1] == d - 1:
-            runs[-1] = (*runs[-1], d)
-        else:
-            runs.append((d,))
-    return runs
+def _sum_of_squares(weight: np.ndarray, dims: tuple[int, ...]) -> np.ndarray:
+    """Sum squares over dims, which keep size 1; no squares are written down, which costs more than to sum them."""
+    shape, ndim = weight.shape, weight.ndim
+    lead = next(d for d in range(ndim + 1) if d not in dims)
+    tail = next(d for d in range(ndim, -1, -1) if d - 1 not in dims)
+    if lead:
+        flat = weight.reshape(math.prod(shape[:lead]), math.prod(shape[lead:]))
+        total = np.einsum("ij,ij->j", flat, flat).reshape((1,) * lead + shape[lead:])
+    else:
+        flat = weight.reshape(math.prod(shape[:tail]), math.prod(shape[tail:]))
+        total = np.einsum("ij,ij->i", flat, flat).reshape(shape[:tail] + (1,) * (ndim - tail))
+    return total.sum(axis=dims, keepdims=True)
