@@ -64,9 +64,13 @@ def named_state(module: nn.Module) -> Iterator[State]:
     """Yield (name, tensor, is a parameter) of every parameter, buffer and plain tensor attribute, shared ones once."""
     seen: set[int] = set()
     for prefix, child in modules_in(module):
-        own = [(k, v, True) for k, v in child._parameters.items()] + [(k, v, False) for k, v in child._buffers.items()]
-        if torch.Tensor in map(type, vars(child).values()):
-            own += [(k, v, False) for k, v in vars(child).items() if type(v) is torch.Tensor]
+        attributes = vars(child)
+        parameters, buffers = attributes["_parameters"], attributes["_buffers"]
+        own = [(k, v, True) for k, v in parameters.items()] if parameters else []
+        if buffers:
+            own += [(k, v, False) for k, v in buffers.items()]
+        if torch.Tensor in map(type, attributes.values()):
+            own += [(k, v, False) for k, v in attributes.items() if type(v) is torch.Tensor]
         for key, value, is_parameter in own:
             if value is not None and id(value) not in seen:
                 seen.add(id(value))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,19 +46,21 @@ def resizes(*kinds: type[nn.Module]) -> Callable[[Callable[..., None]], Callable
             if kind in RESIZERS:
                 raise ValueError(f"{kind.__name__} has two resizers")
             RESIZERS[kind] = function
+        resizer_of.cache_clear()
         return function
 
     return register
 
 
-def is_sized(module: nn.Module) -> bool:
-    """Say whether a module repeats sizes in attributes."""
-    return any(kind in RESIZERS for kind in type(module).__mro__)
+@functools.cache
+def resizer_of(kind: type[nn.Module]) -> Callable[..., None] | None:
+    """Return what resizes modules of a class, or None where they repeat no sizes in attributes."""
+    return next((RESIZERS[base] for base in kind.__mro__ if base in RESIZERS), None)
 
 
 def resize(module: nn.Module, call: Call) -> None:
     """Set the size attributes of a module to what its parameters and its call now say."""
-    resizer = next((RESIZERS[kind] for kind in type(module).__mro__ if kind in RESIZERS), None)
+    resizer = resizer_of(type(module))
     if resizer is None:
         return
     if not (module._forward_pre_hooks or parametrize.is_parametrized(module)):

@@ -26,7 +26,7 @@ from fxprune.pausing import without_collector
 from fxprune.planning import keep_of
 from fxprune.plans import Plan
 from fxprune.records import Labelled
-from fxprune.resizing import Call, fits, is_sized, resize
+from fxprune.resizing import Call, fits, resize, resizer_of
 from fxprune.running import MetaRunner, Runner
 from fxprune.slicing import Kept, kept_size, sliced_like
 from fxprune.slimming import SlimModule, only_used
@@ -132,7 +132,7 @@ def _resize_modules(root: nn.Module, graph: fx.Graph, prediction: Prediction) ->
         if node.op == "call_module" and node.target not in seen:
             seen.add(node.target)
             module = submodule(root, str(node.target))
-            if not is_sized(module):
+            if resizer_of(type(module)) is None:
                 continue
             sources = [source.name for source in node.all_input_nodes]
             inputs = [shape for source in sources for shape in prediction.shapes(source)]
@@ -184,7 +184,7 @@ class _Fixer(MetaRunner):
         """Fix a node, run it and compare its shapes with the prediction; None where they are certain."""
         predicted = self.prediction.shapes(n.name)
         try:
-            if self._is_dense_size(n):
+            if not predicted and self._is_dense_size(n):
                 n.graph.erase_node(n)
                 return None
             self._fix(n)
@@ -226,7 +226,8 @@ class _Fixer(MetaRunner):
         if n.op == "call_module":
             return fits(submodule(self.module, str(n.target)), self._inputs(n), predicted)
         if n.op == "call_function" and n.target in _BROADCASTING and len(predicted) == 1:
-            return np.broadcast_shapes(*self._inputs(n)) == predicted[0]
+            inputs = self._inputs(n)
+            return all(shape == predicted[0] for shape in inputs) or np.broadcast_shapes(*inputs) == predicted[0]
         return False
 
     def _inputs(self, n: fx.Node) -> list[Shape]:

@@ -140,9 +140,9 @@ def convolution(
     Transposed: weight is (c_in, c_out / g, *kernel). Either way the channels are cut into g rows and every row is
     contracted on its own.
     """
-    usual = all(ids is None for d, ids in enumerate(op.labels(x)) if d != 1) and not algebra.rag(op.labels(x)[1], 1)
+    batch, channels, *space = op.labels(x)
+    usual = batch is None and all(ids is None for ids in space) and not algebra.rag(channels, 1)
     each = math.prod(weight.shape[2:]) * math.prod((x if transposed else op.out).shape[2:])
-    channels = op.labels(x)[1]
     if usual and groups == 1 and op.host.pristine(weight):
         labels = _first_use(op, x, weight, transposed, each)
     elif usual and channels is not None and groups == x.shape[1] == op.out.shape[1] and op.host.pristine(weight):
