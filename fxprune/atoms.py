@@ -218,6 +218,11 @@ class Ledger:
         row, column = self._parents_of(ids)
         return None if (row == FIXED).any() else (row, column)
 
+    def factors(self, ids: np.ndarray) -> list[np.ndarray]:
+        """Take crossings of crossings apart: return what the atoms in `ids` are crossings of, or `ids` itself."""
+        parents = self.parents(ids)
+        return [ids] if parents is None else [f for parent in parents for f in self.factors(parent)]
+
     def _parents_of(self, ids: np.ndarray) -> np.ndarray:
         """Return the row and the column (2, *ids) of every atom, `FIXED` where it is no product."""
         known = (ids >= 0) & (ids < self._parents.shape[1])

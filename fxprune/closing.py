@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fxprune.atoms import FIXED, Ledger
+from fxprune.needs import hold_needed
 
 Pairs = tuple[np.ndarray, np.ndarray]
 
@@ -105,7 +106,7 @@ def close(ledger: Ledger) -> Classes:
         a = np.concatenate([p[0] for p in pairs] or [empty])
         b = np.concatenate([p[1] for p in pairs] or [empty])
         if (a == b).all():
-            if not spread:
+            if not spread and not hold_needed(ledger, root, reason):
                 break
             continue
         joined = components(n, a, b)

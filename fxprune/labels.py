@@ -12,6 +12,7 @@ operands), `reduce` (a dim disappears), `concatenate`; `reshape` is in `reshapin
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import reduce as fold
 
 import numpy as np
 
@@ -45,7 +46,7 @@ def extents(labels: Labels) -> tuple[Extent, ...]:
 
 def rag(ids: np.ndarray | None, dim: int) -> frozenset[int]:
     """Return the dims other than `dim` over which the labels of `dim` vary."""
-    if ids is None:
+    if ids is None or ids.size == ids.shape[dim]:
         return frozenset()
     return frozenset(d for d, n in enumerate(ids.shape) if d != dim and n > 1)
 
@@ -75,6 +76,7 @@ def align(ledger: Ledger, labels: Labels, dim: int, over: Iterable[int]) -> Labe
             column = ids.take([0], axis=d)
             ledger.tie(ids, column)
         else:
+            row = _speaking(ledger, row, ids, dim)
             known = _known_columns(ledger, ids, row, d)
             column = (
                 ledger.fresh(tuple(1 if e == d else n for e, n in enumerate(ids.shape))) if known is None else known
@@ -247,5 +249,27 @@ def settle(ledger: Ledger, labels: Labels) -> Labels:
             cover = np.array(FIXED)
             for owner in owners:
                 cover = ledger.product(cover, owner)
-        ledger.tie_row(row, cover)
+        ledger.tie_row(row, _speaking(ledger, cover, ids, d))
     return labels
+
+
+def _speaking(ledger: Ledger, cover: np.ndarray, ids: np.ndarray, dim: int) -> np.ndarray:
+    """Return, of the crossings `cover`, those factors that speak of the rows of `ids`: that only differ where rows do.
+
+    Heads and tokens that are merged repeat the columns of a head for every token, and a head stays without a token.
+    """
+    factors = ledger.factors(cover)
+    if len(factors) == 1 or cover.shape[dim] > 1:
+        return cover
+    shape = np.broadcast_shapes(ids.shape, cover.shape)
+    rows = np.moveaxis(np.broadcast_to(ids, shape), dim, -1)
+    _, first, row = np.unique(rows.reshape(-1, shape[dim]), axis=0, return_index=True, return_inverse=True)
+    source = first[row.ravel()]
+    places = [1 if d == dim else n for d, n in enumerate(shape)]
+
+    def speaks(factor: np.ndarray) -> bool:
+        wide = np.broadcast_to(factor, places).ravel()
+        return np.array_equal(wide[source], wide)
+
+    found = [factor for factor in factors if speaks(factor)]
+    return fold(ledger.product, found) if 0 < len(found) < len(factors) else cover

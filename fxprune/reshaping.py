@@ -127,7 +127,7 @@ def _rows_and_columns(ledger: Ledger, ids: np.ndarray, at: int) -> tuple[np.ndar
         return first_column, None
     if (ids == first_row).all():
         return None, first_row
-    found = _factors(ledger, ids)
+    found = ledger.factors(ids)
     rows = [f for f in found if (f == f.take([0], axis=at + 1)).all()]
     columns = [f for f in found if (f == f.take([0], axis=at)).all() and not any(f is r for r in rows)]
     if len(rows) + len(columns) == len(found) and rows and columns:
@@ -142,12 +142,6 @@ def _compact(ids: np.ndarray, dim: int, other: int) -> np.ndarray:
     for d in range(ids.ndim):
         ids = ids if d == dim else _squeezed(ids, d)
     return ids
-
-
-def _factors(ledger: Ledger, ids: np.ndarray) -> list[np.ndarray]:
-    """Take crossings of crossings apart."""
-    parents = ledger.parents(ids)
-    return [ids] if parents is None else [f for parent in parents for f in _factors(ledger, parent)]
 
 
 def _squeezed(ids: np.ndarray, dim: int) -> np.ndarray:

@@ -405,7 +405,7 @@ def test_what_a_channel_needs_stays() -> None:
     coupling = coupled(Pairs())
     columns = channels_of(coupling, "b.parametrizations.weight.original1", 1)
     assert coupling.is_frozen[columns].all()
-    assert "is needed by" in coupling.why_frozen(("b.parametrizations.weight.original1", 1))
+    assert "is needed by rows" in coupling.why_frozen(("b.parametrizations.weight.original1", 1))
     assert not coupling.is_frozen[channels_of(coupling, "a.weight", 0)].any()
     report = fxprune.report(fxprune.compile(Pairs().eval(), X, fxprune.Budget(params=0.5), progress=False))
     assert report.verification is not None

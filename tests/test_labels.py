@@ -464,6 +464,22 @@ def test_channels_are_what_all_right_choices_agree_on(first: int) -> None:
     assert exact >= 0.95 * straight  # the rest is aligned earlier than it must be: sound, and less is free
 
 
+@pytest.mark.parametrize("vector", [False, True])
+def test_rows_repeated_for_every_token_do_not_hold_the_tokens(vector: bool) -> None:
+    # (tokens, heads x dims): tokens are merged with heads, which repeats the dims of a head for every token
+    program = (Step("param", (), (2, 4)), Step("view", (0,), (2, 2, 2)), Step("view", (1,), (4, 2)))
+    if vector:
+        program += (Step("param", (), (2,)), Step("add", (2, 3)))  # the same dims in every head
+    coupling, world = coupling_of(program), World(program)
+    channels = channel_of(coupling)
+    rights = [keep for keep in choices(program) if world.leaves_something(keep) and world.right(keep)]
+    taken = [keep for keep in choices(program) if accepted(coupling, channels, keep)]
+    taken = [keep for keep in taken if not refused(coupling, channels, keep)]
+    assert all(keep in rights for keep in taken)
+    assert any(("p0", 0, 0) not in keep for keep in taken)
+    assert agreeing(taken, variables(program)) == agreeing(rights, variables(program))
+
+
 def test_worlds_know_wrong_from_right() -> None:
     # shuffle: (4,) -> (2, 2), transposed, flattened, added to a vector; then b and c must not change places
     program = (
