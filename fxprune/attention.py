@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-
 class MultiheadAttention(nn.MultiheadAttention):
     """An `nn.MultiheadAttention` of any number of heads and any head dims.
 

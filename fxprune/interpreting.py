@@ -5,10 +5,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from contextlib import nullcontext
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from fxprune import labels as algebra
 from fxprune.calling import call_of, call_of_function, is_identity, plain_calls
@@ -119,7 +121,9 @@ class GraphRunner(Runner):
             with nullcontext() if self._is_plain(n) else mode:
                 value = super().run_node(n)
         except Exception as error:
-            raise InterpretationError(n.name) from error
+            value = self._kept_whole(n)
+            if value is None:
+                raise InterpretationError(n.name) from error
         tensors = tensors_in(value)
         if n.op == "output":
             for t in tensors:
@@ -138,6 +142,36 @@ class GraphRunner(Runner):
         for node in n.all_input_nodes:
             self._read(self.env[node])
         return value
+
+    def _kept_whole(self, n: fx.Node) -> Any:
+        """Return what a function of the user's that asks for values returns for zeros; all that reaches it must stay.
+
+        None where the node calls something else, or the function does not return tensors for zeros either.
+        """
+        if not isinstance(n.target, FunctionType) or n.target.__module__.startswith("torch."):
+            return None
+        args, kwargs = self._value(n.args), self._value(n.kwargs)
+        try:
+            found = n.target(*pytree.tree_map(_zeros, args), **pytree.tree_map(_zeros, kwargs))
+        except Exception:
+            return None
+        results = tensors_in(found)
+        if not results or len(results) != len(pytree.tree_leaves(found)):
+            return None
+        reason = f"reaches {n.target.__name__}, a function that is kept whole and asks for values"
+        for t in tensors_in((args, kwargs)):
+            for d in range(t.ndim):
+                algebra.fix(self.mode.ledger, self.mode.labels(t), d, reason)
+        self.mode.record.unknown.append((n.name, n.target.__name__))
+        self.mode.record.whole.add(n.name)
+        value = to_meta(found)
+        for t in tensors_in(value):
+            self.mode.own(t)
+        return value
+
+
+def _zeros(value: Any) -> Any:
+    return torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
 
 
 def _positions(items: list[int]) -> torch.Tensor:

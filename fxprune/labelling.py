@@ -201,7 +201,7 @@ def _fit(labels: Labels, shape: Shape) -> bool:
     """Say whether labels are those of a tensor of this shape."""
     if len(labels) != len(shape):
         return False
-    for d, ids in enumerate(labels):  # a loop: this is asked for every call
+    for d, ids in enumerate(labels):  # noqa: SIM110 (a loop: this is asked for every call)
         if ids is not None and ids.shape[d] != shape[d]:
             return False
     return True

@@ -76,6 +76,20 @@ class Wrapped(Net):
         return halves(x, 2)
 
 
+@torch.fx.wrap
+def doubled_if_positive(x: Tensor) -> Tensor:
+    return 2 * x if float(x.sum()) > 0 else x
+
+
+class AsksForValues(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.d = nn.Conv2d(16, 24, 1), nn.Conv2d(24, 16, 1)
+
+    def between(self, x: Tensor) -> Tensor:
+        return self.d(F.relu(self.c(doubled_if_positive(x))))
+
+
 NETS = [Padded, Asserting, Numbers, Masked, Wrapped]
 
 
@@ -208,3 +222,14 @@ def test_functions_that_look_at_numbers_fix_none() -> None:
     assert not any("expected" in n.name for n in traced.graph.nodes)
     slim = fxprune.compile(model, torch.randn(2, 3, 8, 8), Budget(macs=0.5), progress=False)
     assert slim(torch.randn(5, 3, 8, 8)).shape == (5, 4, 8, 8)
+
+
+def test_a_function_that_asks_for_values_is_kept_whole() -> None:
+    model, x = settled(AsksForValues), torch.randn(2, 3, 8, 8)
+    coupling = fxprune.couple(fxprune.trace(model, x))
+    assert "doubled_if_positive, a function that is kept whole" in coupling.why_frozen(("a.weight", 0))
+    with pytest.raises(fxprune.CouplingError, match="doubled_if_positive"):
+        fxprune.couple(fxprune.trace(model, x), unknown="error")
+    slim = fxprune.compile(model, x, Budget(params=0.9), progress=False)
+    assert fxprune.report(slim).verification.passed
+    assert sum(p.numel() for p in slim.parameters()) < sum(p.numel() for p in model.parameters())
