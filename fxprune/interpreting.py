@@ -18,6 +18,7 @@ from fxprune.cloning import State, clone, named_state, submodule
 from fxprune.labelling import NO_BUFFER, Labelling
 from fxprune.records import Interpretation, Labelled
 from fxprune.running import Runner
+from fxprune.telling import POINTWISE
 from fxprune.values import bind, tensors_in, to_meta
 
 _PLAIN = {
@@ -25,6 +26,10 @@ _PLAIN = {
     operator.mod, operator.eq, operator.neg,
 }  # fmt: skip
 """Functions that make no ATen call on anything but tensors."""
+
+
+_SHAPE_KEEPING = POINTWISE | {torch.ops.aten.native_batch_norm, torch.ops.aten.empty}
+"""Ops whose result has the shape of what goes in, whatever that is; a batch norm asks for empty memory too."""
 
 
 class InterpretationError(Exception):
@@ -118,8 +123,11 @@ class GraphRunner(Runner):
                 return value
             if n.op in ("get_attr", "call_module"):
                 self.fetch_attr(str(n.target))  # its twins are no part of the graph: made outside the mode
+            mode.calls.clear()
             with nullcontext() if self._is_plain(n) else mode:
                 value = super().run_node(n)
+            if n.op == "call_module" and _SHAPE_KEEPING.issuperset(mode.calls):
+                mode.record.keeps_shape.add(n.name)
         except Exception as error:
             value = self._kept_whole(n)
             if value is None:

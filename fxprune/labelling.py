@@ -38,6 +38,8 @@ class Labelling(TorchDispatchMode):
         self._overwritten: set[int] = set()
         """Storages of constants that something unknown was written to."""
         self._rules: dict[Any, Any] = {}
+        self.calls: list[Any] = []
+        """The ops that were called since this was cleared."""
 
     def twin(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return what stands for a parameter or buffer on the meta device."""
@@ -53,6 +55,7 @@ class Labelling(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one ATen call on meta tensors and label what comes out."""
         kwargs = on_meta(func, kwargs or {})
+        self.calls.append(func.overloadpacket)
         out = self._kernels.run(func, args, kwargs)
         results = tensors_in(out)
         inputs = tensors_in(args) + tensors_in(kwargs) if kwargs else tensors_in(args)

@@ -58,6 +58,8 @@ class Interpretation:
     buffers: list[Buffer] = field(default_factory=list)
     paired: list[np.ndarray] = field(default_factory=list)
     """Atoms of dims over which two activations are multiplied and summed: head dims of queries and keys."""
+    keeps_shape: set[str] = field(default_factory=set)
+    """Nodes that call a module all of whose ops are pointwise or batch norms."""
     whole: set[str] = field(default_factory=set)
     """Nodes that call a function of the user's which only runs on values."""
     unknown: list[tuple[str, str]] = field(default_factory=list)

@@ -194,8 +194,7 @@ class _Fixer(MetaRunner):
                 return None
             for source in n.all_input_nodes:
                 self._at(source)
-            with self._on_meta:
-                value = super().run_node(n)
+            value = self.run_on_meta(n)
         except Exception as error:
             self._fail(n, f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
             return self._stand_in(n)
@@ -226,6 +225,8 @@ class _Fixer(MetaRunner):
     def _certain(self, n: fx.Node, predicted: list[Shape]) -> bool:
         """Say whether the shape of a common op can be told without running it, and is the predicted one."""
         if n.op == "call_module":
+            if n.name in self.record.keeps_shape and self._inputs(n) == predicted:
+                return True
             return fits(submodule(self.module, str(n.target)), self._inputs(n), predicted)
         if n.op == "call_function" and n.target in _BROADCASTING and len(predicted) == 1:
             inputs = self._inputs(n)

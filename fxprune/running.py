@@ -53,22 +53,27 @@ class MetaRunner(Runner):
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         """Run `graph` on what it refers to in `root`, which must not change from then on."""
         super().__init__(root, graph)
-        self._on_meta = OnMeta()
+        self._mode = OnMeta()
         self._twins: dict[int, torch.Tensor] = {}
+        self._meta: dict[str, Any] = {}
 
     def run_on_meta(self, n: fx.Node) -> Any:
-        """Run one node on the values of `env`."""
-        with torch.no_grad(), self._on_meta:
-            return self.run_node(n)
+        """Run one node on the values of `env`, without gradients."""
+        if n.op in ("get_attr", "call_module"):
+            self.fetch_attr(str(n.target))  # outside of the mode, which would take part in making each twin
+        with torch.no_grad(), self._mode:
+            return Runner.run_node(self, n)
 
     def fetch_attr(self, target: str) -> Any:
         """Return what a node refers to, with its tensors on the meta device."""
-        found = named_part(self.module, target)
-        if isinstance(found, torch.Tensor):
-            return self._twin(found)
-        if isinstance(found, nn.Module):
-            return clone(found, {id(t): self._twin(t) for _, t, _ in named_state(found)})
-        return found
+        if target not in self._meta:
+            found = named_part(self.module, target)
+            if isinstance(found, torch.Tensor):
+                found = self._twin(found)
+            elif isinstance(found, nn.Module):
+                found = clone(found, {id(t): self._twin(t) for _, t, _ in named_state(found)})
+            self._meta[target] = found
+        return self._meta[target]
 
     def _twin(self, value: torch.Tensor) -> torch.Tensor:
         found = self._twins.get(id(value))

@@ -24,8 +24,10 @@ import torch
 from torch import fx, nn
 
 import fxprune
-from fxprune.atoms import FIXED
+from fxprune.atoms import FIXED, Ledger
+from fxprune.closing import close
 from fxprune.coupling import Coupling
+from fxprune.labels import align
 from fxprune.planning import plan_of
 from fxprune.records import Labelled
 
@@ -478,6 +480,19 @@ def test_rows_repeated_for_every_token_do_not_hold_the_tokens(vector: bool) -> N
     assert all(keep in rights for keep in taken)
     assert any(("p0", 0, 0) not in keep for keep in taken)
     assert agreeing(taken, variables(program)) == agreeing(rights, variables(program))
+
+
+def test_columns_are_aligned_over_the_rows_they_differ_in_alone() -> None:
+    ledger = Ledger()
+    tokens, heads = ledger.fresh((3, 1, 1)), ledger.fresh((1, 4, 1))
+    dims = ledger.fresh((1, 4, 2))
+    (aligned,) = align(ledger, (None, ledger.product(tokens, heads), dims), 2, [1])[2:]
+    assert aligned is not None
+    assert aligned.shape == (1, 1, 2)
+    classes = close(ledger)
+    assert len(np.unique(classes.of(tokens))) == 3
+    assert len(np.unique(classes.of(heads))) == 4
+    assert (classes.frozen_by < 0).all()
 
 
 def test_worlds_know_wrong_from_right() -> None:
