@@ -126,7 +126,7 @@ class GraphRunner(Runner):
             mode.calls.clear()
             with nullcontext() if self._is_plain(n) else mode:
                 value = super().run_node(n)
-            if n.op == "call_module" and _SHAPE_KEEPING.issuperset(mode.calls):
+            if n.op == "call_module" and mode.calls and _SHAPE_KEEPING.issuperset(mode.calls):
                 mode.record.keeps_shape.add(n.name)
         except Exception as error:
             value = self._kept_whole(n)
