@@ -21,35 +21,39 @@ def hold_needed(ledger: Ledger, root: np.ndarray, reason: np.ndarray) -> bool:
         root: (atoms,) which atom stands for the channel of each.
         reason: (atoms,) index into the ledger's freezes, or -1; what is frozen is noted in it.
     """
-    needs: dict[str, set[tuple[int, int]]] = {}
-    for batch in ledger.products:
-        needs.setdefault(batch.node, set()).update(
-            _needs(root[batch.atom], root[batch.row], root[batch.column], reason)
-        )
-    if not any(needs.values()):
+    found = [_needs(root[p.atom], root[p.row], root[p.column], reason) for p in ledger.products]
+    if not any(pairs.size for pairs in found):
         return False
-    known = _implied(ledger, root)
-    before = len(ledger.freezes)
-    for node, pairs in needs.items():
-        held = {s for r, s in pairs if reason[s] < 0 and not _leads(known, r, s)}
-        if held:
-            atoms = np.array(sorted(held))
-            reason[atoms] = len(ledger.freezes)
-            ledger.freezes.append(Freeze(atoms, node, REASON))
-    return len(ledger.freezes) > before
+    known, (mine, other) = _implied(ledger, root), np.concatenate(found, axis=1)
+    codes, n = np.sort(known[0] * len(root) + known[1]), len(root)
+    at = np.minimum(np.searchsorted(codes, mine * n + other), len(codes) - 1)
+    far = codes[at] != mine * n + other if len(codes) else np.ones(len(mine), dtype=bool)
+    if not far.any():
+        return False
+    nodes = np.repeat(np.arange(len(found)), [pairs.shape[1] for pairs in found])
+    known = known[:, np.argsort(known[0], kind="stable")]
+    held: dict[str, set[int]] = {}
+    for p, r, s in zip(nodes[far].tolist(), mine[far].tolist(), other[far].tolist(), strict=True):
+        if not _leads(known, r, s):
+            held.setdefault(ledger.products[p].node, set()).add(s)
+    for node, channels in held.items():
+        atoms = np.array(sorted(channels))
+        reason[atoms] = len(ledger.freezes)
+        ledger.freezes.append(Freeze(atoms, node, REASON))
+    return bool(held)
 
 
-def _needs(atom: np.ndarray, row: np.ndarray, column: np.ndarray, reason: np.ndarray) -> set[tuple[int, int]]:
-    """Return the pairs (r, s) of channels such that r & s is r, and s is not frozen."""
-    found: set[tuple[int, int]] = set()
+def _needs(atom: np.ndarray, row: np.ndarray, column: np.ndarray, reason: np.ndarray) -> np.ndarray:
+    """Return the pairs (2, n) of channels r, s such that r & s is r, and s is not frozen."""
+    found = []
     for mine, other in ((row, column), (column, row)):
         hit = (atom == mine) & (mine != other) & (reason[other] < 0)
-        found.update(zip(mine[hit].tolist(), other[hit].tolist(), strict=True))
-    return found
+        found.append(np.stack([mine[hit], other[hit]]))
+    return np.concatenate(found, axis=1)
 
 
 def _implied(ledger: Ledger, root: np.ndarray) -> np.ndarray:
-    """Return (2, n), by the first: what stays while what does; a row while a column, the parents while a crossing."""
+    """Return pairs (2, n): while the first stays, so does the second; a column and its row, a crossing and a parent."""
     pairs: list[np.ndarray] = []
     for batch in ledger.rows:
         real = batch.row != FIXED
@@ -60,12 +64,11 @@ def _implied(ledger: Ledger, root: np.ndarray) -> np.ndarray:
         atom, row, column = root[batch.atom], root[batch.row], root[batch.column]
         proper = (atom != row) & (atom != column)
         pairs += [np.stack([atom[proper], parent[proper]]) for parent in (row, column)]
-    found = np.concatenate(pairs, axis=1)
-    return found[:, np.argsort(found[0], kind="stable")]
+    return np.concatenate(pairs, axis=1)
 
 
 def _leads(known: np.ndarray, a: int, b: int) -> bool:
-    """Say whether `b` stays while `a` does, by what is known, step by step."""
+    """Say whether `b` stays while `a` does, by the pairs `known` (2, n), sorted by their first, step by step."""
     seen, stack = {a}, [a]
     while stack and b not in seen:
         first, last = np.searchsorted(known[0], (at := stack.pop(), at + 1))
