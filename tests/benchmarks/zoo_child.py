@@ -122,8 +122,15 @@ def describe(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
 
 def count_macs(model: nn.Module, inputs: Inputs) -> int:
     """Count multiply-accumulates by PyTorch's own counter, which belongs to neither tool."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(*inputs)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in trained:  # the counter asks every tensor handed to a module for a gradient function it lacks here
+            p.requires_grad_(False)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(*inputs)
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
     return counter.get_total_flops() // 2
 
 
@@ -256,6 +263,7 @@ def measure(network: Network, record: Record, limit: float, other_limit: float) 
     model, inputs = built
     record.row |= record.attempt("describe", limit, lambda: describe(model, inputs)) or {}
     if record.row["failures"]:
+        record.enter("describe")  # which writes down why
         return
     pruned = measure_fxprune(record, model, inputs, limit)
     record.row["torch_pruning"] = measure_torch_pruning(record, model, inputs, pruned, other_limit)
