@@ -14,10 +14,10 @@ from torch.utils import _pytree as pytree
 
 from fxprune import labels as algebra
 from fxprune.calling import call_of, call_of_function, is_identity, plain_calls
-from fxprune.cloning import State, clone, named_state, submodule
+from fxprune.cloning import State, submodule
 from fxprune.labelling import NO_BUFFER, Labelling
 from fxprune.records import Interpretation, Labelled
-from fxprune.running import Runner
+from fxprune.running import MetaRunner
 from fxprune.telling import POINTWISE
 from fxprune.values import bind, tensors_in, to_meta
 
@@ -40,14 +40,13 @@ class InterpretationError(Exception):
         self.node = node
 
 
-class GraphRunner(Runner):
+class GraphRunner(MetaRunner):
     """Run a graph under `Labelling`, node by node."""
 
     def __init__(self, root: torch.nn.Module, graph: fx.Graph, mode: Labelling) -> None:
         super().__init__(root, graph)
         self.mode = mode
         self._plain_calls = plain_calls()
-        self._meta: dict[str, Any] = {}
 
     def run_all(self, values: Iterable[Any]) -> None:
         """Run all nodes; `values` are those of the placeholders."""
@@ -61,16 +60,8 @@ class GraphRunner(Runner):
                     Labelled(tuple(t.shape), self.mode.labels(t), t.dtype) for t in tensors
                 ]
 
-    def fetch_attr(self, target: str) -> Any:
-        """Return what a node refers to, with its tensors on the meta device."""
-        if target not in self._meta:
-            found = super().fetch_attr(target)
-            if isinstance(found, torch.Tensor):
-                found = self.mode.twin(found)
-            elif isinstance(found, torch.nn.Module):
-                found = clone(found, {id(t): self.mode.twin(t) for _, t, _ in named_state(found)})
-            self._meta[target] = found
-        return self._meta[target]
+    def _twin(self, value: torch.Tensor) -> torch.Tensor:
+        return self.mode.twin(value)
 
     def _call(self, n: fx.Node) -> torch.Tensor | None:
         """Return the result of a common layer or operator without running it; None where it has to be run."""
