@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxprune
@@ -155,3 +156,26 @@ def test_functions_of_numbers_and_integers_are_run() -> None:
     assert call_of_function(operator.add, [torch.empty(2), 1]) is None
     assert call_of_function(operator.add, [torch.ones(2, dtype=torch.int64)] * 2) is None
     assert call_of_function(operator.add, [torch.empty(2), torch.empty(2, dtype=torch.float64)]) is None
+
+
+class OwnBatchNorm(nn.BatchNorm2d):
+    """Asks for the mode, and so is a leaf."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training))
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 8, 1), OwnBatchNorm(8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.b(self.norm(self.a(x))), 0.1, self.training)
+
+
+def test_only_modules_that_make_calls_keep_their_shape_for_certain() -> None:
+    model, x = Normed().eval(), torch.randn(2, 3, 4, 4)
+    assert fxprune.couple(fxprune.trace(model, x)).record.keeps_shape == {"norm"}  # not what answers `self.training`
+    slim = fxprune.compile(model, x, fxprune.Budget(macs=0.5), progress=False)
+    assert fxprune.report(slim).verification.passed
