@@ -43,8 +43,12 @@ FUNCTIONS: dict[Callable[..., Any], Any] = {
     torch.mul: aten.mul.Tensor,
     torch.relu: aten.relu.default,
     torch.sigmoid: aten.sigmoid.default,
+    torch.Tensor.add: aten.add.Tensor,
+    torch.Tensor.mul: aten.mul.Tensor,
+    torch.Tensor.relu: aten.relu.default,
+    torch.Tensor.sigmoid: aten.sigmoid.default,
 }
-"""Functions that are one ATen call on the same arguments."""
+"""Functions and methods that are one ATen call on the same arguments."""
 
 
 @functools.cache
@@ -189,3 +193,25 @@ def is_identity(module: nn.Module) -> bool:
 def global_average(module: Any, x: torch.Tensor) -> Call | None:
     """x: (b, c, h, w) -> (b, c, 1, 1)."""
     return (aten.mean.dim, (x, [-1, -2], True)) if module.output_size in (1, (1, 1)) and x.ndim == 4 else None
+
+
+@calls(nn.AvgPool2d)
+def average_pool(module: Any, x: torch.Tensor) -> Call | None:
+    """x: (b, c, h, w)."""
+    if module.divisor_override is not None or x.ndim != 4:
+        return None
+    sizes = [_two(v) for v in (module.kernel_size, module.stride, module.padding)]
+    return aten.avg_pool2d.default, (x, *sizes, module.ceil_mode, module.count_include_pad)
+
+
+@calls(nn.MaxPool2d)
+def max_pool(module: Any, x: torch.Tensor) -> Call | None:
+    """x: (b, c, h, w)."""
+    if module.return_indices or x.ndim != 4:
+        return None
+    sizes = [_two(v) for v in (module.kernel_size, module.stride, module.padding, module.dilation)]
+    return aten.max_pool2d_with_indices.default, (x, *sizes, module.ceil_mode)
+
+
+def _two(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)

@@ -13,7 +13,6 @@ from torch import nn
 
 _ATOMIC = {int, float, complex, str, bytes, bool, type(None), type, torch.dtype, torch.device, torch.Size}
 _TABLES = {dict, set, OrderedDict}
-_SEQUENCES = {tuple, list}
 _STATE = {"_parameters", "_buffers"}
 _OLD_PICKLES = {
     nn.Module, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer,
@@ -121,15 +120,31 @@ class Cloner:
                 state[key] = kind()
             elif key in _STATE:
                 state[key] = {k: None if t is None else memo.get(id(t), t) for k, t in value.items()}
-            elif key == "_modules":
-                state[key] = {k: None if m is None else self.clone(m) for k, m in value.items()}
-            elif isinstance(value, torch.Tensor):
-                state[key] = memo.get(id(value), value)
-            elif kind in _SEQUENCES and _ATOMIC.issuperset(map(type, value)):
-                state[key] = kind(value)
             else:
-                state[key] = self._deepcopy(value)
+                state[key] = self._copy(value)
         return new
+
+    def _copy(self, value: Any) -> Any:
+        """Copy an attribute: containers and modules by hand, the rest by `copy.deepcopy`."""
+        kind = type(value)
+        if kind in _ATOMIC:
+            return value
+        found = self._memo.get(id(value))
+        if found is not None:
+            return found
+        if kind is dict:
+            new = self._memo[id(value)] = {}
+            new.update([(k if type(k) is str else self._copy(k), self._copy(v)) for k, v in value.items()])
+            return new
+        if kind is list:
+            new = self._memo[id(value)] = []
+            new.extend([self._copy(v) for v in value])
+            return new
+        if kind is tuple:
+            return tuple([self._copy(v) for v in value])
+        if isinstance(value, torch.Tensor):
+            return value
+        return self.clone(value) if isinstance(value, nn.Module) else self._deepcopy(value)
 
     def _deepcopy(self, value: Any) -> Any:
         """Copy what only `copy.deepcopy` knows how to, with the same tensors in it."""

@@ -65,19 +65,24 @@ class GraphRunner(MetaRunner):
 
     def _call(self, n: fx.Node) -> torch.Tensor | None:
         """Return the result of a common layer or operator without running it; None where it has to be run."""
-        if n.op not in ("call_module", "call_function") or n.kwargs:
+        if n.op not in ("call_module", "call_function", "call_method") or n.kwargs:
             return None
         operands = [self.env[a] if isinstance(a, fx.Node) else None for a in n.args]
         call = None
-        if n.op == "call_function":
-            call = call_of_function(n.target, operands)
+        if n.op != "call_module":
+            function = getattr(torch.Tensor, str(n.target), None) if n.op == "call_method" else n.target
+            call = call_of_function(function, operands)
         elif self._plain_calls and len(operands) == 1 and isinstance(operands[0], torch.Tensor):
             module = submodule(self.module, str(n.target))
             if is_identity(module):
                 self._read(operands[0])
                 return operands[0]
             call = call_of(module, operands[0])
-        return None if call is None else self.mode.call(*call)
+        if call is None:
+            return None
+        if len(operands) == 1 and call[0].overloadpacket in POINTWISE:
+            self.mode.record.keeps_shape.add(n.name)
+        return self.mode.call(*call)
 
     def _read(self, value: Any) -> None:
         """Note that the memory of a value was needed up to now."""

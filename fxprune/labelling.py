@@ -26,6 +26,11 @@ MAX_CONSTANT = 1 << 22
 class Labelling(TorchDispatchMode):
     """Carry labels through every ATen call."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Spare each call the wrapper that keeps torch.compile away: nothing here is ever compiled."""
+        return False
+
     def __init__(self, state: Iterable[State]) -> None:
         """Know the parameters and buffers; they are met as they are, or as their twins on the meta device."""
         super().__init__()

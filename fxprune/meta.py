@@ -101,6 +101,10 @@ class Kernels:
 class OnMeta(TorchDispatchMode):
     """Keep on the meta device what forward sends elsewhere."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # it would wrap each call, to keep torch.compile away, which never comes here
+
     def __init__(self) -> None:
         super().__init__()
         self._kernels = Kernels()

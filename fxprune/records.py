@@ -59,7 +59,7 @@ class Interpretation:
     paired: list[np.ndarray] = field(default_factory=list)
     """Atoms of dims over which two activations are multiplied and summed: head dims of queries and keys."""
     keeps_shape: set[str] = field(default_factory=set)
-    """Nodes that call a module all of whose ops are pointwise or batch norms."""
+    """Nodes all of whose ops are pointwise or batch norms, with one tensor that goes in."""
     whole: set[str] = field(default_factory=set)
     """Nodes that call a function of the user's which only runs on values."""
     unknown: list[tuple[str, str]] = field(default_factory=list)

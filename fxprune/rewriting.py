@@ -61,7 +61,6 @@ def build(coupling: Coupling, keep: np.ndarray) -> fx.GraphModule:
     root = _sliced(coupling, graph, keep)
     _resize_modules(root, graph, prediction)
     _fix_literals(coupling, root, graph, prediction)
-    graph.lint()
     return SlimModule(root, graph)
 
 
@@ -224,9 +223,9 @@ class _Fixer(MetaRunner):
 
     def _certain(self, n: fx.Node, predicted: list[Shape]) -> bool:
         """Say whether the shape of a common op can be told without running it, and is the predicted one."""
+        if n.name in self.record.keeps_shape and self._inputs(n) == predicted:
+            return True
         if n.op == "call_module":
-            if n.name in self.record.keeps_shape and self._inputs(n) == predicted:
-                return True
             return fits(submodule(self.module, str(n.target)), self._inputs(n), predicted)
         if n.op == "call_function" and n.target in _BROADCASTING and len(predicted) == 1:
             inputs = self._inputs(n)

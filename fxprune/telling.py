@@ -191,3 +191,38 @@ def _addmm(bias: torch.Tensor, x: torch.Tensor, w: torch.Tensor, **scales: float
 @tells(aten.upsample_bilinear2d.default, aten.upsample_bicubic2d.default, aten.upsample_nearest2d.default)
 def _upsampled(x: torch.Tensor, size: Sequence[int], *args: Any) -> torch.Tensor | None:
     return _of(x, (*x.shape[:2], *size)) if x.ndim == 4 and x.is_contiguous() else None
+
+
+def _pooled(
+    x: torch.Tensor, kernel: Sequence[int], stride: Any, padding: Any, dilation: Any, ceil_mode: bool
+) -> list[int] | None:
+    """Return the shape that windows over the last two dims of (b, c, h, w) leave; None where none fits."""
+    kernel, stride, padding, dilation = (
+        list(v) * (2 if len(v) == 1 else 1) for v in (kernel, stride or kernel, padding, dilation)
+    )
+    if x.ndim != 4 or not x.is_contiguous():
+        return None
+    shape = [*x.shape[:2]]
+    for n, k, s, p, d in zip(x.shape[2:], kernel, stride, padding, dilation, strict=True):
+        left = n + 2 * p - d * (k - 1) - 1
+        count = (left + (s - 1) * ceil_mode) // s + 1
+        if left < 0 or 2 * p > k:
+            return None
+        shape.append(count - (ceil_mode and (count - 1) * s >= n + p))  # the last one starts inside
+    return shape
+
+
+@tells(aten.avg_pool2d.default)
+def _average_pooled(
+    x: torch.Tensor, kernel: Any, stride: Any = (), padding: Any = (0,), ceil_mode: bool = False, *args: Any
+) -> torch.Tensor | None:
+    shape = _pooled(x, kernel, stride, padding, (1,), ceil_mode)
+    return None if shape is None else _of(x, shape)
+
+
+@tells(aten.max_pool2d_with_indices.default)
+def _max_pooled(
+    x: torch.Tensor, kernel: Any, stride: Any = (), padding: Any = (0,), dilation: Any = (1,), ceil_mode: bool = False
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    shape = _pooled(x, kernel, stride, padding, dilation, ceil_mode)
+    return None if shape is None else (_of(x, shape), torch.empty(shape, dtype=torch.int64, device=_META))

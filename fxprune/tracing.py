@@ -28,6 +28,7 @@ from fxprune.recurrent import PACKED, is_packed, raised_packing
 from fxprune.sizing import SizedTracer, Symbol
 from fxprune.traced import TRAINING, Traced, TrainingFlag, attach, left_out, taking_part
 from fxprune.values import to_meta
+from fxprune.watching import watched
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(__file__)
@@ -148,8 +149,10 @@ class Tracer(SizedTracer):
 
 def _is_users_own(module: nn.Module) -> bool:
     """Say whether a module of a class that `torch.nn.utils.parametrize` has made is a layer of the user's."""
-    kind = type(module)
-    return kind.__module__ == parametrize.__name__ and not kind.__bases__[0].__module__.startswith("torch.")
+    return type(module).__module__ == parametrize.__name__ and any(
+        kind.__module__ == parametrize.__name__ and not kind.__bases__[0].__module__.startswith("torch.")
+        for kind in type(module).__mro__
+    )
 
 
 _ADVICE = "Check that `model(*example_inputs)` runs; mark functions that cannot be traced with `torch.fx.wrap`."
@@ -294,7 +297,7 @@ def _trace_once(
     for attributes, mode in modes:
         if mode == model.training:
             attributes["training"] = tracer.flag
-    with _through_wrapped() if through else nullcontext():
+    with _through_wrapped() if through else nullcontext(), watched(m for _, m in modules):
         graph = tracer.trace(root)
     _restore_buffers(modules, model, copies)
     written = {id(t) for t, version in seen if t._version != version}

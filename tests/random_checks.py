@@ -229,6 +229,7 @@ def _cut(
         plan = timed("plan", lambda coupling=coupling: plan_of(coupling, random_keep(coupling, seed)))
         try:
             slim = timed("rewrite", lambda coupling=coupling, plan=plan: fxprune.rewrite(coupling, plan))
+            slim.graph.lint()
             return coupling, plan, slim
         except fxprune.RewriteError as error:
             fresh = {node: reason for node, reason in error.nodes.items() if node not in outcome.refrozen}

@@ -43,6 +43,16 @@ USUAL: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
     (aten.upsample_bilinear2d.default, (t(*IMAGE), [10, 7], False), {}),
     (aten.upsample_bicubic2d.default, (t(*IMAGE), [3, 3], True), {}),
     (aten.upsample_nearest2d.default, (t(*IMAGE), [10, 8]), {}),
+    (aten.avg_pool2d.default, (t(*IMAGE), [3, 2], [2], [1]), {}),
+    (aten.avg_pool2d.default, (t(*IMAGE), [2], [], [0], False, False, 3), {}),
+    (aten.max_pool2d_with_indices.default, (t(*IMAGE), [3], [2, 1], [1], [1, 2]), {}),
+    (aten.max_pool2d_with_indices.default, (t(*IMAGE), [2, 2]), {}),
+    *[
+        (aten.max_pool2d_with_indices.default, (t(1, 2, n, n), [k], [s], [k // 2 - k // 4], [1], True), {})
+        for n in (3, 4, 5, 6)
+        for k in (1, 2, 3)
+        for s in (1, 2, 3)
+    ],
     (aten.add.Tensor, (t(*IMAGE), t(5, 1)), {"alpha": 2}),
     (aten.mul.Tensor, (t(*IMAGE), 2.0), {}),
     (aten.gelu.default, (t(*IMAGE),), {"approximate": "tanh"}),
@@ -65,6 +75,10 @@ UNUSUAL: list[tuple[Any, tuple[Any, ...]]] = [
     (aten.cat.default, ([t(2, 3), t(3, 3)], 1)),
     (aten.cat.default, ([t(2, 3), t(0)], 1)),
     (aten._softmax.default, (t(*IMAGE), 4, False)),
+    (aten.avg_pool2d.default, (t(*IMAGE), [6])),
+    (aten.avg_pool2d.default, (t(*IMAGE), [2], [2], [2])),
+    (aten.max_pool2d_with_indices.default, (t(*IMAGE), [3], [2], [0], [3])),
+    (aten.max_pool2d_with_indices.default, (t(*IMAGE)[0], [2])),
     (aten.relu.default, (t(2, dtype=torch.int64),)),
     (aten.permute.default, (t(2, 3), [1, 0])),
 ]
