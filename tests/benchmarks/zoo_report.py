@@ -171,7 +171,7 @@ NOTES = f"""Every model builder of torchvision (of detectors, which branch on th
 pyramid) and the smallest model of every module of timm, with random weights, scales and statistics of which none is
 zero. *Exact*: the slim network equals the masked original to {TOLERANCE:.0e} in float64, and its outputs depend on its
 inputs. *Trained*: one step of SGD, finite. *Refused*: fxprune says why it returns nothing. *Coverage*: macs of ops of
-which a dim can shrink. Times are medians of up to five runs on a warm process, that of `verify` is of one.
+which a dim can shrink. Times are medians of up to fifteen runs on a warm process, that of `verify` is of one.
 
 TP is Torch-Pruning with its `MagnitudePruner`, at the ratio of channels that leaves about half of the macs, told which
 layers make the outputs and how many heads each attention has, and with sizes that attention modules remember corrected
