@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,9 @@ from fxprune.coupling import Coupling
 from fxprune.emptying import CannotEmptyError
 from fxprune.errors import CouplingError, PlanError
 from fxprune.grouping import Group
+from fxprune.paths import RemovalPath
 from fxprune.pausing import without_collector
+from fxprune.searching import Search
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,45 +28,50 @@ class Steps:
         choices: (n,) what goes, in order.
         step: (n,) in which step each choice goes.
         keys: (steps,) ascending; steps of all groups are taken in the order of their keys.
+        errors: (steps, tasks) what each step adds to the loss of each task.
     """
 
     group: int
     choices: np.ndarray
     step: np.ndarray
     keys: np.ndarray
+    errors: np.ndarray
 
 
-def steps_of(group: Group, score: np.ndarray, scope: str, constraints: Constraints) -> Steps:
+def steps_of(group: Group, path: RemovalPath, scope: str, constraints: Constraints) -> Steps:
     """Return the steps of one group.
 
     Args:
         group: the group.
-        score: (channels,) of every choice; infinite where it may not go.
+        path: in which order its choices go, at what error.
         scope: "uniform" or "global".
         constraints: limits on widths.
     """
-    path = group.path(score)
+    choices, errors = path.choices, path.errors.sum(axis=1)
     width, per_step = group.width, sum(group.takes)
     least = max(constraints.min_width, per_step) if constraints.min_width else 0
     limit = min(width - least, int(constraints.max_ratio * width + 1e-9))
-    path = path[: max(limit, 0) // per_step]
-    stops = step = np.arange(len(path))
+    choices = choices[: max(limit, 0) // per_step]
+    stops = step = np.arange(len(choices))
     left = width - per_step * (stops + 1)
     if constraints.multiple_of > 1:
         stops = np.flatnonzero(left % constraints.multiple_of == 0)
-        path = path[: stops[-1] + 1 if len(stops) else 0]
-        step = np.searchsorted(stops, np.arange(len(path)), "left")
+        choices = choices[: stops[-1] + 1 if len(stops) else 0]
+        step = np.searchsorted(stops, np.arange(len(choices)), "left")
+    relative = _relative(errors[: len(choices)])
     if scope == "uniform":
         keys = 1 - (left[stops] / width) ** group.overlap
-        if len(stops) and left[stops[-1]] == 0:  # after all other steps; which group comes first, scores decide
-            keys[-1] += _relative(score[path].sum(axis=1))[-1]
+        if len(stops) and left[stops[-1]] == 0:  # after all other steps; which group comes first, errors decide
+            keys[-1] += relative[-1]
     else:
-        keys = _relative(score[path].sum(axis=1))[stops]
-    return Steps(group.index, path.ravel(), np.repeat(step, per_step), keys)
+        keys = relative[stops]
+    total = np.zeros((len(stops), path.errors.shape[1]))
+    np.add.at(total, step, path.errors[: len(choices)])
+    return Steps(group.index, choices.ravel(), np.repeat(step, per_step), keys, total)
 
 
 def _relative(total: np.ndarray) -> np.ndarray:
-    """Return the scores of steps relative to their mean, ascending."""
+    """Return the errors of steps relative to their mean, ascending."""
     mean = total.mean() if len(total) and total.mean() > 0 else 1.0
     return np.maximum.accumulate(total / mean)
 
@@ -74,6 +81,7 @@ class Allocation:
 
     Attributes:
         group: (steps,) index of the group that each step shrinks.
+        errors: (steps,) what each step adds to the loss, all tasks together.
     """
 
     def __init__(self, coupling: Coupling, paths: list[Steps], branches: Branches | None = None) -> None:
@@ -85,6 +93,8 @@ class Allocation:
         key = np.concatenate([p.keys for p in paths] or [empty])
         order = np.lexsort((group, key))
         self.group = group[order]
+        error = np.concatenate([p.errors.sum(axis=1) for p in paths] or [np.empty(0)])
+        self.errors = error[order]
         place = np.empty(len(order), dtype=np.int64)
         place[order] = np.arange(len(order))
         first = np.cumsum([0] + [len(p.keys) for p in paths])
@@ -152,50 +162,64 @@ class Allocation:
         return last[macs <= bounds["macs"]].tolist()
 
 
-def steps_of_all(coupling: Coupling, score: np.ndarray, scope: str, constraints: Constraints) -> Allocation:
+def steps_of_all(coupling: Coupling, paths: Sequence[RemovalPath], scope: str, constraints: Constraints) -> Allocation:
     """Return the steps of all groups such that even all of them together leave something of every dim.
 
     Args:
         coupling: the coupled network.
-        score: (channels,) one score per channel; a choice's score is the sum over its members.
+        paths: of every group.
         scope: "uniform" or "global".
         constraints: limits on widths.
     """
-    members = coupling.members
-    total = members.total(score).astype(np.float64)
-    total[coupling.is_frozen] = np.inf
+    members, groups = coupling.members, coupling.groups()
+    held = np.zeros(coupling.num_channels, dtype=bool)
     branches = Branches(coupling, kept_nodes(coupling, constraints)) if constraints.min_width == 0 else None
     left = np.ones(coupling.num_channels + 1, dtype=bool)
+    price = _prices(coupling, paths)
+
+    def bundled() -> list[Steps]:
+        return [steps_of(groups[path.group], path.without(held), scope, constraints) for path in paths]
+
     while True:
-        paths = [steps_of(group, total, scope, constraints) for group in coupling.groups()]
+        steps = bundled()
         if branches is not None:
-            left[:-1] = _without_branches(coupling, branches, paths, total)
-            paths = [steps_of(group, total, scope, constraints) for group in coupling.groups()]
-        allocation = Allocation(coupling, paths, branches)
+            left[:-1] = _without_branches(coupling, branches, steps, held)
+            steps = bundled()
+        allocation = Allocation(coupling, steps, branches)
         keep = allocation.keep(np.ones(len(allocation), dtype=bool))
         emptied = [c for c in [*coupling.costs.emptied(keep), *coupling.lost_rows(keep)] if left[c].any()]
         if not emptied:
             return allocation
-        best = [channels[np.argmax(score[channels])] for channels in emptied]
-        held = members.choice[np.isin(members.channel, best)]
-        if np.isinf(total[held]).all():
-            held = members.choice[np.isin(members.channel, np.concatenate(emptied))]
-            if np.isinf(total[held]).all():
+        best = [channels[np.argmax(price[channels])] for channels in emptied]
+        fresh = members.choice[np.isin(members.channel, best)]
+        if held[fresh].all():
+            fresh = members.choice[np.isin(members.channel, np.concatenate(emptied))]
+            if held[fresh].all():
                 raise CouplingError(
                     f"nothing would be left of {len(emptied)} dims, whatever is held: a bug in fxprune, please report "
                     "it."
                 )
-        total[held] = np.inf
+        held[fresh] = True
 
 
-def _without_branches(coupling: Coupling, branches: Branches, paths: list[Steps], total: np.ndarray) -> np.ndarray:
+def _prices(coupling: Coupling, paths: Sequence[RemovalPath]) -> np.ndarray:
+    """Return (channels,) the error of the step that each channel goes in; infinite where none takes it."""
+    price = np.full(coupling.num_channels, np.inf)
+    for path in paths:
+        channels, which = coupling.members.of(path.choices.ravel())
+        error = np.repeat(path.errors.sum(axis=1), path.choices.shape[1])[which]
+        price[channels] = np.minimum(price[channels], error)
+    return price
+
+
+def _without_branches(coupling: Coupling, branches: Branches, paths: list[Steps], held: np.ndarray) -> np.ndarray:
     """Return what stays, (channels,), when all groups that may lose everything have; hold the last step of others.
 
     Args:
         coupling: the coupled network.
         branches: its branches.
         paths: the steps of every group; those with the lower key of the last step are asked first.
-        total: (channels,) score of every choice; what is held becomes infinite.
+        held: (channels,) choices that may not go; more are added.
     """
     groups = coupling.groups()
     keep = np.ones(coupling.num_channels, dtype=bool)
@@ -207,37 +231,58 @@ def _without_branches(coupling: Coupling, branches: Branches, paths: list[Steps]
         except CannotEmptyError:
             alone = False
         if not alone:
-            total[p.choices[p.step == p.step[-1]]] = np.inf
+            held[p.choices[p.step == p.step[-1]]] = True
     return keep
 
 
 @without_collector
 def allocate(
-    coupling: Coupling, score: np.ndarray, scope: str, constraints: Constraints, bounds: dict[str, float]
+    coupling: Coupling, paths: Sequence[RemovalPath], scope: str, constraints: Constraints, bounds: Mapping[str, float]
 ) -> np.ndarray:
-    """Return the kept channels (channels,) of the widest network within the bounds, in the order of the scores.
+    """Return the kept channels (channels,) of the widest network within the bounds.
 
     Args:
         coupling: the coupled network.
-        score: (channels,) one score per channel; a choice's score is the sum over its members.
-        scope: "uniform" (every group loses the same share) or "global" (scores relative to their group's mean compete).
+        paths: of every group.
+        scope: "uniform" (every group loses the same share), "global" (errors relative to their group's mean compete)
+            or "optimal" (the least total error, which must be in one unit for all groups).
         constraints: limits on widths.
         bounds: resource -> absolute bound.
 
     Raises:
         PlanError: the bounds cannot be met.
     """
-    allocation = steps_of_all(coupling, score, scope, constraints)
-
+    allocation = steps_of_all(coupling, paths, scope, constraints)
     taken = allocation.meet(bounds)
     if taken is None:
         costs = coupling.costs if allocation.branches is None else allocation.branches.costs
         least = costs(allocation.keep(np.ones(len(allocation), dtype=bool)))
         raise PlanError(_impossible(coupling, constraints, bounds, least))
+    if scope == "optimal":
+        taken = least_error(allocation, taken, bounds)
     return allocation.keep(taken)
 
 
-def _impossible(coupling: Coupling, constraints: Constraints, bounds: dict[str, float], least: Costs) -> str:
+def least_error(allocation: Allocation, taken: np.ndarray, bounds: Mapping[str, float]) -> np.ndarray:
+    """Return the steps (steps,) bool with the least total error within the bounds, starting from some that fit."""
+    costs = allocation.coupling.costs if allocation.branches is None else allocation.branches.costs
+    groups = np.unique(allocation.group)
+    places = [np.flatnonzero(allocation.group == g) for g in groups]
+
+    def chosen(levels: np.ndarray) -> np.ndarray:
+        flags = np.zeros(len(allocation), dtype=bool)
+        for place, level in zip(places, levels, strict=True):
+            flags[place[:level]] = True
+        return flags
+
+    def cost(levels: np.ndarray) -> dict[str, float]:
+        return costs(allocation.keep(chosen(levels))).to_dict()
+
+    search = Search([allocation.errors[place] for place in places], cost, bounds)
+    return chosen(search.run(np.array([int(taken[place].sum()) for place in places], dtype=np.int64)))
+
+
+def _impossible(coupling: Coupling, constraints: Constraints, bounds: Mapping[str, float], least: Costs) -> str:
     dense = coupling.costs(np.ones(coupling.num_channels, dtype=bool))
     lines = [
         f"{name}: at most {bound:,.0f} asked ({bound / getattr(dense, name):.1%} of the dense network), "

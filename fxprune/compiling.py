@@ -11,12 +11,14 @@ from torch import fx, nn
 from tqdm.auto import tqdm
 
 from fxprune.budgets import Budget
+from fxprune.calibrating import Calibration
 from fxprune.cloning import submodule
+from fxprune.compensating import compensate
 from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling, couple
 from fxprune.errors import PlanError, RewriteError
-from fxprune.methods import Method
-from fxprune.planning import check_request, plan
+from fxprune.methods import Method, PathMethod
+from fxprune.planning import check_request, moments, plan
 from fxprune.plans import Plan
 from fxprune.reporting import Compiled, make_report
 from fxprune.rewriting import rewrite
@@ -37,8 +39,8 @@ def compile(
     example_inputs: Any,
     budget: Budget,
     *,
-    method: Method | None = None,
-    calibration: Iterable[Any] | None = None,
+    method: Method | PathMethod | None = None,
+    calibration: Iterable[Any] | Calibration | None = None,
     tasks: Mapping[str, Task] | None = None,
     constraints: Constraints | None = None,
     verify: bool = True,
@@ -70,17 +72,20 @@ def compile(
         VerificationError: the slim network differs from the masked original.
     """
     check_request(budget, method, calibration, tasks, constraints)
-    batches = list(calibration) if isinstance(calibration, Iterator) else calibration  # planning may start over
-    choose = partial(plan, budget=budget, method=method, calibration=batches, tasks=tasks, constraints=constraints)
+    batches = list(calibration) if isinstance(calibration, Iterator) else calibration  # it is read more than once
     with tqdm(total=5, desc="trace", disable=not progress, bar_format=BAR) as bar:
         traced = trace(model, example_inputs)
         _step(bar, "couple")
         coupling = couple(traced, unknown=unknown)
         _step(bar, "plan")
+        known = moments(coupling, method, batches, tasks) if isinstance(method, PathMethod) else batches
+        choose = partial(plan, budget=budget, method=method, calibration=known, tasks=tasks, constraints=constraints)
         coupling, chosen, slim, freeze = _plan_and_rewrite(coupling, unknown, choose)
         bar.update()
         _step(bar, "verify")
         verification = verify_slim(coupling, chosen, slim) if verify else None
+        if isinstance(known, Calibration) and getattr(method, "compensate", False):
+            compensate(coupling, chosen, slim, known, damping=getattr(method, "damping", 0.01))
         _step(bar, "done")
     notes = tuple(f"node {node!r} was frozen: {reason}" for node, reason in freeze.items())
     report = make_report(coupling, chosen, verification, notes)

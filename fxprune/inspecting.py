@@ -14,6 +14,7 @@ from fxprune.constraining import Constraints
 from fxprune.costs import RESOURCES, Costs
 from fxprune.coupling import Coupling
 from fxprune.covering import Coverage
+from fxprune.paths import paths_by_score
 from fxprune.reporting import FrozenRow, frozen_rows
 
 REASON_WIDTH = 46
@@ -121,7 +122,9 @@ def inspect(coupling: Coupling) -> Inspection:
     Args:
         coupling: from `couple`.
     """
-    allocation = steps_of_all(coupling, np.ones(coupling.num_channels), "uniform", Constraints())
+    allocation = steps_of_all(
+        coupling, paths_by_score(coupling, np.ones(coupling.num_channels)), "uniform", Constraints()
+    )
     traced = coupling.traced
     return Inspection(
         type(traced.model).__name__,

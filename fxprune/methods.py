@@ -1,28 +1,33 @@
-"""Named methods: a criterion that scores channels, and the scope in which they are ranked.
+"""Named methods: a criterion that says in which order channels go, and the scope in which groups share the loss.
 
 A method is a frozen dataclass with `scope` and `scores(coupling, calibration, tasks) -> (channels,) array`; a lower
-score goes first. Any object with these two works as `method=`.
+score goes first. Any object with these two works as `method=`. One whose order depends on what else goes has, instead
+of `scores`, `rounds` and `paths(coupling, calibration, keep)`: see `PathMethod`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from fxprune.calibrating import Calibration
 from fxprune.coupling import Coupling
 from fxprune.criteria.batch_norm import batch_norm_scale
+from fxprune.criteria.joint import joint_paths
 from fxprune.criteria.magnitude import magnitude
 from fxprune.criteria.random import random
 from fxprune.criteria.taylor import taylor
+from fxprune.paths import RemovalPath
+from fxprune.probing import Probe, measured
 from fxprune.tasks import Task
 
-__all__ = ["BatchNormScale", "Magnitude", "Method", "Random", "Taylor"]
+__all__ = ["BatchNormScale", "Joint", "Magnitude", "Method", "PathMethod", "Random", "Taylor"]
 
-Scope = Literal["uniform", "global"]
-SCOPES: tuple[Scope, ...] = ("uniform", "global")
+Scope = Literal["uniform", "global", "optimal"]
+SCOPES: tuple[Scope, ...] = ("uniform", "global", "optimal")
 
 
 class Method(Protocol):
@@ -30,7 +35,11 @@ class Method(Protocol):
 
     @property
     def scope(self) -> Scope:
-        """How groups share: "uniform" (all lose the same part) or "global" (scores over their group's mean compete)."""
+        """How groups share.
+
+        "uniform": all lose the same part. "global": scores over their group's mean compete. "optimal": the least sum of
+        scores within the budget, which must be in one unit for all groups.
+        """
         ...
 
     def scores(
@@ -38,6 +47,65 @@ class Method(Protocol):
     ) -> np.ndarray:
         """Return (channels,) scores; the lowest goes first."""
         ...
+
+
+@runtime_checkable
+class PathMethod(Protocol):
+    """What `plan` asks of a method that reads moments and says what every step costs every task."""
+
+    @property
+    def scope(self) -> Scope:
+        """As of `Method`."""
+        ...
+
+    @property
+    def rounds(self) -> int:
+        """How often to plan; each time at the widths of the last plan."""
+        ...
+
+    def paths(self, coupling: Coupling, calibration: Calibration, keep: np.ndarray | None) -> Sequence[RemovalPath]:
+        """Return the removal path of every group.
+
+        Args:
+            coupling: the coupled network.
+            calibration: what was gathered on it.
+            keep: (channels,) what the last plan keeps; None at first.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Joint:
+    """Rank channels by what their removal costs each task's loss, once the other weights make up for it.
+
+    Second-order errors of all layers that read a channel, in the metric of the tasks' gradients, say in which order
+    channels go, and what every width of a group costs. That cost is then measured at a few widths of every group, and
+    scaled. Widths are those of the least total cost within the budget, found again at the widths that were found first.
+    See `fxprune.criteria.joint`. Needs calibration batches; without tasks, all outputs count alike.
+
+    Attributes:
+        scope: "optimal", or as of other methods.
+        compensate: `compile` corrects the weights that stay; see `fxprune.compensate`.
+        rounds: how often to plan.
+        damping: added to moments before they are inverted, as a share of their mean diagonal.
+        samples: how many losses are measured on; 0 for no measurement.
+    """
+
+    scope: Scope = "optimal"
+    compensate: bool = True
+    rounds: int = 2
+    damping: float = 0.01
+    samples: int = 256
+
+    def paths(
+        self, coupling: Coupling, calibration: Calibration, keep: np.ndarray | None = None
+    ) -> Sequence[RemovalPath]:
+        """Return the removal path of every group."""
+        paths = joint_paths(coupling, calibration, keep=keep, damping=self.damping, compensate=self.compensate)
+        if not self.samples or calibration.batches is None:
+            return paths
+        probe = Probe(coupling, calibration, samples=self.samples, damping=self.damping, compensate=self.compensate)
+        return measured(probe, paths)
 
 
 @dataclass(frozen=True, slots=True)

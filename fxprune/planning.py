@@ -11,6 +11,7 @@ from fxprune.allocating import allocate
 from fxprune.atoms import FIXED
 from fxprune.branches import Branches
 from fxprune.budgets import Budget
+from fxprune.calibrating import Calibration, calibrate
 from fxprune.closing import owner
 from fxprune.constraining import Constraints, constrain
 from fxprune.costs import CostChange, Costs
@@ -18,7 +19,8 @@ from fxprune.coupling import Coupling
 from fxprune.emptying import CannotEmptyError
 from fxprune.errors import ArtifactError, PlanError
 from fxprune.labels import Labels
-from fxprune.methods import SCOPES, Magnitude, Method
+from fxprune.methods import SCOPES, Magnitude, Method, PathMethod
+from fxprune.paths import paths_by_score
 from fxprune.pausing import without_collector
 from fxprune.plans import GroupWidth, Plan, frozen
 from fxprune.tasks import Task
@@ -28,8 +30,8 @@ def plan(
     coupling: Coupling,
     budget: Budget,
     *,
-    method: Method | None = None,
-    calibration: Iterable[Any] | None = None,
+    method: Method | PathMethod | None = None,
+    calibration: Iterable[Any] | Calibration | None = None,
     tasks: Mapping[str, Task] | None = None,
     constraints: Constraints | None = None,
 ) -> Plan:
@@ -39,7 +41,7 @@ def plan(
         coupling: from `couple`.
         budget: upper bounds.
         method: how channels are ranked; default `methods.Magnitude()`.
-        calibration: batches, for methods that need data.
+        calibration: batches, for methods that need data; or what `calibrate` has gathered, for those that read moments.
         tasks: name -> Task, for methods that need losses.
         constraints: what must stay whatever the method says.
 
@@ -53,8 +55,8 @@ def plan(
 
 def check_request(
     budget: Budget,
-    method: Method | None,
-    calibration: Iterable[Any] | None,
+    method: Method | PathMethod | None,
+    calibration: Iterable[Any] | Calibration | None,
     tasks: Mapping[str, Task] | None,
     constraints: Constraints | None,
 ) -> None:
@@ -66,12 +68,13 @@ def check_request(
     if not isinstance(budget, Budget):
         raise PlanError(f"the budget is {budget!r}. Pass `fxprune.Budget(macs=0.5)`.")
     if method is not None:
-        if isinstance(method, type) or not callable(getattr(method, "scores", None)) or not hasattr(method, "scope"):
+        ranks = callable(getattr(method, "scores", None)) or isinstance(method, PathMethod)
+        if isinstance(method, type) or not ranks or not hasattr(method, "scope"):
             what = f"the class {method.__name__}" if isinstance(method, type) else repr(method)
             raise PlanError(f"the method is {what}, not an instance of a method. Pass `methods.Magnitude()`.")
         if method.scope not in SCOPES:
             raise PlanError(f"the method {method!r} has scope {method.scope!r}. Pass one of {SCOPES}.")
-    if calibration is not None and not (hasattr(calibration, "__iter__") or hasattr(calibration, "__getitem__")):
+    if not isinstance(calibration, (Calibration, type(None), Iterable)) and not hasattr(calibration, "__getitem__"):
         raise PlanError(f"the calibration is {calibration!r}, which cannot be iterated. Pass a list of batches.")
     if tasks is not None:
         if not isinstance(tasks, Mapping):
@@ -88,18 +91,50 @@ def check_request(
 def _plan(
     coupling: Coupling,
     budget: Budget,
-    method: Method,
-    calibration: Iterable[Any] | None,
+    method: Method | PathMethod,
+    calibration: Iterable[Any] | Calibration | None,
     tasks: Mapping[str, Task] | None,
     constraints: Constraints,
 ) -> Plan:
     bound = constrain(coupling, constraints)
-    dense = bound.costs(np.ones(bound.num_channels, dtype=bool))
-    score = np.asarray(method.scores(bound, calibration, tasks), dtype=np.float64)
-    if score.shape != (bound.num_channels,):
+    bounds = budget.bounds(bound.costs(np.ones(bound.num_channels, dtype=bool)))
+    if isinstance(method, PathMethod):
+        found, keep = moments(coupling, method, calibration, tasks), None
+        for _ in range(method.rounds):
+            keep = allocate(bound, method.paths(bound, found, keep), method.scope, constraints, bounds)
+        assert keep is not None
+    else:
+        if isinstance(calibration, Calibration):
+            raise PlanError(f"{method} reads batches, not a Calibration. Pass a list of batches or a DataLoader.")
+        paths = paths_by_score(bound, _scores(bound, method, calibration, tasks))
+        keep = allocate(bound, paths, method.scope, constraints, bounds)
+    return plan_of(bound, keep, method=repr(method), budget=budget.to_dict())
+
+
+def moments(
+    coupling: Coupling,
+    method: PathMethod,
+    calibration: Iterable[Any] | Calibration | None,
+    tasks: Mapping[str, Task] | None,
+) -> Calibration:
+    """Return what a method reads: a calibration as it is given, or gathered from batches."""
+    if calibration is None:
         raise PlanError(
-            f"{method} returned scores of shape {score.shape}, expected ({bound.num_channels},). Return one number for "
-            "each channel."
+            f"{method} needs calibration batches: pass `calibration=loader`, and `tasks={{'name': fxprune.Task(loss)}}`"
+            " for the losses that count, or use `Magnitude()`."
+        )
+    return calibration if isinstance(calibration, Calibration) else calibrate(coupling, calibration, tasks)
+
+
+def _scores(
+    coupling: Coupling, method: Method, calibration: Iterable[Any] | None, tasks: Mapping[str, Task] | None
+) -> np.ndarray:
+    """Return a method's (channels,) scores, checked."""
+    score = np.asarray(method.scores(coupling, calibration, tasks), dtype=np.float64)
+    if score.shape != (coupling.num_channels,):
+        raise PlanError(
+            f"{method} returned scores of shape {score.shape}, expected ({coupling.num_channels},). Return one number "
+            "for each channel."
         )
     wrong = np.flatnonzero(~np.isfinite(score))
     if len(wrong):
@@ -107,8 +142,7 @@ def _plan(
             f"{method} returned {len(wrong)} of {len(score)} scores that are not finite: {score[wrong[0]]} for channel "
             f"{wrong[0]}. Return finite numbers; check the weights, and the losses where the method uses them."
         )
-    keep = allocate(bound, score, method.scope, constraints, budget.bounds(dense))
-    return plan_of(bound, keep, method=repr(method), budget=budget.to_dict())
+    return score
 
 
 @without_collector

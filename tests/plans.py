@@ -11,6 +11,7 @@ import fxprune
 from fxprune.allocating import steps_of_all
 from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling
+from fxprune.paths import paths_by_score
 from fxprune.planning import plan_of
 from fxprune.plans import Plan
 
@@ -18,7 +19,9 @@ from fxprune.plans import Plan
 def random_keep(coupling: Coupling, seed: int) -> np.ndarray:
     """Return kept channels (channels,): every group gives up a random number of steps of a random order."""
     rng = np.random.default_rng(seed)
-    allocation = steps_of_all(coupling, rng.random(coupling.num_channels), "uniform", Constraints())
+    allocation = steps_of_all(
+        coupling, paths_by_score(coupling, rng.random(coupling.num_channels)), "uniform", Constraints()
+    )
     taken = np.zeros(len(allocation), dtype=bool)
     for group in np.unique(allocation.group):
         steps = np.flatnonzero(allocation.group == group)

@@ -20,6 +20,7 @@ import fxprune
 from fxprune import methods
 from fxprune.allocating import steps_of_all
 from fxprune.masking import AbsentIsNaN
+from fxprune.paths import paths_by_score
 from fxprune.planning import plan_of
 from fxprune.reporting import frozen_rows
 from fxprune.verifying import masked_copy, run_in
@@ -240,7 +241,9 @@ def _cut(
 
 def _what_holds(coupling: fxprune.Coupling) -> list[str] | None:
     """Return why nothing can go, most channels first, or None when something can."""
-    everything = steps_of_all(coupling, np.ones(coupling.num_channels), "uniform", fxprune.Constraints())
+    everything = steps_of_all(
+        coupling, paths_by_score(coupling, np.ones(coupling.num_channels)), "uniform", fxprune.Constraints()
+    )
     if len(everything):
         return None
     reasons = list(dict.fromkeys(row.reason for row in frozen_rows(coupling)))

@@ -22,6 +22,7 @@ from fxprune import ArtifactError, Budget, Constraints, PlanError
 from fxprune.allocating import steps_of_all
 from fxprune.cutting import HOME
 from fxprune.masking import NO_INPUT, AbsentIsNaN
+from fxprune.paths import paths_by_score
 from fxprune.planning import plan_of
 from fxprune.verifying import masked_copy, run_in
 
@@ -191,7 +192,7 @@ def coupled(model: nn.Module, inputs: Any = X) -> fxprune.Coupling:
 def least(coupling: fxprune.Coupling, constraints: Constraints = EMPTY, seed: int = 0) -> fxprune.Plan:
     """Return the plan in which everything goes that may."""
     score = np.random.default_rng(seed).random(coupling.num_channels)
-    allocation = steps_of_all(coupling, score, "uniform", constraints)
+    allocation = steps_of_all(coupling, paths_by_score(coupling, score), "uniform", constraints)
     return plan_of(coupling, allocation.keep(np.ones(len(allocation), dtype=bool)))
 
 

@@ -1,0 +1,266 @@
+"""Calibration: one pass over some batches, and what it tells of every layer; kept, saved, and used for many budgets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.utils import _pytree as pytree
+from tqdm.auto import tqdm
+
+from fxprune.coupling import Coupling
+from fxprune.errors import ArtifactError, PlanError
+from fxprune.gathering import Gatherer, Layer, Lister, Sums
+from fxprune.tasks import Task, run_batch
+
+SCHEMA = 1
+"""Version of the file of a calibration."""
+POSITIONS = 64
+"""How many positions of each sample are read in a layer, at most."""
+OUTPUTS = "outputs"
+"""The task when none is given: to keep the outputs as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """What calibration data say of one weighted layer. All float64; n is inputs * taps, or inputs if taps share.
+
+    Attributes:
+        layer: which, and its sizes.
+        shared_taps: `second` and `mean` are averages over the taps of the kernel.
+        second: (blocks, n, n) E[x x^T] over samples and positions.
+        mean: (blocks, n) E[x].
+        sensitivity: task -> (blocks, outputs, outputs) E over samples of the sum over positions of g g^T; g is the
+            gradient of the sample's loss at the layer's output.
+        norm: running mean of the batch norm that the output goes straight into, if it does.
+    """
+
+    layer: Layer
+    shared_taps: bool
+    second: torch.Tensor
+    mean: torch.Tensor
+    sensitivity: Mapping[str, torch.Tensor]
+    norm: str | None
+
+    @property
+    def absorbs(self) -> bool:
+        """Whether a constant in the output is taken up: by the layer's bias, or by the batch norm behind it."""
+        return self.layer.bias is not None or self.norm is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What one pass over the calibration data has gathered. Made by `calibrate`.
+
+    Attributes:
+        moments: weight -> what was seen at it.
+        norms: running mean of a batch norm -> (2, channels) mean and variance of what it normalises, in float64.
+        losses: task -> mean loss of the dense network.
+        samples: how many samples were read.
+        fingerprint: of the coupling it was gathered for.
+        batches: the data, for what is measured later on; not saved.
+        tasks: whose losses were differentiated; not saved.
+    """
+
+    moments: Mapping[str, Moments]
+    norms: Mapping[str, torch.Tensor]
+    losses: Mapping[str, float]
+    samples: int
+    fingerprint: str
+    batches: Iterable[Any] | None = field(default=None, repr=False, compare=False)
+    tasks: Mapping[str, Task] | None = field(default=None, repr=False, compare=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file."""
+        tensors: dict[str, torch.Tensor] = {}
+        about: dict[str, Any] = {}
+        for name, m in self.moments.items():
+            tensors[f"{name}|second"], tensors[f"{name}|mean"] = m.second.contiguous(), m.mean.contiguous()
+            tensors |= {f"{name}|sensitivity|{task}": g.contiguous() for task, g in m.sensitivity.items()}
+            about[name] = {"layer": asdict(m.layer), "shared_taps": m.shared_taps, "norm": m.norm}
+        tensors |= {f"{name}|norm": value for name, value in self.norms.items()}
+        head = {"losses": dict(self.losses), "samples": self.samples, "fingerprint": self.fingerprint}
+        save_file(tensors, path, {"fxprune": json.dumps({"schema": SCHEMA, "moments": about, **head})})
+
+    @staticmethod
+    def load(path: str | Path) -> Calibration:
+        """Read what `save` has written.
+
+        Raises:
+            ArtifactError: not such a file, or one of another version.
+        """
+        try:
+            tensors = load_file(path)
+            with open(path, "rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                data = json.loads(json.loads(file.read(size))["__metadata__"]["fxprune"])
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ArtifactError(
+                f"{path} is no calibration ({error}). Write it again with `calibration.save`."
+            ) from error
+        if data.get("schema") != SCHEMA:
+            raise ArtifactError(
+                f"{path} has schema {data.get('schema')!r}, this version reads schema {SCHEMA}. Calibrate again."
+            )
+        moments = {
+            name: Moments(
+                Layer(**about["layer"]),
+                about["shared_taps"],
+                tensors[f"{name}|second"],
+                tensors[f"{name}|mean"],
+                {task: tensors[f"{name}|sensitivity|{task}"] for task in data["losses"]},
+                about["norm"],
+            )
+            for name, about in data["moments"].items()
+        }
+        norms = {key.removesuffix("|norm"): value for key, value in tensors.items() if key.endswith("|norm")}
+        return Calibration(moments, norms, data["losses"], data["samples"], data["fingerprint"])
+
+
+def calibrate(
+    coupling: Coupling,
+    batches: Iterable[Any],
+    tasks: Mapping[str, Task] | None = None,
+    *,
+    max_bytes: int = 4 << 30,
+    positions: int = POSITIONS,
+    progress: bool = False,
+) -> Calibration:
+    """Run calibration batches through the dense network, forward and backward, and gather moments at every layer.
+
+    The network runs in eval mode, on the device it is on; it is not changed. The same data give the same result.
+
+    Args:
+        coupling: of the network.
+        batches: of inputs, or pairs `(inputs, targets)`.
+        tasks: name -> Task, whose losses are differentiated, each a mean over the samples of a batch. Without tasks, to
+            change the outputs is what counts: by the mean of their squares, each output against its own size.
+        max_bytes: the moments may take so much memory. Where all taps of all kernels would take more, those of the
+            largest layers share one moment.
+        positions: how many positions of each sample are read in a layer.
+        progress: show a progress bar.
+
+    Raises:
+        PlanError: no batches, a loss that does not depend on the network, or moments that do not fit.
+    """
+    batches = list(batches) if isinstance(batches, Iterator) else batches  # they are kept
+    module = coupling.traced.module
+    asked = {p: p.requires_grad for p in module.parameters()}
+    modes = {m: m.training for m in module.modules()}
+    names = {id(p): name for name, p in [*module.named_parameters(), *module.named_buffers()]}
+    losses: dict[str, float] = {}
+    samples = 0
+    try:
+        module.eval()
+        for p in asked:
+            p.requires_grad_(False)
+        layers = _layers(module, coupling, names)
+        gatherer = Gatherer(names, positions, _thinned(layers, max_bytes, len(tasks or {OUTPUTS: None})))
+        for batch in tqdm(batches, desc="calibrate", disable=not progress):
+            gatherer.start_batch(samples_in(batch))
+            samples += gatherer.samples
+            for name, loss in _run(module, batch, tasks or {OUTPUTS: Task(_change)}, gatherer).items():
+                losses[name] = losses.get(name, 0.0) + loss * gatherer.samples
+    finally:
+        for m, training in modes.items():
+            m.training = training
+        for p, wanted in asked.items():
+            p.requires_grad_(wanted)
+    if not samples:
+        raise PlanError("the calibration data has no batches. Pass a list or a DataLoader, not an exhausted iterator.")
+    return Calibration(
+        {name: _moments(sums, samples, list(losses)) for name, sums in gatherer.sums.items()},
+        {name: torch.stack([spread.mean, spread.var]) for name, spread in gatherer.spreads.items()},
+        {name: total / samples for name, total in losses.items()},
+        samples,
+        coupling.fingerprint,
+        batches,
+        tasks,
+    )
+
+
+def _layers(module: torch.nn.Module, coupling: Coupling, names: Mapping[int, str]) -> list[Layer]:
+    lister = Lister(names)
+    with torch.no_grad(), lister:
+        module(*coupling.traced.args, **coupling.traced.kwargs)
+    return list(lister.layers.values())
+
+
+def samples_in(batch: Any) -> int:
+    """Return how many samples a batch has: the length of its first tensor."""
+    first = next((t for t in pytree.tree_leaves(batch) if isinstance(t, torch.Tensor) and t.ndim), None)
+    if first is None:
+        raise PlanError(f"a calibration batch is a {type(batch).__name__} without a tensor. Pass inputs, or a pair.")
+    return len(first)
+
+
+def _run(module: torch.nn.Module, batch: Any, tasks: Mapping[str, Task], gatherer: Gatherer) -> dict[str, float]:
+    """Run one batch forward, and backward for every task. Returns its losses."""
+    with torch.inference_mode(False), torch.enable_grad():
+        with gatherer:
+            losses = run_batch(module, batch, tasks)
+        for i, (name, loss) in enumerate(losses.items()):
+            if not loss.requires_grad:
+                raise PlanError(
+                    f"the loss of task {name!r} does not depend on the network. Compute it from `outputs`, without "
+                    "`.detach()`, `.item()` or `torch.no_grad()`."
+                )
+            gatherer.task = name
+            torch.autograd.grad(loss, gatherer.anchor, retain_graph=i + 1 < len(losses))
+    return {name: float(loss.detach()) for name, loss in losses.items()}
+
+
+def _change(outputs: Any, batch: Any) -> torch.Tensor:
+    """Return a loss whose gradients, squared, say how much each output changes, relative to its size.
+
+    Source: Hutchinson's estimator: signs drawn at random stand for all outputs at once.
+    """
+    total = torch.zeros(())
+    for i, out in enumerate(t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor)):
+        generator = torch.Generator().manual_seed(i)
+        signs = torch.randint(0, 2, out.shape, generator=generator).to(out) * 2 - 1
+        size = out.detach().square().sum().sqrt().clamp_min(torch.finfo(out.dtype).tiny)
+        total = total + (out * signs).sum() / size
+    return total
+
+
+def _thinned(layers: list[Layer], max_bytes: int, tasks: int) -> set[str]:
+    """Return the weights whose taps share one moment, the largest first, so that all moments fit."""
+
+    def bytes_of(layer: Layer, taps: int) -> int:
+        n = layer.inputs * taps
+        return 8 * layer.blocks * (n * n + n + tasks * layer.outputs * layer.outputs)
+
+    total = sum(bytes_of(layer, layer.taps) for layer in layers)
+    thinned: set[str] = set()
+    for layer in sorted(layers, key=lambda layer: -bytes_of(layer, layer.taps)):
+        if total <= max_bytes:
+            return thinned
+        total -= bytes_of(layer, layer.taps) - bytes_of(layer, 1)
+        thinned.add(layer.name)
+    if total > max_bytes:
+        largest = max(layers, key=lambda layer: bytes_of(layer, 1))
+        raise PlanError(
+            f"the moments of all layers take {total / 1e9:.1f} GB, more than max_bytes={max_bytes:,}; the largest is "
+            f"that of {largest.name!r} with {largest.inputs} inputs. Raise `max_bytes`."
+        )
+    return thinned
+
+
+def _moments(sums: Sums, samples: int, tasks: list[str]) -> Moments:
+    layer = sums.layer
+    nothing = torch.zeros(layer.blocks, layer.outputs, layer.outputs, dtype=torch.float64)
+    return Moments(
+        layer,
+        sums.shared_taps,
+        (sums.inputs / sums.rows).cpu(),
+        (sums.total / sums.rows).cpu(),
+        {task: sums.outputs.get(task, nothing).cpu() / samples for task in tasks},
+        sums.norm,
+    )

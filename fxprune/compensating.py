@@ -1,0 +1,167 @@
+"""Compensation: the weights that stay make up, as well as they can, for what went."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from fxprune.calibrating import Calibration
+from fxprune.correcting import corrected_weight
+from fxprune.coupling import Coupling
+from fxprune.gathering import Spread
+from fxprune.layers import channels_of
+from fxprune.planning import keep_of
+from fxprune.plans import Plan
+from fxprune.tasks import run_batch
+
+
+def compensate(
+    coupling: Coupling,
+    plan: Plan,
+    slim: nn.Module,
+    calibration: Calibration,
+    *,
+    damping: float = 0.01,
+) -> tuple[str, ...]:
+    """Correct a slim network's weights in place: each layer's by least squares, for the inputs it has lost.
+
+    A layer with weight W, inputs x, of which K stay and R went, gets W_K + (H_KK)^-1 H_KR W_R, where H is the second
+    moment of x: the least squared error of its output. Where a bias or a batch norm behind it takes up constants, H is
+    centred, and they do.
+
+    Args:
+        coupling: of the dense network, whose weights are read.
+        plan: what stays.
+        slim: from `rewrite(coupling, plan)`; changed in place.
+        calibration: of the dense network. If it has its batches, the statistics of batch norms are estimated again.
+        damping: share of the mean diagonal that is added to H; as in planning.
+
+    Returns:
+        The weights that were corrected.
+    """
+    keep = np.append(keep_of(coupling, plan), True)
+    state = {name: tensor for name, tensor, _ in coupling.traced.state}
+    there = dict(slim.named_parameters()) | dict(slim.named_buffers())
+    corrected = []
+    with torch.no_grad():
+        for name, m in calibration.moments.items():
+            if name not in there or name not in coupling.tensors:
+                continue
+            inputs, _ = channels_of(coupling, m.layer)
+            if keep[inputs].all():
+                continue
+            weight, shift = corrected_weight(m, state[name].detach(), keep[inputs], damping)
+            _write(there[name], plan.cut(name, weight))
+            if m.absorbs:
+                sign, holder = (1, m.layer.bias) if m.layer.bias is not None else (-1, m.norm)
+                assert holder is not None
+                moved = plan.cut(holder, state[holder].detach().double() + sign * shift.to(state[holder].device))
+                _write(there[holder], moved)
+            corrected.append(name)
+    if calibration.batches is not None:
+        estimate_statistics(slim, _norms(coupling, plan, calibration), calibration.batches)
+    return tuple(corrected)
+
+
+def _norms(coupling: Coupling, plan: Plan, calibration: Calibration) -> dict[str, Norm]:
+    """Return what the dense network's batch norms did to the data, in the channels that stay."""
+    state = {name: tensor for name, tensor, _ in coupling.traced.state}
+    found = {}
+    for name, (mean, var) in calibration.norms.items():
+        home = name.removesuffix("mean")
+        running_mean, running_var = state[name].double().cpu(), state[f"{home}var"].double().cpu()
+        level, spread = (mean - running_mean) / running_var.sqrt(), var / running_var
+        found[name] = Norm(plan.cut(name, level), plan.cut(name, spread))
+    return found
+
+
+def _write(target: torch.Tensor, value: torch.Tensor) -> None:
+    target.copy_(value.to(target))
+
+
+def estimate_statistics(slim: nn.Module, norms: Mapping[str, Norm], batches: Iterable[Any]) -> None:
+    """Estimate the running statistics of batch norms again, in place, so that what they return is spread as before.
+
+    Where the dense network's statistics are those of the data, so are the new ones.
+
+    Args:
+        slim: in eval mode while the batches run.
+        norms: running mean -> what the dense network's batch norm did to the data.
+        batches: calibration batches.
+
+    Source: Jordan et al., REPAIR (2023), with batch norms in place of an affine map.
+    """
+    estimator = _Estimator({id(b): norms[name] for name, b in slim.named_buffers() if name in norms})
+    modes = {m: m.training for m in slim.modules()}
+    try:
+        slim.eval()
+        with torch.no_grad(), estimator:
+            for batch in batches:
+                run_batch(slim, batch, {})
+    finally:
+        for m, training in modes.items():
+            m.training = training
+    with torch.no_grad():
+        for mean, var, norm, eps, spread in estimator.seen.values():
+            for target, value in zip((mean, var), norm.matched(spread.mean, spread.var, eps), strict=True):
+                _write(target, torch.where(norm.lives, value, target.double().cpu()))
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """What a batch norm of the dense network did to the data, by channel.
+
+    Attributes:
+        level: mean of what it returned, before scale and shift.
+        spread: variance of that.
+    """
+
+    level: torch.Tensor
+    spread: torch.Tensor
+
+    @property
+    def lives(self) -> torch.Tensor:
+        """(channels,) which vary at all."""
+        return self.spread > 1e-12
+
+    def matched(self, mean: torch.Tensor, var: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the running mean and variance that take values of this mean and variance to this level and spread."""
+        running = (var / self.spread.clamp_min(1e-12)).clamp_min(eps)
+        return mean - self.level * running.sqrt(), running - eps
+
+
+class _Estimator(TorchFunctionMode):
+    """Lets batch norms normalise each batch by its own statistics, to the level and spread of the dense network."""
+
+    def __init__(self, norms: Mapping[int, Norm]) -> None:
+        super().__init__()
+        self.seen: dict[int, tuple[torch.Tensor, torch.Tensor, Norm, float, Spread]] = {}
+        self._norms = norms
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.batch_norm:
+            return func(*args, **kwargs)
+        given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+        norm = self._norms.get(id(given.get("running_mean")))
+        if norm is None:
+            return func(*args, **kwargs)
+        x, mean, var, eps = given["input"], given["running_mean"], given["running_var"], given.get("eps", 1e-5)
+        own = Spread()
+        own.add(x)
+        self.seen.setdefault(id(mean), (mean, var, norm, eps, Spread()))[-1].add(x)
+        new = [
+            torch.where(norm.lives, value, known.double().cpu()).to(known)
+            for value, known in zip(norm.matched(own.mean, own.var, eps), (mean, var), strict=True)
+        ]
+        return func(x, *new, given.get("weight"), given.get("bias"), False, 0.0, eps)
+
+
+_ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")

@@ -1,0 +1,285 @@
+"""See every weighted layer of a network at work: what goes in, and how the loss answers to what comes out.
+
+A function mode sees each call of a linear layer or convolution, whichever module it is in, and knows its weight. It
+reads a sample of the positions: rows of inputs, and, going back, of gradients.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+"""Function -> how many spatial dims it has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """How a weight is used: as `blocks` linear maps side by side, each from `inputs` numbers to `outputs`.
+
+    Attributes:
+        name: of the weight.
+        blocks: groups of a grouped convolution, else 1.
+        inputs: channels that go into each.
+        outputs: channels that come out of each.
+        taps: kernel positions; a linear layer has one.
+        bias: name of the bias that is added, if one is.
+    """
+
+    name: str
+    blocks: int
+    inputs: int
+    outputs: int
+    taps: int
+    bias: str | None
+
+
+@dataclass(slots=True)
+class Sums:
+    """Sums over positions; every field is added to batch by batch.
+
+    Attributes:
+        layer: whose.
+        rows: how many positions were read.
+        inputs: (blocks, n, n) sum of x x^T over positions, n = inputs * taps, or inputs where taps share one.
+        total: (blocks, n) sum of x.
+        outputs: task -> (blocks, outputs, outputs) sum of g g^T, g the gradient of one sample's loss at one position.
+        norm: running mean of the batch norm that what comes out goes straight into, if it does.
+    """
+
+    layer: Layer
+    shared_taps: bool
+    rows: int = 0
+    inputs: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    total: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    norm: str | None = None
+
+
+@dataclass(slots=True)
+class Spread:
+    """Sums over the values of every channel that a batch norm reads: how many, their sum, and that of squares."""
+
+    count: int = 0
+    total: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    squares: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def add(self, x: torch.Tensor) -> None:
+        """Add values (b, channels, ..)."""
+        x = x.detach().double().transpose(0, 1).flatten(1)
+        self.count += x.shape[1]
+        self.total = self.total + x.sum(1).cpu()
+        self.squares = self.squares + x.square().sum(1).cpu()
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """(channels,) float64."""
+        return self.total / self.count
+
+    @property
+    def var(self) -> torch.Tensor:
+        """(channels,) float64, of the whole population."""
+        return (self.squares / self.count - self.mean.square()).clamp_min(0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    layer: Layer
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    kernel: tuple[int, ...]
+
+
+class Gatherer(TorchFunctionMode):
+    """Adds up moments while a network runs, and while losses are differentiated.
+
+    Attributes:
+        sums: weight -> its sums.
+        spreads: running mean of a batch norm -> of its input.
+        task: whose loss is being differentiated.
+        anchor: a zero that requires a gradient, added to the first outputs: parameters need none.
+        samples: how many the batch has.
+    """
+
+    def __init__(self, names: Mapping[int, str], positions: int, shares_taps: Container[str]) -> None:
+        """Watch weights.
+
+        Args:
+            names: id of a parameter or buffer -> its name.
+            positions: how many positions of each sample are read at most.
+            shares_taps: weights whose taps share one moment.
+        """
+        super().__init__()
+        self.sums: dict[str, Sums] = {}
+        self.spreads: dict[str, Spread] = {}
+        self.task = ""
+        self.anchor = torch.zeros(())
+        self.samples = 0
+        self._names = names
+        self._positions = positions
+        self._shares_taps = shares_taps
+        self._batch = 0
+
+    def start_batch(self, samples: int) -> None:
+        """Begin a batch: other positions are read than in the last one, the same in every run."""
+        self._batch += 1
+        self.samples = samples
+        self.anchor = torch.zeros((), requires_grad=True)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function; read what goes into a layer, and listen to what comes out."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        call = _call_of(self._names, func, args, kwargs)
+        if call is None:
+            if func is F.batch_norm:
+                self._read_norm(args[0], self._names.get(id(args[1] if args[1:] else kwargs.get("running_mean"))))
+            return out
+        return self._read(call, args[0], out)
+
+    def _read(self, call: _Call, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        layer = call.layer
+        sums = self.sums.get(layer.name)
+        if sums is None:
+            sums = self.sums[layer.name] = Sums(layer, layer.name in self._shares_taps)
+        is_conv = bool(call.kernel)
+        places = self._places(layer.name, out, is_conv=is_conv)
+        _add_inputs(sums, _rows(call, x.detach(), places))
+        if not out.requires_grad:
+            out = out + self.anchor.to(out)
+        scale = self.samples**2 * _positions_of(out, is_conv=is_conv) / max(len(places[0]), 1)
+        out.register_hook(lambda g: self._add_gradient(sums, g, places, scale, is_conv=is_conv))
+        out._comes_from = layer.name  # pyright: ignore[reportAttributeAccessIssue]
+        return out
+
+    def _read_norm(self, x: torch.Tensor, running_mean: str | None) -> None:
+        if running_mean is None:
+            return
+        self.spreads.setdefault(running_mean, Spread()).add(x)
+        name = getattr(x, "_comes_from", None)
+        if name is not None:
+            self.sums[name].norm = running_mean
+
+    def _places(self, name: str, out: torch.Tensor, *, is_conv: bool) -> tuple[torch.Tensor, ...]:
+        """Return which positions are read, as one index per dim but the channels: equally many of every sample."""
+        sizes = [out.shape[0], *(out.shape[2:] if is_conv else out.shape[1:-1])]
+        each = 1
+        for n in sizes[1:]:
+            each *= n
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {self._batch}".encode()))
+        if each <= self._positions:
+            flat = torch.arange(sizes[0] * each)
+        else:
+            picked = torch.rand(sizes[0], each, generator=generator).topk(self._positions).indices
+            flat = (picked + torch.arange(sizes[0])[:, None] * each).flatten()
+        return torch.unravel_index(flat.to(out.device), sizes)
+
+    def _add_gradient(
+        self, sums: Sums, g: torch.Tensor, places: tuple[torch.Tensor, ...], scale: float, *, is_conv: bool
+    ) -> None:
+        rows = g[(places[0], slice(None), *places[1:])] if is_conv else g[places]
+        rows = rows.reshape(len(rows), sums.layer.blocks, -1).transpose(0, 1)
+        found = (rows.transpose(1, 2) @ rows).double() * scale
+        known = sums.outputs.get(self.task)
+        sums.outputs[self.task] = found if known is None else known.add_(found)
+
+
+def _call_of(names: Mapping[int, str], func: Any, args: Any, kwargs: Any) -> _Call | None:
+    """Return how a function uses a weight; None where it does not, and for convolutions of single channels."""
+    if func is not F.linear and func not in CONVOLUTIONS:
+        return None
+    weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
+    name = names.get(id(weight))
+    if name is None or not args:
+        return None
+    bias = names.get(id(kwargs.get("bias", args[2] if len(args) > 2 else None)))
+    if func is F.linear:
+        return _Call(Layer(name, 1, weight.shape[1], weight.shape[0], 1, bias), (), (), (), ())
+    rank = CONVOLUTIONS[func]
+    given = dict(zip(("stride", "padding", "dilation", "groups"), args[3:], strict=False)) | kwargs
+    kernel, groups = tuple(weight.shape[2:]), int(given.get("groups", 1))
+    dilation = _spread(given.get("dilation", 1), rank)
+    padding = _padding(given.get("padding", 0), kernel, dilation, rank)
+    if padding is None or (groups > 1 and weight.shape[1] == 1):
+        return None
+    layer = Layer(name, groups, weight.shape[1], weight.shape[0] // groups, weight[0, 0].numel(), bias)
+    return _Call(layer, _spread(given.get("stride", 1), rank), padding, dilation, kernel)
+
+
+class Lister(TorchFunctionMode):
+    """Lists the layers that a network runs.
+
+    Attributes:
+        layers: weight -> layer.
+    """
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        """Look for weights: id of a parameter -> its name."""
+        super().__init__()
+        self.layers: dict[str, Layer] = {}
+        self._names = names
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function; note the layer that it is."""
+        call = _call_of(self._names, func, args, kwargs or {})
+        if call is not None:
+            self.layers[call.layer.name] = call.layer
+        return func(*args, **(kwargs or {}))
+
+
+def _positions_of(out: torch.Tensor, *, is_conv: bool) -> int:
+    return out.numel() // (out.shape[1] if is_conv else out.shape[-1])
+
+
+def _spread(value: Any, rank: int) -> tuple[int, ...]:
+    return (value,) * rank if isinstance(value, int) else tuple(value) * (rank if len(value) == 1 else 1)
+
+
+def _padding(value: Any, kernel: tuple[int, ...], dilation: tuple[int, ...], rank: int) -> tuple[int, ...] | None:
+    """Return the zeros around the input; None where there are not equally many on both sides."""
+    if value == "valid":
+        return (0,) * rank
+    if value == "same":
+        reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        return tuple(r // 2 for r in reach) if not any(r % 2 for r in reach) else None
+    return _spread(value, rank)
+
+
+def _rows(call: _Call, x: torch.Tensor, places: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Return (blocks, rows, channels, taps): what each of the places of the output is computed from."""
+    layer = call.layer
+    if not call.kernel:
+        return x[places].reshape(1, -1, layer.inputs, 1)
+    rank = len(call.kernel)
+    around = [p for size in reversed(call.padding) for p in (size, size)]
+    x = F.pad(x, around) if any(around) else x
+    index: list[torch.Tensor] = []
+    for i in range(rank):
+        taps = torch.arange(call.kernel[i], device=x.device) * call.dilation[i]
+        shape = [1] * (rank + 1)
+        shape[i + 1] = -1
+        start = (places[i + 1] * call.stride[i]).reshape(-1, *[1] * rank)
+        index.append(start + taps.reshape(shape))
+    first = places[0].reshape(-1, *[1] * rank)
+    patches = x.movedim(1, -1)[(first, *index)]  # (rows, *kernel, channels)
+    patches = patches.reshape(len(patches), layer.taps, layer.blocks, layer.inputs)
+    return patches.permute(2, 0, 3, 1)
+
+
+def _add_inputs(sums: Sums, rows: torch.Tensor) -> None:
+    """Add rows (blocks, rows, channels, taps); where taps share a moment, each tap is a row of its own."""
+    rows = rows.transpose(2, 3).flatten(1, 2) if sums.shared_taps else rows.flatten(2)
+    second, first = (rows.transpose(1, 2) @ rows).double(), rows.double().sum(1)
+    if not sums.rows:
+        sums.inputs, sums.total = second, first
+    else:
+        sums.inputs += second
+        sums.total += first
+    sums.rows += rows.shape[1]

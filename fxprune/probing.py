@@ -1,0 +1,152 @@
+"""What a choice of channels really costs each task: the loss of the network without them, its weights corrected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from fxprune.calibrating import Calibration, samples_in
+from fxprune.correcting import corrected_weight
+from fxprune.coupling import Coupling
+from fxprune.grouping import Group
+from fxprune.layers import channels_of
+from fxprune.paths import RemovalPath
+
+SHARES = (0.25, 0.5, 0.75, 0.9)
+"""After which shares of its path a group's loss is measured."""
+
+
+class Probe:
+    """Measures losses of the network with fewer channels; nothing is rewritten, and the network is not changed."""
+
+    def __init__(
+        self, coupling: Coupling, calibration: Calibration, *, samples: int, damping: float, compensate: bool
+    ) -> None:
+        """Prepare.
+
+        Args:
+            coupling: of the network.
+            calibration: of it, with its batches. Without tasks, the squared change of the outputs, relative to their
+                size, is the loss.
+            samples: how many are measured on, at least, if there are so many.
+            damping: as for `compensate`.
+            compensate: correct the weights that stay.
+        """
+        self.coupling = coupling
+        self._calibration = calibration
+        self._tasks = calibration.tasks
+        self._damping = damping
+        self._compensate = compensate
+        self._module = coupling.traced.module
+        self._batches = list(_first(calibration.batches or (), samples))
+        self._state = {name: tensor for name, tensor, _ in coupling.traced.state}
+        self._dense = [] if self._tasks else [self._outputs({}, batch) for batch in self._batches]
+        self.dense = self.losses(np.ones(coupling.num_channels, dtype=bool))
+        """(tasks,) of the dense network."""
+
+    def losses(self, keep: np.ndarray) -> np.ndarray:
+        """Return (tasks,) mean losses of the network that keeps the channels `keep` (channels,)."""
+        values = {} if keep.all() else self._values(np.append(keep, True))
+        total, count = np.zeros(len(self._tasks or [None])), 0
+        with torch.no_grad():
+            for i, batch in enumerate(self._batches):
+                outputs = self._outputs(values, batch)
+                if self._tasks:
+                    found = [float(task.loss(outputs, batch)) for task in self._tasks.values()]
+                else:
+                    found = [_change(outputs, self._dense[i])]
+                samples = samples_in(batch)
+                total, count = total + np.array(found) * samples, count + samples
+        return total / max(count, 1)
+
+    def _outputs(self, values: Mapping[str, torch.Tensor], batch: Any) -> Any:
+        inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+        args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+        args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
+        modes = {m: m.training for m in self._module.modules()}
+        try:
+            self._module.eval()
+            with torch.no_grad():
+                return functional_call(self._module, dict(values), args, kwargs, tie_weights=True)
+        finally:
+            for m, training in modes.items():
+                m.training = training
+
+    def _values(self, keep: np.ndarray) -> dict[str, torch.Tensor]:
+        """Return the parameters and buffers that differ: zero where channels went, corrected where they were read."""
+        values: dict[str, torch.Tensor] = {}
+        for site in self.coupling.sites:
+            gone = ~keep[site.channels]
+            if gone.any() and site.is_parameter:
+                value = values.get(site.name, self._state[site.name].detach())
+                values[site.name] = value.masked_fill(torch.from_numpy(gone).to(value.device), 0)
+        if not self._compensate:
+            return values
+        for name, m in self._calibration.moments.items():
+            if name not in values or name not in self.coupling.tensors:
+                continue
+            inputs, outputs = channels_of(self.coupling, m.layer)
+            if keep[inputs].all():
+                continue
+            dense = self._state[name].detach()
+            weight, shift = corrected_weight(m, dense, keep[inputs], self._damping)
+            gone = torch.from_numpy(~keep[outputs].ravel()).to(dense.device)
+            weight = weight.masked_fill(gone.reshape(-1, *[1] * (dense.ndim - 1)), 0)
+            values[name] = weight.to(dense)
+            if m.absorbs:
+                sign, holder = (1, m.layer.bias) if m.layer.bias is not None else (-1, m.norm)
+                assert holder is not None
+                known = values.get(holder, self._state[holder].detach())
+                values[holder] = known + (sign * shift).to(known).masked_fill(gone, 0)
+        return values
+
+
+def _first(batches: Iterable[Any], samples: int) -> Iterator[Any]:
+    for batch in batches:
+        yield batch
+        samples -= samples_in(batch)
+        if samples <= 0:
+            return
+
+
+def _change(outputs: Any, dense: Any) -> float:
+    pairs = zip(pytree.tree_leaves(outputs), pytree.tree_leaves(dense), strict=True)
+    parts = [
+        float((a - b).square().sum() / b.square().sum().clamp_min(1e-30))
+        for a, b in pairs
+        if isinstance(b, torch.Tensor) and b.is_floating_point()
+    ]
+    return sum(parts) / max(len(parts), 1)
+
+
+def measured(probe: Probe, paths: Sequence[RemovalPath], shares: Sequence[float] = SHARES) -> list[RemovalPath]:
+    """Return the paths with errors scaled to what was measured after some of their steps, each group on its own."""
+    return [_measured(probe, group, path, shares) for group, path in zip(probe.coupling.groups(), paths, strict=True)]
+
+
+def _measured(probe: Probe, group: Group, path: RemovalPath, shares: Sequence[float]) -> RemovalPath:
+    coupling = probe.coupling
+    steps = len(path.choices)
+    at = np.unique([round(share * steps) for share in shares])
+    at = at[(at > 0) & (at < max(steps, 2))]
+    if not len(at):
+        return path
+    told = np.cumsum(path.errors, axis=0)
+    floor = np.maximum(probe.dense, 1e-12)
+    logs = []
+    for n in at:
+        keep = np.ones(coupling.num_channels, dtype=bool)
+        keep[coupling.members.of(path.choices[:n].ravel())[0]] = False
+        rise = (probe.losses(coupling.settle(keep)) - probe.dense) / floor
+        predicted = np.maximum(told[n - 1], 1e-12)
+        logs.append(np.log(np.maximum(rise, 0.01 * predicted) / predicted))
+    scale = np.stack(
+        [np.exp(np.interp(np.arange(1, steps + 1), at, [log[t] for log in logs])) for t in range(told.shape[1])], axis=1
+    )
+    total = np.maximum.accumulate(told * scale, axis=0)
+    return RemovalPath(path.group, path.choices, np.diff(total, axis=0, prepend=0), path.takes)

@@ -1,0 +1,98 @@
+"""The error that an elimination predicts at each width is that of an exhaustive least-squares refit."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fxprune.eliminating import Unit, eliminate
+
+
+def unit(
+    seed: int, choice: list[int], copies: int = 1, m: int = 3, tasks: int = 2, rows: int = 60
+) -> tuple[Unit, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    n = len(choice)
+    mix = torch.randn(n, n, generator=generator, dtype=torch.float64)
+    x = torch.randn(rows, n, generator=generator, dtype=torch.float64) @ mix
+    root = torch.randn(tasks, m, m, generator=generator, dtype=torch.float64)
+    weight = torch.randn(n, copies, m, generator=generator, dtype=torch.float64)
+    return Unit(weight, x.T @ x / rows, root @ root.mT, np.array(choice)), x
+
+
+def refit(u: Unit, x: torch.Tensor, gone: set[int]) -> np.ndarray:
+    """Return (tasks,) what is lost when choices are gone and the weights of the others are fitted again."""
+    stay = [i for i, c in enumerate(u.choice) if c not in gone]
+    weight = u.weight.flatten(1)
+    y = x @ weight
+    fitted = torch.linalg.lstsq(x[:, stay], y).solution if stay else torch.zeros(0, weight.shape[1], dtype=x.dtype)
+    e = (y - x[:, stay] @ fitted).reshape(len(x), *u.weight.shape[1:])
+    return (torch.einsum("rcm,tmn,rcn->t", e, u.sensitivity, e) / len(x) / 2).numpy()
+
+
+CASES = {
+    "plain": [[0, 1, 2, 3, 4, 5]],
+    "blocks": [[0, 0, 1, 1, 2, 2, 3, 3]],
+    "uneven, and inputs of no choice": [[0, -1, 1, 1, 2, 2, 2, -1, 3]],
+    "two maps": [[0, 1, 2, 3], [3, 3, -1, 1, 1, 0, 0, 2, 2]],
+}
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("chunk", [math.inf, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_errors_are_those_of_a_refit_at_every_width(case: str, chunk: float, copies: int) -> None:
+    made = [unit(seed, choice, copies) for seed, choice in enumerate(CASES[case])]
+    choices = np.array(sorted({c for choice in CASES[case] for c in choice if c >= 0}))
+    found = eliminate([u for u, _ in made], [choices], [1], steps=len(choices), tasks=2, damping=1e-14, chunk=chunk)
+    total = np.zeros(2)
+    for step in range(len(choices)):
+        total += found.errors[step]
+        gone = set(found.order[: step + 1].ravel().tolist())
+        wanted = sum((refit(u, x, gone) for u, x in made), np.zeros(2))
+        assert total == pytest.approx(wanted, rel=1e-6, abs=1e-9)
+
+
+def test_the_cheapest_goes_at_every_step() -> None:
+    u, x = unit(7, [0, 0, 1, 2, 2, 3, 4])
+    found = eliminate([u], [np.arange(5)], [1], steps=5, tasks=2, damping=1e-14, chunk=math.inf)
+    gone: set[int] = set()
+    for choice in found.order.ravel().tolist():
+        costs = {c: refit(u, x, gone | {c}).sum() for c in range(5) if c not in gone}
+        assert choice == min(costs, key=costs.__getitem__)
+        gone.add(choice)
+
+
+def test_cells_lose_their_share_at_every_step_and_what_went_before_costs_nothing() -> None:
+    u, x = unit(3, [0, 1, 2, 3, 4, 5, 6])
+    cells = [np.array([0, 1, 2]), np.array([3, 4, 5])]
+    found = eliminate([u], cells, [1, 1], steps=2, tasks=2, first=np.array([6]), damping=1e-14)
+    assert found.order.shape == (2, 2)
+    assert all(len(np.intersect1d(step, cell)) == 1 for step in found.order for cell in cells)
+    gone = {6, *found.order.ravel().tolist()}
+    assert found.errors.sum(axis=0) == pytest.approx(refit(u, x, gone) - refit(u, x, {6}), rel=1e-6)
+
+
+def test_costs_of_their_own_are_added() -> None:
+    u, _ = unit(1, [0, 1, 2])
+    own = np.array([[0.0, 1e6], [0.0, 0.0], [0.0, 0.0], [5.0, 6.0]])
+    found = eliminate([u], [np.arange(4)], [1], steps=4, tasks=2, own=own)
+    assert found.order[-1] == [0]
+    alone = int(np.flatnonzero(found.order.ravel() == 3)[0])
+    assert found.errors[alone] == pytest.approx([5, 6])
+
+
+def test_twins_are_not_both_kept() -> None:
+    """A copy of an input costs nothing to remove, its twin then everything."""
+    torch.manual_seed(0)
+    x = torch.randn(100, 3, dtype=torch.float64)
+    x = torch.cat([x, x[:, :1] * 2], 1)
+    u = Unit(
+        torch.randn(4, 1, 2, dtype=torch.float64), x.T @ x / 100, torch.eye(2, dtype=torch.float64)[None], np.arange(4)
+    )
+    found = eliminate([u], [np.arange(4)], [1], steps=4, tasks=1, damping=1e-9, chunk=math.inf)
+    assert found.order[0, 0] in (0, 3)
+    assert found.errors[0, 0] < 1e-6 < found.errors[1, 0]
