@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ SCHEMA = 1
 """Version of the file of a calibration."""
 POSITIONS = 64
 """How many positions of each sample are read in a layer, at most."""
+ROWS = 8
+"""How many positions are read for each input of a layer, where the data have a length."""
 OUTPUTS = "outputs"
 """The task when none is given: to keep the outputs as they are."""
 
@@ -66,6 +69,7 @@ class Calibration:
         fingerprint: of the coupling it was gathered for.
         batches: the data, for what is measured later on; not saved.
         tasks: whose losses were differentiated; not saved.
+        held_out: batches that were not read, for tolerances to be checked on; not saved.
     """
 
     moments: Mapping[str, Moments]
@@ -75,6 +79,7 @@ class Calibration:
     fingerprint: str
     batches: Iterable[Any] | None = field(default=None, repr=False, compare=False)
     tasks: Mapping[str, Task] | None = field(default=None, repr=False, compare=False)
+    held_out: Sequence[Any] = field(default=(), repr=False, compare=False)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file."""
@@ -129,7 +134,7 @@ def calibrate(
     tasks: Mapping[str, Task] | None = None,
     *,
     max_bytes: int = 4 << 30,
-    positions: int = POSITIONS,
+    positions: int | None = None,
     progress: bool = False,
 ) -> Calibration:
     """Run calibration batches through the dense network, forward and backward, and gather moments at every layer.
@@ -143,7 +148,8 @@ def calibrate(
             change the outputs is what counts: by the mean of their squares, each output against its own size.
         max_bytes: the moments may take so much memory. Where all taps of all kernels would take more, those of the
             largest layers share one moment.
-        positions: how many positions of each sample are read in a layer.
+        positions: how many positions of each sample are read in a layer; by default as many as its moment needs, where
+            the data have a length.
         progress: show a progress bar.
 
     Raises:
@@ -161,8 +167,12 @@ def calibrate(
         for p in asked:
             p.requires_grad_(False)
         layers = _layers(module, coupling, names)
-        gatherer = Gatherer(names, positions, _thinned(layers, max_bytes, len(tasks or {OUTPUTS: None})))
+        thinned = _thinned(layers, max_bytes, len(tasks or {OUTPUTS: None}))
+        gatherer: Gatherer | None = None
         for batch in tqdm(batches, desc="calibrate", disable=not progress):
+            if gatherer is None:
+                total = samples_in(batch) * len(batches) if isinstance(batches, Sized) else 0
+                gatherer = Gatherer(names, _positions(layers, positions, total), thinned)
             gatherer.start_batch(samples_in(batch))
             samples += gatherer.samples
             for name, loss in _run(module, batch, tasks or {OUTPUTS: Task(_change)}, gatherer).items():
@@ -172,7 +182,7 @@ def calibrate(
             m.training = training
         for p, wanted in asked.items():
             p.requires_grad_(wanted)
-    if not samples:
+    if gatherer is None:
         raise PlanError("the calibration data has no batches. Pass a list or a DataLoader, not an exhausted iterator.")
     return Calibration(
         {name: _moments(sums, samples, list(losses)) for name, sums in gatherer.sums.items()},
@@ -183,6 +193,30 @@ def calibrate(
         batches,
         tasks,
     )
+
+
+def _positions(layers: list[Layer], given: int | None, samples: int) -> dict[str, int]:
+    """Return how many positions of each sample are read in each layer; `samples` is how many there are, if known."""
+    if given is not None or not samples:
+        return dict.fromkeys((layer.name for layer in layers), given or POSITIONS)
+    return {
+        layer.name: min(POSITIONS, max(4, math.ceil(ROWS * layer.inputs * layer.taps / samples))) for layer in layers
+    }
+
+
+def split(batches: Iterable[Any]) -> tuple[list[Any], list[Any]]:
+    """Return the batches to plan with, and every fourth, held out to check tolerances on.
+
+    Raises:
+        PlanError: fewer than two batches.
+    """
+    every = list(batches)
+    if len(every) < 2:
+        raise PlanError(
+            f"tolerances are checked on data that are held out, and the calibration has {len(every)} batch. Pass two "
+            "or more: the second and every fourth after it are held out."
+        )
+    return [b for i, b in enumerate(every) if i % 4 != 1], every[1::4]
 
 
 def _layers(module: torch.nn.Module, coupling: Coupling, names: Mapping[int, str]) -> list[Layer]:

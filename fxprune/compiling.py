@@ -43,6 +43,7 @@ def compile(
     calibration: Iterable[Any] | Calibration | None = None,
     tasks: Mapping[str, Task] | None = None,
     constraints: Constraints | None = None,
+    on_conflict: str = "error",
     verify: bool = True,
     unknown: str = "freeze",
     progress: bool = True,
@@ -57,6 +58,7 @@ def compile(
         calibration: batches `(inputs, targets)`, for methods that need data; an iterator is read into a list.
         tasks: name -> Task, for methods that need losses.
         constraints: what must stay whatever the method says.
+        on_conflict: where the budget and the tolerances of tasks cannot both be met, "error" or "closest"; see `plan`.
         verify: compare the slim network with the masked original in float64. Without it nothing is run on the original.
         unknown: what to do about ops without a rule: "freeze" what reaches them, or "error".
         progress: show a progress bar.
@@ -79,7 +81,15 @@ def compile(
         coupling = couple(traced, unknown=unknown)
         _step(bar, "plan")
         known = moments(coupling, method, batches, tasks) if isinstance(method, PathMethod) else batches
-        choose = partial(plan, budget=budget, method=method, calibration=known, tasks=tasks, constraints=constraints)
+        choose = partial(
+            plan,
+            budget=budget,
+            method=method,
+            calibration=known,
+            tasks=tasks,
+            constraints=constraints,
+            on_conflict=on_conflict,
+        )
         coupling, chosen, slim, freeze = _plan_and_rewrite(coupling, unknown, choose)
         bar.update()
         _step(bar, "verify")

@@ -108,12 +108,12 @@ class Gatherer(TorchFunctionMode):
         samples: how many the batch has.
     """
 
-    def __init__(self, names: Mapping[int, str], positions: int, shares_taps: Container[str]) -> None:
+    def __init__(self, names: Mapping[int, str], positions: Mapping[str, int], shares_taps: Container[str]) -> None:
         """Watch weights.
 
         Args:
             names: id of a parameter or buffer -> its name.
-            positions: how many positions of each sample are read at most.
+            positions: weight -> how many positions of each sample are read at most.
             shares_taps: weights whose taps share one moment.
         """
         super().__init__()
@@ -174,10 +174,11 @@ class Gatherer(TorchFunctionMode):
         for n in sizes[1:]:
             each *= n
         generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {self._batch}".encode()))
-        if each <= self._positions:
+        count = self._positions[name]
+        if each <= count:
             flat = torch.arange(sizes[0] * each)
         else:
-            picked = torch.rand(sizes[0], each, generator=generator).topk(self._positions).indices
+            picked = torch.rand(sizes[0], each, generator=generator).topk(count).indices
             flat = (picked + torch.arange(sizes[0])[:, None] * each).flatten()
         return torch.unravel_index(flat.to(out.device), sizes)
 

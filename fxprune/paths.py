@@ -27,6 +27,10 @@ class RemovalPath:
     errors: np.ndarray
     takes: tuple[int, ...]
 
+    def weighed(self, weights: np.ndarray) -> RemovalPath:
+        """Return the path with the errors of each task times its weight, (tasks,)."""
+        return RemovalPath(self.group, self.choices, self.errors * weights, self.takes)
+
     def without(self, held: np.ndarray) -> RemovalPath:
         """Return the path on which the choices `held` (channels,) bool stay; the others of their cell move up."""
         stays = ~held[self.choices]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,18 +12,20 @@ from fxprune.allocating import allocate
 from fxprune.atoms import FIXED
 from fxprune.branches import Branches
 from fxprune.budgets import Budget
-from fxprune.calibrating import Calibration, calibrate
+from fxprune.calibrating import Calibration, calibrate, split
 from fxprune.closing import owner
 from fxprune.constraining import Constraints, constrain
 from fxprune.costs import CostChange, Costs
 from fxprune.coupling import Coupling
 from fxprune.emptying import CannotEmptyError
 from fxprune.errors import ArtifactError, PlanError
+from fxprune.guarding import Guard
 from fxprune.labels import Labels
 from fxprune.methods import SCOPES, Magnitude, Method, PathMethod
 from fxprune.paths import paths_by_score
 from fxprune.pausing import without_collector
 from fxprune.plans import GroupWidth, Plan, frozen
+from fxprune.probing import Probe
 from fxprune.tasks import Task
 
 
@@ -34,6 +37,7 @@ def plan(
     calibration: Iterable[Any] | Calibration | None = None,
     tasks: Mapping[str, Task] | None = None,
     constraints: Constraints | None = None,
+    on_conflict: str = "error",
 ) -> Plan:
     """Choose what to keep.
 
@@ -44,13 +48,18 @@ def plan(
         calibration: batches, for methods that need data; or what `calibrate` has gathered, for those that read moments.
         tasks: name -> Task, for methods that need losses.
         constraints: what must stay whatever the method says.
+        on_conflict: where the budget and the tolerances of tasks cannot both be met, "error", or "closest" for the
+            cheapest plan that was found within the tolerances.
 
     Raises:
-        PlanError: the budget cannot be met, a pattern matches nothing, or the method lacks its data.
+        PlanError: the budget cannot be met, a pattern matches nothing, the method lacks its data, or a task would get
+            worse than its tolerance.
     """
     check_request(budget, method, calibration, tasks, constraints)
+    if on_conflict not in ("error", "closest"):
+        raise PlanError(f"on_conflict={on_conflict!r} is neither 'error' nor 'closest'. Pass one of the two.")
     work = without_collector(_plan) if calibration is None else _plan
-    return work(coupling, budget, method or Magnitude(), calibration, tasks, constraints or Constraints())
+    return work(coupling, budget, method or Magnitude(), calibration, tasks, constraints or Constraints(), on_conflict)
 
 
 def check_request(
@@ -95,20 +104,55 @@ def _plan(
     calibration: Iterable[Any] | Calibration | None,
     tasks: Mapping[str, Task] | None,
     constraints: Constraints,
+    on_conflict: str,
 ) -> Plan:
     bound = constrain(coupling, constraints)
     bounds = budget.bounds(bound.costs(np.ones(bound.num_channels, dtype=bool)))
     if isinstance(method, PathMethod):
-        found, keep = moments(coupling, method, calibration, tasks), None
-        for _ in range(method.rounds):
-            keep = allocate(bound, method.paths(bound, found, keep), method.scope, constraints, bounds)
-        assert keep is not None
+        found = moments(coupling, method, calibration, tasks)
+        paths = method.paths(bound, found, None)
+        for _ in range(method.rounds - 1):
+            paths = method.paths(bound, found, allocate(bound, paths, method.scope, constraints, bounds))
     else:
         if isinstance(calibration, Calibration):
             raise PlanError(f"{method} reads batches, not a Calibration. Pass a list of batches or a DataLoader.")
-        paths = paths_by_score(bound, _scores(bound, method, calibration, tasks))
-        keep = allocate(bound, paths, method.scope, constraints, bounds)
+        found = None
+        if any(task.tolerance is not None for task in (tasks or {}).values()):
+            used, held_out = split(_needed(method, calibration))
+            found = Calibration({}, {}, {}, 0, coupling.fingerprint, used, tasks, held_out)
+        data = calibration if found is None else found.batches
+        paths = paths_by_score(bound, _scores(bound, method, data, tasks))
+
+    def choose(bounds: Mapping[str, float], weights: np.ndarray) -> np.ndarray:
+        return allocate(bound, [path.weighed(weights) for path in paths], method.scope, constraints, bounds)
+
+    guard = None if found is None else _guard(bound, method, found)
+    everything = np.ones(1)
+    keep = (
+        choose(bounds, everything)
+        if guard is None
+        else guard.choose(choose, bound.costs, bounds, closest=on_conflict == "closest")
+    )
     return plan_of(bound, keep, method=repr(method), budget=budget.to_dict())
+
+
+def _guard(coupling: Coupling, method: Method | PathMethod, found: Calibration) -> Guard | None:
+    """Return what checks the tolerances of tasks; None where there are none."""
+    limits = {name: task.tolerance for name, task in (found.tasks or {}).items()}
+    if all(limit is None for limit in limits.values()):
+        return None
+    correct = isinstance(method, PathMethod) and bool(getattr(method, "compensate", False))
+    damping = float(getattr(method, "damping", 0.0))
+    return Guard(Probe(coupling, found, damping=damping, compensate=correct, batches=found.held_out), limits)
+
+
+def _needed(method: object, calibration: Iterable[Any] | None) -> Iterable[Any]:
+    if calibration is None:
+        raise PlanError(
+            f"{method} needs calibration batches: pass `calibration=loader`, and `tasks={{'name': fxprune.Task(loss)}}`"
+            " for the losses that count, or use `Magnitude()`."
+        )
+    return calibration
 
 
 def moments(
@@ -118,12 +162,13 @@ def moments(
     tasks: Mapping[str, Task] | None,
 ) -> Calibration:
     """Return what a method reads: a calibration as it is given, or gathered from batches."""
-    if calibration is None:
-        raise PlanError(
-            f"{method} needs calibration batches: pass `calibration=loader`, and `tasks={{'name': fxprune.Task(loss)}}`"
-            " for the losses that count, or use `Magnitude()`."
-        )
-    return calibration if isinstance(calibration, Calibration) else calibrate(coupling, calibration, tasks)
+    if isinstance(calibration, Calibration):
+        return calibration
+    batches = _needed(method, calibration)
+    if all(task.tolerance is None for task in (tasks or {}).values()):
+        return calibrate(coupling, batches, tasks)
+    used, held_out = split(batches)
+    return replace(calibrate(coupling, used, tasks), held_out=held_out)
 
 
 def _scores(

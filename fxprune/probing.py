@@ -25,7 +25,14 @@ class Probe:
     """Measures losses of the network with fewer channels; nothing is rewritten, and the network is not changed."""
 
     def __init__(
-        self, coupling: Coupling, calibration: Calibration, *, samples: int, damping: float, compensate: bool
+        self,
+        coupling: Coupling,
+        calibration: Calibration,
+        *,
+        samples: int | None = None,
+        damping: float,
+        compensate: bool,
+        batches: Iterable[Any] | None = None,
     ) -> None:
         """Prepare.
 
@@ -33,9 +40,10 @@ class Probe:
             coupling: of the network.
             calibration: of it, with its batches. Without tasks, the squared change of the outputs, relative to their
                 size, is the loss.
-            samples: how many are measured on, at least, if there are so many.
+            samples: how many are measured on, if there are so many; all without it.
             damping: as for `compensate`.
             compensate: correct the weights that stay.
+            batches: to measure on, instead of the calibration's own.
         """
         self.coupling = coupling
         self._calibration = calibration
@@ -43,7 +51,8 @@ class Probe:
         self._damping = damping
         self._compensate = compensate
         self._module = coupling.traced.module
-        self._batches = list(_first(calibration.batches or (), samples))
+        data = (calibration.batches or ()) if batches is None else batches
+        self._batches = list(data if samples is None else _first(data, samples))
         self._state = {name: tensor for name, tensor, _ in coupling.traced.state}
         self._dense = [] if self._tasks else [self._outputs({}, batch) for batch in self._batches]
         self.dense = self.losses(np.ones(coupling.num_channels, dtype=bool))
@@ -107,11 +116,21 @@ class Probe:
 
 
 def _first(batches: Iterable[Any], samples: int) -> Iterator[Any]:
+    """Yield the first samples, the last batch cut to what is missing."""
     for batch in batches:
-        yield batch
-        samples -= samples_in(batch)
-        if samples <= 0:
+        size = samples_in(batch)
+        if size >= samples:
+            yield _cut(batch, size, samples)
             return
+        yield batch
+        samples -= size
+
+
+def _cut(batch: Any, size: int, samples: int) -> Any:
+    def cut(t: Any) -> Any:
+        return t[:samples] if isinstance(t, torch.Tensor) and t.ndim and len(t) == size else t
+
+    return pytree.tree_map(cut, batch)
 
 
 def _change(outputs: Any, dense: Any) -> float:

@@ -12,6 +12,8 @@ PRICES = 24
 """How many prices are tried."""
 STEEP = 8
 """How much more a resource that is further over its bound weighs than one that is less."""
+NODES = 4000
+"""How many networks the exhaustive search looks at before it gives up."""
 
 
 class Search:
@@ -74,7 +76,33 @@ class Search:
             high = price
             if self.error(levels) < least:
                 best, least = levels.copy(), self.error(levels)
-        return self.polish(best)
+        best = self.polish(best)
+        return self._proven(best)
+
+    def _proven(self, best: np.ndarray) -> np.ndarray:
+        """Return the levels with the least error of all, where a search of all that could be better ends in time."""
+        least, left = self.error(best), NODES
+        order = np.argsort([-total[-1] for total in self.total], kind="stable")
+
+        def descend(levels: np.ndarray, depth: int, spent: float) -> None:
+            """Try all levels of the groups from `depth` on, which are at their last one."""
+            nonlocal best, least, left
+            if depth == len(order):
+                best, least = levels, spent
+                return
+            g = order[depth]
+            for level in range(self.most[g] + 1):
+                error = spent + self.total[g][level]
+                if error >= least or left <= 0:
+                    return
+                trial = levels.copy()
+                trial[g] = level
+                left -= 1
+                if self.fits(trial):
+                    descend(trial, depth + 1, error)
+
+        descend(self.most.copy(), 0, 0.0)
+        return best
 
     def _prices(self) -> tuple[float, float]:
         """Return a price at which nothing goes, and one at which all that can does."""
@@ -121,10 +149,8 @@ class Search:
     def polish(self, levels: np.ndarray) -> np.ndarray:
         """Give back what still fits, most error for its cost first, and swap a step of one group for one of another."""
         levels = self._give_back(levels.copy())
-        order = np.argsort(
-            [-(total[level] - total[max(level - 1, 0)]) for total, level in zip(self.total, levels, strict=True)]
-        )
-        for g in order:
+        last = [total[level] - total[max(level - 1, 0)] for total, level in zip(self.total, levels, strict=True)]
+        for g in np.argsort(last)[::-1]:
             if levels[g] == 0:
                 continue
             trial = levels.copy()

@@ -18,8 +18,8 @@ class Task:
     Attributes:
         loss: `(outputs, batch) -> scalar tensor`, lower is better. `outputs` is what the network returns, `batch` is a
             calibration batch as it came.
-        tolerance: how much the loss may get worse, relative (0.01 is one percent); None for no bound. Accepted, and
-            not used yet.
+        tolerance: how much the loss may get worse, relative (0.01 is one percent), right after the cut, on calibration
+            batches that are held out; None for no bound.
     """
 
     loss: Callable[[Any, Any], torch.Tensor]

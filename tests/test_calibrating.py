@@ -80,7 +80,7 @@ def seen(model: nn.Module, data: list[Any], task: Task, name: str) -> tuple[Tens
 @pytest.mark.parametrize("task", TASKS)
 def test_moments_are_those_of_all_patches_and_of_each_samples_gradient(name: str, task: str) -> None:
     model, coupling, data = settings()
-    found = calibrate(coupling, data, TASKS).moments[f"{name}.weight"]
+    found = calibrate(coupling, data, TASKS, positions=100).moments[f"{name}.weight"]
     x, g, samples = seen(model, data, TASKS[task], name)
     layer: Any = model.get_submodule(name)
     if isinstance(layer, nn.Conv2d):
@@ -100,7 +100,7 @@ def test_moments_are_those_of_all_patches_and_of_each_samples_gradient(name: str
 
 def test_a_sample_of_the_positions_stands_for_all() -> None:
     _, coupling, data = settings(40)
-    every, some = calibrate(coupling, data, TASKS), calibrate(coupling, data, TASKS, positions=4)
+    every, some = calibrate(coupling, data, TASKS, positions=100), calibrate(coupling, data, TASKS, positions=4)
     for name, m in every.moments.items():
         other = some.moments[name]
         for a, b in ((m.second, other.second), *((g, other.sensitivity[task]) for task, g in m.sensitivity.items())):
@@ -112,8 +112,8 @@ def test_a_sample_of_the_positions_stands_for_all() -> None:
 
 def test_large_moments_are_shared_by_the_taps_of_a_kernel() -> None:
     _, coupling, data = settings()
-    every = calibrate(coupling, data, TASKS).moments["b.weight"]
-    small = calibrate(coupling, data, TASKS, max_bytes=25_000)
+    every = calibrate(coupling, data, TASKS, positions=100).moments["b.weight"]
+    small = calibrate(coupling, data, TASKS, positions=100, max_bytes=25_000)
     shared = small.moments["b.weight"]
     assert shared.shared_taps
     wide = every.second.reshape(2, 4, 9, 4, 9).diagonal(dim1=2, dim2=4).mean(-1)

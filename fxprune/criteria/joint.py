@@ -115,11 +115,10 @@ class Reader:
         """
         stays = np.append(keep, True)
         for m, weight, inputs, outputs in self._layers:
-            reads = choice_of[inputs]
+            reads, made = choice_of[inputs], choice_of[outputs]
+            only = np.where((made == made[:, :1]).all(axis=1), made[:, 0], -1)
+            reads = np.where(reads == only[:, None], -1, reads)  # what goes along with all that is made of it
             for block in np.flatnonzero((reads >= 0).any(axis=1)):
-                made = choice_of[outputs[block]]
-                if (made >= 0).all() and len(np.union1d(made, reads[block])) == 1:
-                    continue  # what it makes goes along with what it reads
                 rows = np.flatnonzero(stays[outputs[block]])
                 columns = np.flatnonzero(stays[inputs[block]])
                 if len(rows) and len(columns):

@@ -1,0 +1,210 @@
+"""Joint saliency: predicted errors are those of refits on real activations, and what is planned with them is better."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxprune
+from fxprune import Budget, PlanError, Task, methods
+from fxprune.calibrating import Calibration, calibrate
+from fxprune.compensating import compensate
+from fxprune.criteria.joint import joint_paths
+from fxprune.layers import channels_of
+from fxprune.probing import Probe, measured
+
+
+class Mixed(nn.Module):
+    """A residual sum, a concat, a grouped and a depthwise convolution, strides, two heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.inner, self.outer = nn.Conv2d(8, 6, 3, padding=1), nn.Conv2d(6, 8, 1)
+        self.side = nn.Conv2d(8, 4, 1)
+        self.depthwise, self.grouped = nn.Conv2d(12, 12, 3, groups=12), nn.Conv2d(12, 8, 1, groups=2)
+        self.classes, self.dense = nn.Linear(8, 5), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.norm(self.stem(x)).relu()
+        x = F.gelu(x + self.outer(F.gelu(self.inner(x))))
+        x = torch.cat([x, F.gelu(self.side(x))], 1)
+        x = F.gelu(self.grouped(F.gelu(self.depthwise(x))))
+        return self.classes(x.mean((2, 3))), self.dense(x)
+
+
+TASKS = {
+    "classes": Task(lambda outputs, batch: F.cross_entropy(outputs[0], batch[1][0])),
+    "dense": Task(lambda outputs, batch: F.mse_loss(outputs[1], batch[1][1])),
+}
+
+
+def setting(model: nn.Module | None = None) -> tuple[nn.Module, fxprune.Coupling, list[Any], Calibration]:
+    torch.manual_seed(1)
+    model = (model or Mixed()).double().eval()
+    data = []
+    for _ in range(4):
+        x = torch.randn(8, 3, 7, 7, dtype=torch.float64)
+        data.append((x, (torch.randint(0, 5, (8,)), torch.randn(8, 2, 5, 5, dtype=torch.float64))))
+    coupling = fxprune.couple(fxprune.trace(model, data[0][0]))
+    return model, coupling, data, calibrate(coupling, data, TASKS, positions=100)
+
+
+def rows_of(model: nn.Module, name: str, data: list[Any]) -> tuple[Tensor, Tensor]:
+    """Return what a layer reads, (rows, blocks, inputs, taps), and returns, (rows, blocks, outputs)."""
+    kept: list[tuple[Tensor, Tensor]] = []
+    module: Any = model.get_submodule(name)
+    handle = module.register_forward_hook(lambda m, args, out: kept.append((args[0], out)))
+    with torch.no_grad():
+        for batch in data:
+            model(batch[0])
+    handle.remove()
+    x, y = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    if isinstance(module, nn.Linear):
+        return x[:, None, :, None], y[:, None]
+    patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride).transpose(1, 2)
+    rows = patches.reshape(-1, module.groups, module.in_channels // module.groups, module.weight[0, 0].numel())
+    return rows, y.flatten(2).transpose(1, 2).reshape(len(rows), module.groups, -1)
+
+
+def refitted(
+    model: nn.Module, coupling: fxprune.Coupling, data: list[Any], c: Calibration, choices: np.ndarray
+) -> np.ndarray:
+    """Return (tasks,) relative loss without some choices: every layer fitted again, a constant added where it can be.
+
+    A block of a layer of which one choice takes all that comes out is not read any more.
+    """
+    gone = coupling.members.of(choices)[0]
+    total = np.zeros(len(c.losses))
+    for name, m in c.moments.items():
+        inputs, outputs = channels_of(coupling, m.layer)
+        x, y = rows_of(model, name.removesuffix(".weight"), data)
+        for block in range(m.layer.blocks):
+            lost = np.isin(inputs[block], gone)
+            alone = [coupling.members.of(choices[i : i + 1])[0] for i in range(len(choices))]
+            whole = any(np.isin(outputs[block], channels).all() for channels in alone)
+            if whole or not lost.any():
+                continue
+            left = x[:, block][:, (~lost).nonzero()[0].tolist()].flatten(1)
+            if m.absorbs:
+                left = torch.cat([left, torch.ones(len(left), 1, dtype=left.dtype)], 1)
+            e = y[:, block] - left @ torch.linalg.lstsq(left, y[:, block], driver="gelsd").solution
+            for t, (task, loss) in enumerate(c.losses.items()):
+                total[t] += float(torch.einsum("rm,mn,rn->", e, m.sensitivity[task][block], e)) / len(e) / 2 / loss
+    return total
+
+
+def test_errors_are_those_of_refits_summed_over_all_layers_that_read_a_channel() -> None:
+    model, coupling, data, found = setting()
+    seen = 0
+    for path in joint_paths(coupling, found, damping=1e-13):
+        total = np.zeros(2)
+        for step, error in enumerate(path.errors[:-1]):
+            total += error
+            wanted = refitted(model, coupling, data, found, path.choices[: step + 1].ravel())
+            assert total == pytest.approx(wanted, rel=1e-4, abs=1e-9)
+            seen += 1
+    assert seen > 25
+
+
+def test_a_probe_measures_what_the_rewritten_network_does() -> None:
+    model, coupling, data, found = setting()
+    for correct in (False, True):
+        probe = Probe(coupling, found, samples=1000, damping=0.01, compensate=correct)
+        plan = fxprune.plan(coupling, Budget(macs=0.5), method=methods.Random(seed=1))
+        slim = fxprune.rewrite(coupling, plan)
+        if correct:
+            compensate(coupling, plan, slim, replace(found, batches=None))
+        with torch.no_grad():
+            wanted = [np.mean([float(task.loss(slim(b[0]), b)) for b in data]) for task in TASKS.values()]
+        assert plan.keep is not None
+        assert probe.losses(plan.keep) == pytest.approx(wanted)
+        assert probe.dense == pytest.approx(list(found.losses.values()))
+    fresh = setting()[0].state_dict()
+    assert all(torch.equal(value, fresh[name]) for name, value in model.state_dict().items())
+
+
+def test_measured_paths_cost_what_was_measured() -> None:
+    _, coupling, _, found = setting()
+    probe = Probe(coupling, found, samples=1000, damping=0.01, compensate=True)
+    for path in measured(probe, joint_paths(coupling, found), shares=(0.5,)):
+        half = round(0.5 * len(path.choices))
+        if not 0 < half < len(path.choices):
+            continue
+        keep = np.ones(coupling.num_channels, dtype=bool)
+        keep[coupling.members.of(path.choices[:half].ravel())[0]] = False
+        rise = (probe.losses(coupling.settle(keep)) - probe.dense) / probe.dense
+        told = path.errors[:half].sum(axis=0)
+        assert told[rise > 0.01] == pytest.approx(rise[rise > 0.01])
+        assert (path.errors >= 0).all()
+
+
+class Twins(nn.Module):
+    """Every filter of the first layer is there twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 3)
+        with torch.no_grad():
+            self.a.weight[8:], self.a.bias[8:] = 2 * self.a.weight[:8], 2 * self.a.bias[:8]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu())
+
+
+def test_twins_go_first_and_nothing_is_lost() -> None:
+    torch.manual_seed(0)
+    model = Twins().double().eval()
+    x = torch.randn(20, 3, 9, 9, dtype=torch.float64)
+    method = methods.Joint(damping=1e-9)
+    slim = fxprune.compile(model, x[:2], Budget(macs=0.51), method=method, calibration=[x], progress=False)
+    kept = fxprune.report(slim).plan.kept["a.weight", 0]
+    assert sorted(set(kept % 8)) == list(range(8))
+    with torch.no_grad():
+        assert torch.allclose(slim(x), model(x), atol=1e-6)
+
+
+def test_joint_reads_saved_calibrations_and_says_what_is_missing(tmp_path: Any) -> None:
+    _, coupling, _, found = setting()
+    found.save(tmp_path / "c.safetensors")
+    read = Calibration.load(tmp_path / "c.safetensors")
+    told = fxprune.plan(coupling, Budget(macs=0.5), method=methods.Joint(samples=0), calibration=found)
+    again = fxprune.plan(coupling, Budget(macs=0.5), method=methods.Joint(), calibration=read)
+    assert np.array_equal(told.keep, again.keep)
+    with pytest.raises(PlanError, match="needs calibration batches"):
+        fxprune.plan(coupling, Budget(macs=0.5), method=methods.Joint())
+    with pytest.raises(PlanError, match="reads batches, not a Calibration"):
+        fxprune.plan(coupling, Budget(macs=0.5), method=methods.Taylor(), calibration=found, tasks=TASKS)
+    other = fxprune.couple(fxprune.trace(Twins(), torch.randn(1, 3, 9, 9)))
+    with pytest.raises(PlanError, match=r"holds 'stem\.weight', which this network does not have"):
+        fxprune.plan(other, Budget(macs=0.5), method=methods.Joint(), calibration=found)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.up, self.down, self.head = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, 4, c // 4).permute(2, 0, 3, 1, 4).unbind(0)
+        a = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c)
+        x = x + self.proj(a)
+        return self.head((x + self.down(F.gelu(self.up(x)))).mean(1))
+
+
+@pytest.mark.parametrize("macs", [0.7, 0.4])
+def test_attention_is_cut_to_the_budget(macs: float) -> None:
+    torch.manual_seed(0)
+    model, x = Attention().double().eval(), torch.randn(16, 6, 16, dtype=torch.float64)
+    slim = fxprune.compile(model, x[:2], Budget(macs=macs), method=methods.Joint(), calibration=[x], progress=False)
+    report = fxprune.report(slim)
+    assert report.verification.passed
+    assert 0.9 * macs < report.costs.share("macs") <= macs
