@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tqdm.auto import tqdm
 from fxprune.coupling import Coupling
 from fxprune.errors import ArtifactError, PlanError
 from fxprune.gathering import Gatherer, Layer, Lister, Sums
-from fxprune.tasks import Task, run_batch
+from fxprune.tasks import Task, evaluating, run_batch
 
 SCHEMA = 1
 """Version of the file of a calibration."""
@@ -157,31 +158,21 @@ def calibrate(
     """
     batches = list(batches) if isinstance(batches, Iterator) else batches  # they are kept
     module = coupling.traced.module
-    asked = {p: p.requires_grad for p in module.parameters()}
-    modes = {m: m.training for m in module.modules()}
     names = {id(p): name for name, p in [*module.named_parameters(), *module.named_buffers()]}
+    layers, chosen = layers_of(coupling), tasks or {OUTPUTS: Task(_change)}
+    thinned = _thinned(layers, max_bytes, len(chosen))
     losses: dict[str, float] = {}
     samples = 0
-    try:
-        module.eval()
-        for p in asked:
-            p.requires_grad_(False)
-        layers = _layers(module, coupling, names)
-        thinned = _thinned(layers, max_bytes, len(tasks or {OUTPUTS: None}))
-        gatherer: Gatherer | None = None
+    gatherer: Gatherer | None = None
+    with evaluating(module), _without_gradients(module):
         for batch in tqdm(batches, desc="calibrate", disable=not progress):
             if gatherer is None:
                 total = samples_in(batch) * len(batches) if isinstance(batches, Sized) else 0
                 gatherer = Gatherer(names, _positions(layers, positions, total), thinned)
             gatherer.start_batch(samples_in(batch))
             samples += gatherer.samples
-            for name, loss in _run(module, batch, tasks or {OUTPUTS: Task(_change)}, gatherer).items():
+            for name, loss in _run(module, batch, chosen, gatherer).items():
                 losses[name] = losses.get(name, 0.0) + loss * gatherer.samples
-    finally:
-        for m, training in modes.items():
-            m.training = training
-        for p, wanted in asked.items():
-            p.requires_grad_(wanted)
     if gatherer is None:
         raise PlanError("the calibration data has no batches. Pass a list or a DataLoader, not an exhausted iterator.")
     return Calibration(
@@ -204,6 +195,19 @@ def _positions(layers: list[Layer], given: int | None, samples: int) -> dict[str
     }
 
 
+@contextmanager
+def _without_gradients(module: torch.nn.Module) -> Iterator[None]:
+    """Let no parameter ask for a gradient; afterwards each asks as before."""
+    asked = {p: p.requires_grad for p in module.parameters()}
+    try:
+        for p in asked:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p, wanted in asked.items():
+            p.requires_grad_(wanted)
+
+
 def split(batches: Iterable[Any]) -> tuple[list[Any], list[Any]]:
     """Return the batches to plan with, and every fourth, held out to check tolerances on.
 
@@ -219,9 +223,11 @@ def split(batches: Iterable[Any]) -> tuple[list[Any], list[Any]]:
     return [b for i, b in enumerate(every) if i % 4 != 1], every[1::4]
 
 
-def _layers(module: torch.nn.Module, coupling: Coupling, names: Mapping[int, str]) -> list[Layer]:
-    lister = Lister(names)
-    with torch.no_grad(), lister:
+def layers_of(coupling: Coupling) -> list[Layer]:
+    """Return the weighted layers of a network, as seen in one run, in eval mode, on the example inputs."""
+    module = coupling.traced.module
+    lister = Lister({id(p): name for name, p in [*module.named_parameters(), *module.named_buffers()]})
+    with torch.no_grad(), evaluating(module), lister:
         module(*coupling.traced.args, **coupling.traced.kwargs)
     return list(lister.layers.values())
 

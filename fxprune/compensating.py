@@ -19,7 +19,7 @@ from fxprune.gathering import Spread
 from fxprune.layers import channels_of
 from fxprune.planning import keep_of
 from fxprune.plans import Plan
-from fxprune.tasks import run_batch
+from fxprune.tasks import evaluating, run_batch
 
 
 def compensate(
@@ -99,15 +99,9 @@ def estimate_statistics(slim: nn.Module, norms: Mapping[str, Norm], batches: Ite
     Source: Jordan et al., REPAIR (2023), with batch norms in place of an affine map.
     """
     estimator = _Estimator({id(b): norms[name] for name, b in slim.named_buffers() if name in norms})
-    modes = {m: m.training for m in slim.modules()}
-    try:
-        slim.eval()
-        with torch.no_grad(), estimator:
-            for batch in batches:
-                run_batch(slim, batch, {})
-    finally:
-        for m, training in modes.items():
-            m.training = training
+    with evaluating(slim), torch.no_grad(), estimator:
+        for batch in batches:
+            run_batch(slim, batch, {})
     with torch.no_grad():
         for mean, var, norm, eps, spread in estimator.seen.values():
             for target, value in zip((mean, var), norm.matched(spread.mean, spread.var, eps), strict=True):

@@ -20,11 +20,12 @@ from fxprune.criteria.joint import joint_paths
 from fxprune.criteria.magnitude import magnitude
 from fxprune.criteria.random import random
 from fxprune.criteria.taylor import taylor
+from fxprune.criteria.torch_pruning import torch_pruning_scores
 from fxprune.paths import RemovalPath
 from fxprune.probing import Probe, measured
 from fxprune.tasks import Task
 
-__all__ = ["BatchNormScale", "Joint", "Magnitude", "Method", "PathMethod", "Random", "Taylor"]
+__all__ = ["BatchNormScale", "FromTorchPruning", "Joint", "Magnitude", "Method", "PathMethod", "Random", "Taylor"]
 
 Scope = Literal["uniform", "global", "optimal"]
 SCOPES: tuple[Scope, ...] = ("uniform", "global", "optimal")
@@ -81,7 +82,8 @@ class Joint:
     Second-order errors of all layers that read a channel, in the metric of the tasks' gradients, say in which order
     channels go, and what every width of a group costs. That cost is then measured at a few widths of every group, and
     scaled. Widths are those of the least total cost within the budget, found again at the widths that were found first.
-    See `fxprune.criteria.joint`. Needs calibration batches; without tasks, all outputs count alike.
+    See `fxprune.criteria.joint`. Without tasks, all outputs count alike; without data, weights and batch-norm
+    statistics stand in for them (see `fxprune.assuming`), and nothing is measured.
 
     Attributes:
         scope: "optimal", or as of other methods.
@@ -161,6 +163,25 @@ class BatchNormScale:
     ) -> np.ndarray:
         """Return (channels,) scores. No data is needed."""
         return batch_norm_scale(coupling)
+
+
+@dataclass(frozen=True, slots=True)
+class FromTorchPruning:
+    """Rank channels by an importance of Torch-Pruning. See `fxprune.criteria.torch_pruning`.
+
+    Attributes:
+        importance: any object of `torch_pruning.importance`. Those that read gradients need calibration and tasks.
+        scope: "uniform" or "global".
+    """
+
+    importance: Any
+    scope: Scope = "uniform"
+
+    def scores(
+        self, coupling: Coupling, calibration: Iterable[Any] | None = None, tasks: Mapping[str, Task] | None = None
+    ) -> np.ndarray:
+        """Return (channels,) scores."""
+        return torch_pruning_scores(coupling, self.importance, calibration, tasks)
 
 
 @dataclass(frozen=True, slots=True)

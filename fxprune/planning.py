@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fxprune.allocating import allocate
+from fxprune.assuming import assume
 from fxprune.atoms import FIXED
 from fxprune.branches import Branches
 from fxprune.budgets import Budget
@@ -161,9 +162,11 @@ def moments(
     calibration: Iterable[Any] | Calibration | None,
     tasks: Mapping[str, Task] | None,
 ) -> Calibration:
-    """Return what a method reads: a calibration as it is given, or gathered from batches."""
+    """Return what a method reads: a calibration as it is given, or gathered from batches, or assumed without data."""
     if isinstance(calibration, Calibration):
         return calibration
+    if calibration is None and not tasks:
+        return assume(coupling)
     batches = _needed(method, calibration)
     if all(task.tolerance is None for task in (tasks or {}).values()):
         return calibrate(coupling, batches, tasks)

@@ -16,6 +16,7 @@ from fxprune.coupling import Coupling
 from fxprune.grouping import Group
 from fxprune.layers import channels_of
 from fxprune.paths import RemovalPath
+from fxprune.tasks import evaluating
 
 SHARES = (0.25, 0.5, 0.75, 0.9)
 """After which shares of its path a group's loss is measured."""
@@ -62,29 +63,23 @@ class Probe:
         """Return (tasks,) mean losses of the network that keeps the channels `keep` (channels,)."""
         values = {} if keep.all() else self._values(np.append(keep, True))
         total, count = np.zeros(len(self._tasks or [None])), 0
-        with torch.no_grad():
-            for i, batch in enumerate(self._batches):
-                outputs = self._outputs(values, batch)
-                if self._tasks:
+        for i, batch in enumerate(self._batches):
+            outputs = self._outputs(values, batch)
+            if self._tasks:
+                with torch.no_grad():
                     found = [float(task.loss(outputs, batch)) for task in self._tasks.values()]
-                else:
-                    found = [_change(outputs, self._dense[i])]
-                samples = samples_in(batch)
-                total, count = total + np.array(found) * samples, count + samples
+            else:
+                found = [_change(outputs, self._dense[i])]
+            samples = samples_in(batch)
+            total, count = total + np.array(found) * samples, count + samples
         return total / max(count, 1)
 
     def _outputs(self, values: Mapping[str, torch.Tensor], batch: Any) -> Any:
         inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
         args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
         args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
-        modes = {m: m.training for m in self._module.modules()}
-        try:
-            self._module.eval()
-            with torch.no_grad():
-                return functional_call(self._module, dict(values), args, kwargs, tie_weights=True)
-        finally:
-            for m, training in modes.items():
-                m.training = training
+        with evaluating(self._module), torch.no_grad():
+            return functional_call(self._module, dict(values), args, kwargs, tie_weights=True)
 
     def _values(self, keep: np.ndarray) -> dict[str, torch.Tensor]:
         """Return the parameters and buffers that differ: zero where channels went, corrected where they were read."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,18 @@ class Task:
             raise PlanError(f"Task(tolerance={self.tolerance!r}) is no number. Pass a share such as 0.01, or None.")
         if not self.tolerance >= 0:
             raise PlanError(f"Task(tolerance={self.tolerance}) is negative or NaN. Pass a share such as 0.01, or None.")
+
+
+@contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Run a module in eval mode; afterwards every module in it is in the mode it was in."""
+    modes = {m: m.training for m in module.modules()}
+    try:
+        module.eval()
+        yield
+    finally:
+        for m, training in modes.items():
+            m.training = training
 
 
 def run_batch(module: torch.nn.Module, batch: Any, tasks: Mapping[str, Task]) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ import torch
 from fxprune.coupling import Coupling
 from fxprune.criteria import add_up, weight_sites
 from fxprune.errors import PlanError
-from fxprune.tasks import Task, run_batch
+from fxprune.tasks import Task, evaluating, run_batch
 
 
 def taylor(coupling: Coupling, calibration: Iterable[Any] | None, tasks: Mapping[str, Task] | None) -> np.ndarray:
@@ -53,22 +53,19 @@ def taylor(coupling: Coupling, calibration: Iterable[Any] | None, tasks: Mapping
 def _gradients(coupling: Coupling, calibration: Iterable[Any], tasks: Mapping[str, Task]) -> dict[str, torch.Tensor]:
     module = coupling.traced.module
     names = dict(module.named_parameters())
-    modes = {m: m.training for m in module.modules()}
     asked = {name: p.requires_grad for name, p in names.items()}
     total: dict[str, torch.Tensor] = {}
     batches = 0
     try:
-        module.eval()
         for p in names.values():
             p.requires_grad_(True)
-        for batch in calibration:
-            for name, gradient in zip(names, _of_batch(module, batch, tasks, list(names.values())), strict=True):
-                if gradient is not None:
-                    total[name] = total[name] + gradient if name in total else gradient
-            batches += 1
+        with evaluating(module):
+            for batch in calibration:
+                for name, gradient in zip(names, _of_batch(module, batch, tasks, list(names.values())), strict=True):
+                    if gradient is not None:
+                        total[name] = total[name] + gradient if name in total else gradient
+                batches += 1
     finally:
-        for m, training in modes.items():
-            m.training = training
         for name, p in names.items():
             p.requires_grad_(asked[name])
     if not batches:
