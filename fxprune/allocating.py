@@ -275,7 +275,7 @@ def least_error(allocation: Allocation, taken: np.ndarray, bounds: Mapping[str, 
             flags[place[:level]] = True
         return flags
 
-    def cost(levels: np.ndarray) -> dict[str, float]:
+    def cost(levels: np.ndarray) -> Mapping[str, float]:
         return costs(allocation.keep(chosen(levels))).to_dict()
 
     search = Search([allocation.errors[place] for place in places], cost, bounds)

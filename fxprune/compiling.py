@@ -18,7 +18,7 @@ from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling, couple
 from fxprune.errors import PlanError, RewriteError
 from fxprune.methods import Method, PathMethod
-from fxprune.planning import check_request, moments, plan
+from fxprune.planning import check_request, default_method, moments, plan
 from fxprune.plans import Plan
 from fxprune.reporting import Compiled, make_report
 from fxprune.rewriting import rewrite
@@ -54,7 +54,8 @@ def compile(
         model: any module. It is not touched.
         example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs; costs are counted on them.
         budget: upper bounds, such as `Budget(macs=0.5)`.
-        method: how channels are ranked, from `fxprune.methods`; default `Magnitude()`.
+        method: how channels are ranked, from `fxprune.methods`; by default `Joint()` with calibration, else
+            `Magnitude()`.
         calibration: batches `(inputs, targets)`, for methods that need data; an iterator is read into a list.
         tasks: name -> Task, for methods that need losses.
         constraints: what must stay whatever the method says.
@@ -74,6 +75,7 @@ def compile(
         VerificationError: the slim network differs from the masked original.
     """
     check_request(budget, method, calibration, tasks, constraints)
+    method = method or default_method(calibration)
     batches = list(calibration) if isinstance(calibration, Iterator) else calibration  # it is read more than once
     with tqdm(total=5, desc="trace", disable=not progress, bar_format=BAR) as bar:
         traced = trace(model, example_inputs)

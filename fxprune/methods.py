@@ -22,7 +22,7 @@ from fxprune.criteria.random import random
 from fxprune.criteria.taylor import taylor
 from fxprune.criteria.torch_pruning import torch_pruning_scores
 from fxprune.paths import RemovalPath
-from fxprune.probing import Probe, measured
+from fxprune.probing import SHARES, Probe, measured
 from fxprune.tasks import Task
 
 __all__ = ["BatchNormScale", "FromTorchPruning", "Joint", "Magnitude", "Method", "PathMethod", "Random", "Taylor"]
@@ -90,14 +90,15 @@ class Joint:
         compensate: `compile` corrects the weights that stay; see `fxprune.compensate`.
         rounds: how often to plan.
         damping: added to moments before they are inverted, as a share of their mean diagonal.
-        samples: how many losses are measured on; 0 for no measurement.
+        samples: how many losses are measured on, at every width that is measured; 0 for no measurement. By default as
+            many as make all measurements together cost six passes over the calibration data, from 8 to 256.
     """
 
     scope: Scope = "optimal"
     compensate: bool = True
     rounds: int = 2
     damping: float = 0.01
-    samples: int = 256
+    samples: int | None = None
 
     def paths(
         self, coupling: Coupling, calibration: Calibration, keep: np.ndarray | None = None

@@ -22,7 +22,7 @@ from fxprune.emptying import CannotEmptyError
 from fxprune.errors import ArtifactError, PlanError
 from fxprune.guarding import Guard
 from fxprune.labels import Labels
-from fxprune.methods import SCOPES, Magnitude, Method, PathMethod
+from fxprune.methods import SCOPES, Joint, Magnitude, Method, PathMethod
 from fxprune.paths import paths_by_score
 from fxprune.pausing import without_collector
 from fxprune.plans import GroupWidth, Plan, frozen
@@ -45,7 +45,7 @@ def plan(
     Args:
         coupling: from `couple`.
         budget: upper bounds.
-        method: how channels are ranked; default `methods.Magnitude()`.
+        method: how channels are ranked; by default `methods.Joint()` with calibration, else `methods.Magnitude()`.
         calibration: batches, for methods that need data; or what `calibrate` has gathered, for those that read moments.
         tasks: name -> Task, for methods that need losses.
         constraints: what must stay whatever the method says.
@@ -60,7 +60,20 @@ def plan(
     if on_conflict not in ("error", "closest"):
         raise PlanError(f"on_conflict={on_conflict!r} is neither 'error' nor 'closest'. Pass one of the two.")
     work = without_collector(_plan) if calibration is None else _plan
-    return work(coupling, budget, method or Magnitude(), calibration, tasks, constraints or Constraints(), on_conflict)
+    return work(
+        coupling,
+        budget,
+        method or default_method(calibration),
+        calibration,
+        tasks,
+        constraints or Constraints(),
+        on_conflict,
+    )
+
+
+def default_method(calibration: object) -> Method | PathMethod:
+    """Return the method that is used where none is asked for."""
+    return Magnitude() if calibration is None else Joint()
 
 
 def check_request(

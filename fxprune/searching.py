@@ -156,10 +156,8 @@ class Search:
             trial = levels.copy()
             trial[g] -= 1
             gain = self.total[g][levels[g]] - self.total[g][trial[g]]
-            loss = [
-                self.total[h][trial[h] + 1] - self.total[h][trial[h]] if h != g and trial[h] < self.most[h] else np.inf
-                for h in range(len(trial))
-            ]
+            loss = np.array([self._next(h, int(trial[h])) for h in range(len(trial))])
+            loss[g] = np.inf
             for h in np.argsort(loss)[:4]:
                 if not loss[h] < gain:
                     break
@@ -169,6 +167,10 @@ class Search:
                     levels = self._give_back(swapped)
                     break
         return levels
+
+    def _next(self, g: int, level: int) -> float:
+        """Return what one more step of a group adds to the error; infinite after its last."""
+        return float(self.total[g][level + 1] - self.total[g][level]) if level < self.most[g] else np.inf
 
     def _give_back(self, levels: np.ndarray) -> np.ndarray:
         """Give steps back while all bounds hold."""

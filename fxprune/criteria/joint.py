@@ -99,7 +99,8 @@ class Reader:
         self._compensate = compensate
         state = {name: tensor for name, tensor, _ in coupling.traced.state}
         self._layers: list[tuple[Moments, torch.Tensor, np.ndarray, np.ndarray]] = []
-        self._bias = {m.layer.bias: state[m.layer.bias] for m in calibration.moments.values() if m.layer.bias in state}
+        biases = [m.layer.bias for m in calibration.moments.values() if m.layer.bias is not None]
+        self._bias = {name: state[name] for name in biases if name in state}
         for name, m in calibration.moments.items():
             if name not in state or len(state[name]) != m.layer.blocks * m.layer.outputs:
                 raise PlanError(f"the calibration holds {name!r}, which this network does not have. Calibrate on it.")
@@ -161,9 +162,8 @@ class Reader:
                 else:
                     square = torch.einsum("on,nm,om->o", w.flatten(1), second, w.flatten(1))
                     level = w.flatten(1) @ mean
-                bias = self._bias.get(layer.bias)
-                if bias is not None:
-                    b = bias.detach().double().cpu().reshape(layer.blocks, layer.outputs)[block]
+                if layer.bias in self._bias:
+                    b = self._bias[layer.bias].detach().double().cpu().reshape(layer.blocks, layer.outputs)[block]
                     square = square + 2 * b * level + b * b
                 at = of[block] >= 0
                 for i, (task, scale) in enumerate(zip(self._tasks, self.scale, strict=True)):
