@@ -6,6 +6,8 @@ and heads, chooses what stays, and emits a slimmer `GraphModule` that is proved 
 
 from fxprune import methods
 from fxprune.budgets import Budget
+from fxprune.calibrating import Calibration, calibrate
+from fxprune.compensating import compensate
 from fxprune.compiling import compile
 from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling, couple
@@ -34,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArtifactError",
     "Budget",
+    "Calibration",
     "Constraints",
     "Coupling",
     "CouplingError",
@@ -47,6 +50,8 @@ __all__ = [
     "Traced",
     "Verification",
     "VerificationError",
+    "calibrate",
+    "compensate",
     "compile",
     "couple",
     "load",

@@ -14,14 +14,19 @@ from fxprune import methods
 
 NAMES = {
     "compile", "trace", "couple", "plan", "rewrite", "verify", "save", "load", "report", "transfer", "methods",
+    "calibrate", "compensate", "Calibration",
     "Traced", "Coupling", "Plan", "Budget", "Constraints", "Task", "Verification", "Report",
     "FxPruneError", "TraceError", "CouplingError", "PlanError", "RewriteError", "VerificationError", "ArtifactError",
 }  # fmt: skip
-METHODS = {"BatchNormScale", "Magnitude", "Method", "Random", "Taylor"}
+METHODS = {
+    "BatchNormScale", "FromTorchPruning", "Joint", "Magnitude", "Method", "PathMethod", "Random", "Taylor",
+}  # fmt: skip
 KEYWORD_ONLY = {
-    "compile": ["method", "calibration", "tasks", "constraints", "verify", "unknown", "progress"],
+    "compile": ["method", "calibration", "tasks", "constraints", "on_conflict", "verify", "unknown", "progress"],
     "couple": ["unknown", "freeze"],
-    "plan": ["method", "calibration", "tasks", "constraints"],
+    "plan": ["method", "calibration", "tasks", "constraints", "on_conflict"],
+    "calibrate": ["max_bytes", "positions", "progress"],
+    "compensate": ["damping"],
     "load": ["example_inputs"],
     "transfer": ["model"],
 }
