@@ -104,10 +104,13 @@ class _State:
 
 
 def damped_inverse(second: torch.Tensor, level: float) -> torch.Tensor:
-    """Invert a second moment (n, n), `level` added to its diagonal."""
-    damped = second + max(level, torch.finfo(torch.float64).tiny * 1e8) * torch.eye(len(second), dtype=torch.float64)
-    factor, info = torch.linalg.cholesky_ex(damped)
-    return torch.linalg.pinv(damped, hermitian=True) if info else torch.cholesky_inverse(factor)
+    """Invert a second moment (n, n), `level` added to its diagonal; what rounding made negative counts as zero."""
+    level = max(level, 1e-20)
+    factor, info = torch.linalg.cholesky_ex(second + level * torch.eye(len(second), dtype=torch.float64))
+    if not info:
+        return torch.cholesky_inverse(factor)
+    values, vectors = torch.linalg.eigh(second)
+    return vectors @ ((values.clamp_min(0) + level).reciprocal()[:, None] * vectors.T)
 
 
 def eliminate(

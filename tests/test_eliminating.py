@@ -96,3 +96,18 @@ def test_twins_are_not_both_kept() -> None:
     found = eliminate([u], [np.arange(4)], [1], steps=4, tasks=1, damping=1e-9, chunk=math.inf)
     assert found.order[0, 0] in (0, 3)
     assert found.errors[0, 0] < 1e-6 < found.errors[1, 0]
+
+
+def test_moments_that_rounding_made_indefinite_are_inverted_as_if_they_were_not() -> None:
+    """Large means and small variances, centred: what is left is rounding, and an eigenvalue below zero."""
+    second = torch.diag(torch.tensor([4.0, 1.0, -1e-3], dtype=torch.float64))
+    u = Unit(torch.ones(3, 1, 1, dtype=torch.float64), second, torch.ones(1, 1, 1, dtype=torch.float64), np.arange(3))
+    found = eliminate([u], [np.arange(3)], [1], steps=3, tasks=1, damping=1e-6)
+    assert found.order.ravel().tolist() == [2, 1, 0]
+    assert found.errors.ravel() == pytest.approx([0, 0.5, 2], abs=1e-4)
+
+
+def test_inputs_that_never_vary_cost_nothing() -> None:
+    second = torch.zeros(4, 4, dtype=torch.float64)
+    u = Unit(torch.ones(4, 1, 2, dtype=torch.float64), second, torch.eye(2, dtype=torch.float64)[None], np.arange(4))
+    assert np.abs(eliminate([u], [np.arange(4)], [1], steps=4, tasks=1).errors).max() < 1e-12
