@@ -2,7 +2,8 @@
 
 A method is a frozen dataclass with `scope` and `scores(coupling, calibration, tasks) -> (channels,) array`; a lower
 score goes first. Any object with these two works as `method=`. One whose order depends on what else goes has, instead
-of `scores`, `rounds` and `paths(coupling, calibration, keep)`: see `PathMethod`.
+of `scores`, `rounds` and `paths(coupling, calibration, keep)`: see `PathMethod`. One that searches by itself has
+`choose(problem) -> (channels,) bool` and nothing else: see `SearchMethod`.
 """
 
 from __future__ import annotations
@@ -22,9 +23,22 @@ from fxprune.criteria.random import random
 from fxprune.criteria.taylor import taylor
 from fxprune.paths import RemovalPath
 from fxprune.probing import Probe, measured
+from fxprune.problems import Problem
 from fxprune.tasks import Task
+from fxprune.tolerating import PAGCP
 
-__all__ = ["BatchNormScale", "Joint", "Magnitude", "Method", "PathMethod", "Random", "Taylor"]
+__all__ = [
+    "PAGCP",
+    "BatchNormScale",
+    "Joint",
+    "Magnitude",
+    "Method",
+    "PathMethod",
+    "Problem",
+    "Random",
+    "SearchMethod",
+    "Taylor",
+]
 
 Scope = Literal["uniform", "global", "optimal"]
 SCOPES: tuple[Scope, ...] = ("uniform", "global", "optimal")
@@ -71,6 +85,19 @@ class PathMethod(Protocol):
             calibration: what was gathered on it.
             keep: (channels,) what the last plan keeps; None at first.
         """
+        ...
+
+
+@runtime_checkable
+class SearchMethod(Protocol):
+    """What `plan` asks of a method that searches by itself.
+
+    If it has an attribute `compensate` that is true, `compile` gathers moments once, gives them as calibration, and
+    corrects the weights that stay.
+    """
+
+    def choose(self, problem: Problem) -> np.ndarray:
+        """Return (channels,) bool, what to keep: within the bounds, and what `coupling.violation` accepts."""
         ...
 
 

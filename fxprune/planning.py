@@ -11,7 +11,7 @@ from fxprune.allocating import allocate
 from fxprune.atoms import FIXED
 from fxprune.branches import Branches
 from fxprune.budgets import Budget
-from fxprune.calibrating import Calibration, calibrate
+from fxprune.calibrating import Calibration
 from fxprune.closing import owner
 from fxprune.constraining import Constraints, constrain
 from fxprune.costs import CostChange, Costs
@@ -19,10 +19,11 @@ from fxprune.coupling import Coupling
 from fxprune.emptying import CannotEmptyError
 from fxprune.errors import ArtifactError, PlanError
 from fxprune.labels import Labels
-from fxprune.methods import SCOPES, Magnitude, Method, PathMethod
+from fxprune.methods import SCOPES, Magnitude, Method, PathMethod, SearchMethod
 from fxprune.paths import paths_by_score
 from fxprune.pausing import without_collector
 from fxprune.plans import GroupWidth, Plan, frozen
+from fxprune.problems import Problem, gathered
 from fxprune.tasks import Task
 
 
@@ -30,7 +31,7 @@ def plan(
     coupling: Coupling,
     budget: Budget,
     *,
-    method: Method | PathMethod | None = None,
+    method: Method | PathMethod | SearchMethod | None = None,
     calibration: Iterable[Any] | Calibration | None = None,
     tasks: Mapping[str, Task] | None = None,
     constraints: Constraints | None = None,
@@ -55,7 +56,7 @@ def plan(
 
 def check_request(
     budget: Budget,
-    method: Method | PathMethod | None,
+    method: Method | PathMethod | SearchMethod | None,
     calibration: Iterable[Any] | Calibration | None,
     tasks: Mapping[str, Task] | None,
     constraints: Constraints | None,
@@ -69,10 +70,10 @@ def check_request(
         raise PlanError(f"the budget is {budget!r}. Pass `fxprune.Budget(macs=0.5)`.")
     if method is not None:
         ranks = callable(getattr(method, "scores", None)) or isinstance(method, PathMethod)
-        if isinstance(method, type) or not ranks or not hasattr(method, "scope"):
+        if isinstance(method, type) or not (isinstance(method, SearchMethod) or (ranks and hasattr(method, "scope"))):
             what = f"the class {method.__name__}" if isinstance(method, type) else repr(method)
             raise PlanError(f"the method is {what}, not an instance of a method. Pass `methods.Magnitude()`.")
-        if method.scope not in SCOPES:
+        if not isinstance(method, SearchMethod) and method.scope not in SCOPES:
             raise PlanError(f"the method {method!r} has scope {method.scope!r}. Pass one of {SCOPES}.")
     if not isinstance(calibration, (Calibration, type(None), Iterable)) and not hasattr(calibration, "__getitem__"):
         raise PlanError(f"the calibration is {calibration!r}, which cannot be iterated. Pass a list of batches.")
@@ -91,15 +92,17 @@ def check_request(
 def _plan(
     coupling: Coupling,
     budget: Budget,
-    method: Method | PathMethod,
+    method: Method | PathMethod | SearchMethod,
     calibration: Iterable[Any] | Calibration | None,
     tasks: Mapping[str, Task] | None,
     constraints: Constraints,
 ) -> Plan:
     bound = constrain(coupling, constraints)
     bounds = budget.bounds(bound.costs(np.ones(bound.num_channels, dtype=bool)))
-    if isinstance(method, PathMethod):
-        found, keep = moments(coupling, method, calibration, tasks), None
+    if isinstance(method, SearchMethod):
+        keep = _chosen(method, Problem(bound, bounds, constraints, calibration, tasks))
+    elif isinstance(method, PathMethod):
+        found, keep = gathered(coupling, method, calibration, tasks), None
         for _ in range(method.rounds):
             keep = allocate(bound, method.paths(bound, found, keep), method.scope, constraints, bounds)
         assert keep is not None
@@ -111,19 +114,27 @@ def _plan(
     return plan_of(bound, keep, method=repr(method), budget=budget.to_dict())
 
 
-def moments(
-    coupling: Coupling,
-    method: PathMethod,
-    calibration: Iterable[Any] | Calibration | None,
-    tasks: Mapping[str, Task] | None,
-) -> Calibration:
-    """Return what a method reads: a calibration as it is given, or gathered from batches."""
-    if calibration is None:
+def _chosen(method: SearchMethod, problem: Problem) -> np.ndarray:
+    """Return what a method keeps, checked."""
+    keep, coupling = np.asarray(method.choose(problem)), problem.coupling
+    if keep.shape != (coupling.num_channels,) or keep.dtype != np.bool_:
         raise PlanError(
-            f"{method} needs calibration batches: pass `calibration=loader`, and `tasks={{'name': fxprune.Task(loss)}}`"
-            " for the losses that count, or use `Magnitude()`."
+            f"{method} returned {keep.dtype} of shape {keep.shape}, expected bool of shape ({coupling.num_channels},). "
+            "Return for each channel whether it stays."
         )
-    return calibration if isinstance(calibration, Calibration) else calibrate(coupling, calibration, tasks)
+    costs = _costs(coupling, keep)
+    for name, bound in problem.bounds.items():
+        if getattr(costs, name) > bound:
+            raise PlanError(
+                f"{method} returned channels that cost {getattr(costs, name):,} {name}, at most {bound:,.0f} were "
+                "asked. Stop at `problem.bounds`."
+            )
+    return keep
+
+
+def _costs(coupling: Coupling, keep: np.ndarray) -> Costs:
+    """Return what the network of the channels `keep` (channels,) costs, branches removed that keep nothing."""
+    return _without_branches(coupling, keep) if coupling.costs.emptied(keep) else coupling.costs(keep)
 
 
 def _scores(
@@ -162,7 +173,6 @@ def plan_of(
         )
     dense = coupling.costs(np.ones(coupling.num_channels, dtype=bool))
     kept, sizes = _kept(coupling, keep)
-    empties = bool(coupling.costs.emptied(keep))
     counts = _sites_per_channel(coupling)
     groups = []
     for group in coupling.groups():
@@ -173,7 +183,7 @@ def plan_of(
     return Plan(
         kept,
         sizes,
-        CostChange(dense, _without_branches(coupling, keep) if empties else coupling.costs(keep)),
+        CostChange(dense, _costs(coupling, keep)),
         tuple(groups),
         method,
         dict(budget or {}),
