@@ -361,7 +361,8 @@ class Search:
         ]
         what = "`rounds`, `initial_rate` or `global_tolerance`" if slopes else "`rate_slope` or `tolerance_slope`"
         raise PlanError(
-            f"{self.method} does not meet the budget within its tolerances in {state.number + 1} rounds.\n  "
+            f"{self.method} does not meet the budget within its tolerances: after round {state.number + 1} of at most "
+            f"{self.method.rounds},\n  "
             + "\n  ".join(lines)
             + f"\nRaise {what}, or the budget."
         )

@@ -82,7 +82,7 @@ def trained() -> tuple[nn.Module, list[Any], fxprune.Coupling]:
 def asked(share: float = 0.5, **settings: Any) -> Problem:
     _, data, coupling = trained()
     bounds = Budget(macs=share).bounds(coupling.costs(np.ones(coupling.num_channels, dtype=bool)))
-    return Problem(coupling, bounds, **({"constraints": Constraints(), "calibration": data, "tasks": TASKS} | settings))
+    return replace(Problem(coupling, bounds, Constraints(), data, TASKS), **settings)
 
 
 def slim_losses(keep: np.ndarray) -> np.ndarray:
@@ -176,11 +176,11 @@ def test_the_worst_task_decides() -> None:
     def fragile(outputs: Any, batch: Any) -> Tensor:
         return square(outputs, batch) ** 3
 
-    method = PAGCP(initial_rate=0.2, global_tolerance=2.0)
+    method = PAGCP(initial_rate=0.4, global_tolerance=3.0)
     alone = first_round(method, tasks={"square": Task(square)}).visits
     both = first_round(method, tasks={"square": Task(square), "fragile": Task(fragile)}).visits
     assert {v.task for v in both} == {"fragile"}
-    assert both[0].ratio < alone[0].ratio
+    assert sum(v.ratio for v in both) < sum(v.ratio for v in alone)
 
 
 def test_a_unit_that_no_ratio_harms_is_pruned_at_the_last() -> None:
@@ -222,7 +222,7 @@ def test_the_budget_is_met_and_used(fast: bool, share: float) -> None:
 def test_constraints_hold() -> None:
     _, data, coupling = trained()
     constraints = Constraints(multiple_of=4, min_width=8, keep_outputs=["a"])
-    method = PAGCP(initial_rate=0.2, global_tolerance=2.5)
+    method = PAGCP(initial_rate=0.2, global_tolerance=2.5, rate_slope=0.2)
     plan = fxprune.plan(
         coupling, Budget(macs=0.6), method=method, calibration=data, tasks=TASKS, constraints=constraints
     )
@@ -324,7 +324,7 @@ def test_what_is_missing_is_named(settings: dict[str, Any], message: str) -> Non
 def test_a_budget_beyond_the_tolerances_is_refused_with_how_far_it_got() -> None:
     for settings, fix in (({"rounds": 1}, "Raise `rounds`, `initial_rate`"), ({"rate_slope": 0.0}, "Raise `rate_slope`")):
         method = PAGCP(**({"initial_rate": 1e-4, "global_tolerance": 1.001, "tolerance_slope": 0.0} | settings))
-        with pytest.raises(PlanError, match=r"does not meet the budget.*\(30\.0% of the dense.*reached") as raised:
+        with pytest.raises(PlanError, match=r"(?s)does not meet the budget.*\(30\.0% of the dense.*reached") as raised:
             method.search(asked(0.3))
         assert fix in str(raised.value)
 
