@@ -63,8 +63,8 @@ class Problem:
         known = given if self.tasks is None else replace(given, tasks=self.tasks)
         if moments and list(known.losses) != list(known.tasks or {}):
             raise PlanError(
-                f"{name} has tasks {list(known.tasks or {})}, and the calibration is of {list(known.losses)}. Calibrate "
-                "with the same tasks, or pass batches."
+                f"{name} has tasks {list(known.tasks or {})}, and the calibration is of {list(known.losses)}. "
+                "Calibrate with the same tasks, or pass batches."
             )
         return known
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from fxprune.errors import PlanError
 from fxprune.problems import Problem
-from fxprune.visiting import Found, Search
+from fxprune.visiting import Search
+from fxprune.visits import Found
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class PAGCP:
 
     The paper stops by tolerance, a plan by its budget: rounds go on, each with higher tolerances and relative to the
     losses of the network so far, until the budget is met. Of the last round, the units with the least rise per
-    multiply-accumulate go first until it is met, and what is saved beyond is given back, the costliest unit first.
+    multiply-accumulate go first until it is met, and what is saved beyond is given back, the dearest unit first.
 
     The losses are those of the calibration batches, in eval mode, removed channels set to zero: pass a part of the
     training data that was held out, never test data. A norm over channels (`nn.LayerNorm`) still counts the zeros.
@@ -37,7 +38,7 @@ class PAGCP:
     same channels are measured once.
 
     With `fast`, channels go in the order of `Joint`'s paths, whose errors say which ratio of each unit will hold. A
-    block of several units is then confirmed together, with at most three measurements, against the product of its
+    block of twelve units is then confirmed together, with at most three measurements, against the product of its
     tolerances: a bound on the product is what the schedule promises, but a unit's own tolerance is not checked.
 
     Attributes:

@@ -100,14 +100,22 @@ class Units:
             choices: (steps, choices per step) another order than that of the scores.
         """
         choices = group.path(self.score(group, keep)) if choices is None else choices
-        per_step, c = sum(group.takes), self._constraints
-        width = int(keep[np.concatenate(group.cells)].sum())
+        per_step, width = sum(group.takes), int(keep[np.concatenate(group.cells)].sum())
         steps = np.arange(len(choices) + 1)
-        left = width - per_step * steps
-        fits = (left >= max(c.min_width, per_step)) & (group.width - left <= c.max_ratio * group.width + 1e-9)
-        fits &= left % c.multiple_of == 0
+        fits = self._allowed(group, width - per_step * steps)
         fits[0] = True
         return Candidates(group.index, choices, steps[fits], width // per_step)
+
+    def may_have(self, group: Group, keep: np.ndarray) -> bool:
+        """Say whether the constraints allow the width that a group has in `keep` (channels,)."""
+        return bool(self._allowed(group, keep[np.concatenate(group.cells)].sum()))
+
+    def _allowed(self, group: Group, width: np.ndarray) -> np.ndarray:
+        c = self._constraints
+        enough = (width >= max(c.min_width, sum(group.takes))) & (
+            group.width - width <= c.max_ratio * group.width + 1e-9
+        )
+        return enough & ((width % c.multiple_of == 0) | (width == group.width))
 
     def without(self, keep: np.ndarray, choices: np.ndarray) -> np.ndarray:
         """Return what is left of `keep` (channels,) when choices go, and what follows from them."""

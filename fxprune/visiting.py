@@ -18,7 +18,9 @@ from fxprune.predicting import Forecast, confirm
 from fxprune.probing import Probe
 from fxprune.problems import Problem
 from fxprune.resuming import read_state, write_state
+from fxprune.trimming import trim
 from fxprune.units import Candidates, Units
+from fxprune.visits import Found, State, Visit
 
 if TYPE_CHECKING:
     from fxprune.tolerating import PAGCP
@@ -29,76 +31,8 @@ RATIOS = tuple(i / 20 for i in range(1, 20))
 """Which shares of a unit are tried."""
 TRIAL = 0.3
 """Which share of each unit goes in the trial that orders them."""
-BLOCK = 4
+BLOCK = 12
 """How many units the fast search confirms together."""
-
-
-@dataclass(frozen=True, slots=True)
-class Visit:
-    """What a visit to a unit has found.
-
-    Attributes:
-        group: index of the group.
-        ratio: the last ratio that held; 0 where none did.
-        steps: how many steps of the group's path that takes.
-        rise: by how much the sum of all losses rose.
-        saved: how many multiply-accumulates it saves after the units before it.
-        task: which task stopped it; None where none did, or a block was confirmed as a whole.
-    """
-
-    group: int
-    ratio: float
-    steps: int
-    rise: float
-    saved: int
-    task: str | None
-
-    @property
-    def price(self) -> float:
-        """The rise per multiply-accumulate."""
-        return self.rise / self.saved if self.saved else math.inf
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """Where a search is.
-
-    Attributes:
-        number: of the round, from 0.
-        gone: channels that went in the rounds before.
-        base: (tasks,) losses that candidates are compared with.
-        tolerance: of the next unit.
-        visits: of this round.
-        evaluations: how often losses were measured on all batches.
-        scale: (tasks,) how many times what is forecast has turned out to be; 1 without `fast`.
-        done: the budget is met: `gone` is the answer.
-    """
-
-    number: int
-    gone: tuple[int, ...]
-    base: tuple[float, ...]
-    tolerance: float
-    visits: tuple[Visit, ...]
-    evaluations: int
-    scale: tuple[float, ...]
-    done: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What a search has found.
-
-    Attributes:
-        keep: (channels,) what to keep.
-        rounds: how many rounds it took.
-        evaluations: how often losses were measured on all batches.
-        visits: of the last round.
-    """
-
-    keep: np.ndarray
-    rounds: int
-    evaluations: int
-    visits: tuple[Visit, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +237,7 @@ class Search:
                 keep = self.units.without(keep, paths[visit.group].choices[: visit.steps])
         done = self.coupling.costs.within(keep, self.bounds)
         if done:
-            keep = self._trimmed(this.start, [(paths[visit.group], visit.steps) for visit in chosen])
+            keep = trim(self.units, self.bounds, this.start, [(paths[v.group], v.steps) for v in chosen])
         else:
             self._check_progress(state, keep, bool(chosen))
         gone = tuple(map(int, np.flatnonzero(~keep)))
@@ -313,36 +247,6 @@ class Search:
         base = tuple(map(float, self.probe.losses(keep) if chosen else state.base))
         evaluations = state.evaluations + bool(chosen)
         return State(state.number + 1, gone, base, first, (), evaluations, state.scale)
-
-    def _trimmed(self, start: np.ndarray, units: Sequence[tuple[Candidates, int]]) -> np.ndarray:
-        """Take units, the cheapest first, until the budget is met; give back what was not needed, the dearest first."""
-
-        def left(steps: Sequence[int]) -> np.ndarray:
-            keep = start
-            for (unit, _), count in zip(units, steps, strict=False):
-                keep = self.units.without(keep, unit.choices[:count]) if count else keep
-            return keep
-
-        def fits(steps: Sequence[int]) -> bool:
-            keep = left(steps)
-            return self.coupling.costs.within(keep, self.bounds) and not self.coupling.violation(keep)
-
-        steps: list[int] = []
-        for _, most in units:
-            steps.append(most)
-            if fits(steps):
-                break
-        for i in reversed(range(len(steps))):
-            allowed = units[i][0].allowed
-            low, high = 0, int(np.searchsorted(allowed, steps[i]))
-            while low < high:
-                middle = (low + high) // 2
-                if fits([*steps[:i], int(allowed[middle]), *steps[i + 1 :]]):
-                    high = middle
-                else:
-                    low = middle + 1
-            steps[i] = int(allowed[high])
-        return left(steps)
 
     def _check_progress(self, state: State, keep: np.ndarray, progress: bool) -> None:
         """Check that another round can help.
@@ -362,7 +266,5 @@ class Search:
         what = "`rounds`, `initial_rate` or `global_tolerance`" if slopes else "`rate_slope` or `tolerance_slope`"
         raise PlanError(
             f"{self.method} does not meet the budget within its tolerances: after round {state.number + 1} of at most "
-            f"{self.method.rounds},\n  "
-            + "\n  ".join(lines)
-            + f"\nRaise {what}, or the budget."
+            f"{self.method.rounds},\n  " + "\n  ".join(lines) + f"\nRaise {what}, or the budget."
         )

@@ -20,7 +20,8 @@ from fxprune.calibrating import calibrate
 from fxprune.methods import PAGCP, Problem
 from fxprune.planning import plan_of
 from fxprune.tolerating import decay
-from fxprune.visiting import RATIOS, Found, Search
+from fxprune.visiting import RATIOS, Search
+from fxprune.visits import Found
 
 torch.set_num_threads(1)
 
@@ -120,7 +121,9 @@ def brute_force(method: PAGCP) -> list[tuple[int, float, str | None]]:
 
     def ranked(name: str) -> list[int]:
         score = sum(
-            np.abs(weights[f"{m}.weight"][left[name]][:, left[inputs[m]] if m in inputs else slice(None)]).mean((1, 2, 3))
+            np.abs(weights[f"{m}.weight"][left[name]][:, left[inputs[m]] if m in inputs else slice(None)]).mean(
+                (1, 2, 3)
+            )
             for m in makers[name]
         )
         return [left[name][i] for i in np.argsort(score, kind="stable")]
@@ -213,7 +216,7 @@ def test_the_budget_is_met_and_used(fast: bool, share: float) -> None:
     method = PAGCP(initial_rate=0.1, global_tolerance=1.6, fast=fast)
     _, data, coupling = trained()
     plan = fxprune.plan(coupling, Budget(macs=share), method=method, calibration=data, tasks=TASKS)
-    assert 0.95 * share < plan.costs.share("macs") <= share
+    assert 0.98 * share < plan.costs.share("macs") <= share
     assert plan.method == repr(method)
     found = method.search(asked(share))
     assert np.array_equal(found.keep, plan.keep)
@@ -247,7 +250,7 @@ def test_compile_takes_it_and_corrects_weights_where_asked() -> None:
 def test_the_fast_search_measures_less_and_plans_as_well() -> None:
     method = PAGCP(initial_rate=0.1, global_tolerance=1.6)
     full, fast = (replace(method, fast=flag).search(asked(0.5)) for flag in (False, True))
-    assert fast.evaluations * 5 <= full.evaluations
+    assert fast.evaluations * 6 <= full.evaluations
     assert slim_losses(fast.keep).sum() <= 1.1 * slim_losses(full.keep).sum()
 
 
@@ -322,7 +325,10 @@ def test_what_is_missing_is_named(settings: dict[str, Any], message: str) -> Non
 
 
 def test_a_budget_beyond_the_tolerances_is_refused_with_how_far_it_got() -> None:
-    for settings, fix in (({"rounds": 1}, "Raise `rounds`, `initial_rate`"), ({"rate_slope": 0.0}, "Raise `rate_slope`")):
+    for settings, fix in (
+        ({"rounds": 1}, "Raise `rounds`, `initial_rate`"),
+        ({"rate_slope": 0.0}, "Raise `rate_slope`"),
+    ):
         method = PAGCP(**({"initial_rate": 1e-4, "global_tolerance": 1.001, "tolerance_slope": 0.0} | settings))
         with pytest.raises(PlanError, match=r"(?s)does not meet the budget.*\(30\.0% of the dense.*reached") as raised:
             method.search(asked(0.3))
@@ -358,7 +364,7 @@ def test_any_object_that_chooses_is_a_method() -> None:
     assert np.array_equal(plan.keep, keep)
     with pytest.raises(PlanError, match="expected bool of shape"):
         fxprune.plan(coupling, Budget(macs=0.5), method=Chooses([1, 2]))
-    with pytest.raises(PlanError, match="Stop at `problem.bounds`"):
+    with pytest.raises(PlanError, match=r"Stop at `problem\.bounds`"):
         fxprune.plan(coupling, Budget(macs=0.5), method=Chooses(np.ones(len(keep), dtype=bool)))
     with pytest.raises(PlanError, match="the class PAGCP, not an instance"):
         fxprune.plan(coupling, Budget(macs=0.5), method=methods.PAGCP)  # type: ignore[arg-type]

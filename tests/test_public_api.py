@@ -17,7 +17,9 @@ NAMES = {
     "Traced", "Coupling", "Plan", "Budget", "Constraints", "Task", "Verification", "Report",
     "FxPruneError", "TraceError", "CouplingError", "PlanError", "RewriteError", "VerificationError", "ArtifactError",
 }  # fmt: skip
-METHODS = {"BatchNormScale", "Magnitude", "Method", "Random", "Taylor"}
+METHODS = {
+    "BatchNormScale", "Joint", "Magnitude", "Method", "PAGCP", "PathMethod", "Problem", "Random", "SearchMethod", "Taylor",
+}  # fmt: skip
 KEYWORD_ONLY = {
     "compile": ["method", "calibration", "tasks", "constraints", "verify", "unknown", "progress"],
     "couple": ["unknown", "freeze"],
