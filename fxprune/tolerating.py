@@ -51,7 +51,7 @@ class PAGCP:
         tolerance_slope: what each round adds to `global_tolerance`.
         norm: 1 for absolute values of weights, 2 for their squares.
         compensate: the weights that stay are corrected, in the search and by `compile`; as published they are not.
-        fast: measure about ten times less often.
+        fast: measure about ten times less often, after one pass that gathers moments (not counted as a measurement).
         damping: of the correction and of `fast`; as of `Joint`.
         checkpoint: a file that holds where the search is, written after every unit. Started again, it goes on.
 

@@ -20,6 +20,7 @@ from fxprune.calibrating import calibrate
 from fxprune.methods import PAGCP, Problem
 from fxprune.planning import plan_of
 from fxprune.tolerating import decay
+from fxprune.units import Units
 from fxprune.visiting import RATIOS, Search
 from fxprune.visits import Found
 
@@ -231,6 +232,51 @@ def test_constraints_hold() -> None:
     )
     assert ("a.weight", 0) not in plan.kept
     assert all(g.after % 4 == 0 and g.after >= 8 for g in plan.groups)
+
+
+class Mixed(nn.Module):
+    """Grouped, depthwise and transposed convolutions, and a residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.deep = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.a, self.b = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 3, padding=1, groups=4)
+        self.up, self.head = nn.ConvTranspose2d(16, 12, 2, stride=2), nn.Conv2d(12, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.deep(self.stem(x)).relu()
+        return self.head(self.up(x + self.b(self.a(x).relu())).relu())
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("min_width", [0, 1])
+def test_groups_of_all_kinds_are_units(fast: bool, min_width: int) -> None:
+    torch.manual_seed(0)
+    model, x = Mixed().eval(), torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        wanted = model(x) + 0.1
+    slim = fxprune.compile(
+        model, x, Budget(macs=0.6, params=0.7), method=PAGCP(initial_rate=0.3, fast=fast), progress=False,
+        calibration=[(x, wanted)], tasks={"same": Task(lambda outputs, batch: F.mse_loss(outputs, batch[1]))},
+        constraints=Constraints(min_width=min_width),
+    )  # fmt: skip
+    report = fxprune.report(slim)
+    assert report.verification is not None
+    assert report.verification.passed
+    assert {"balanced", "channels"} <= {g.kind for g in report.plan.groups}
+    assert report.plan.costs.share("macs") <= 0.6
+    assert report.plan.costs.share("params") <= 0.7
+
+
+def test_channels_are_scored_on_the_weights_that_make_them() -> None:
+    model = Mixed().eval()
+    coupling = fxprune.couple(fxprune.trace(model, torch.randn(1, 3, 8, 8)))
+    units = Units(coupling, Constraints(), 1)
+    keep = np.ones(coupling.num_channels, dtype=bool)
+    site = next(s for s in coupling.sites if s.name == "up.weight" and s.dim == 1)
+    group = next(g for g in coupling.groups() if np.isin(site.channels, np.concatenate(g.cells)).all())
+    wanted = model.up.weight.detach().double().abs().mean((0, 2, 3)).numpy()
+    assert np.allclose(units.score(group, keep)[site.channels.ravel()], wanted)
 
 
 def test_compile_takes_it_and_corrects_weights_where_asked() -> None:

@@ -18,7 +18,8 @@ NAMES = {
     "FxPruneError", "TraceError", "CouplingError", "PlanError", "RewriteError", "VerificationError", "ArtifactError",
 }  # fmt: skip
 METHODS = {
-    "BatchNormScale", "Joint", "Magnitude", "Method", "PAGCP", "PathMethod", "Problem", "Random", "SearchMethod", "Taylor",
+    "BatchNormScale", "Joint", "Magnitude", "Method", "PAGCP", "PathMethod", "Problem", "Random", "SearchMethod",
+    "Taylor",
 }  # fmt: skip
 KEYWORD_ONLY = {
     "compile": ["method", "calibration", "tasks", "constraints", "verify", "unknown", "progress"],
