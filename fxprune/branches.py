@@ -19,7 +19,7 @@ from fxprune.costs import Costs
 from fxprune.coupling import Coupling, close_record, couple
 from fxprune.cutting import cut, home_name
 from fxprune.emptying import CannotEmptyError, Emptying, Removal
-from fxprune.errors import ArtifactError
+from fxprune.errors import ArtifactError, PlanError
 from fxprune.folding import Fold, fold, narrowed
 from fxprune.masking import InFloat64
 from fxprune.slimming import EXACT
@@ -212,3 +212,20 @@ def build_without(
             f"the plan keeps nothing of a dim, and its channels {error}. The plan is damaged, or of another network."
         ) from error
     return slim
+
+
+def costs_of(coupling: Coupling, keep: np.ndarray) -> Costs:
+    """Return what the network of the channels `keep` (channels,) costs, without the branches that keep nothing.
+
+    Raises:
+        PlanError: a dim would keep nothing that cannot go.
+    """
+    if not coupling.costs.emptied(keep):
+        return coupling.costs(keep)
+    try:
+        return Branches(coupling).costs(keep)
+    except CannotEmptyError as error:
+        raise PlanError(
+            f"these channels cannot be kept: nothing would be left of a dim, and its channels {error}. Keep one of "
+            "each dim."
+        ) from error

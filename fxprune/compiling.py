@@ -17,9 +17,10 @@ from fxprune.compensating import compensate
 from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling, couple
 from fxprune.errors import PlanError, RewriteError
-from fxprune.methods import Method, PathMethod
-from fxprune.planning import check_request, default_method, moments, plan
+from fxprune.methods import AnyMethod, PathMethod, SearchMethod, default_method
+from fxprune.planning import check_request, plan
 from fxprune.plans import Plan
+from fxprune.problems import gathered
 from fxprune.reporting import Compiled, make_report
 from fxprune.rewriting import rewrite
 from fxprune.saving import describe_inputs
@@ -39,7 +40,7 @@ def compile(
     example_inputs: Any,
     budget: Budget,
     *,
-    method: Method | PathMethod | None = None,
+    method: AnyMethod | None = None,
     calibration: Iterable[Any] | Calibration | None = None,
     tasks: Mapping[str, Task] | None = None,
     constraints: Constraints | None = None,
@@ -82,7 +83,9 @@ def compile(
         _step(bar, "couple")
         coupling = couple(traced, unknown=unknown)
         _step(bar, "plan")
-        known = moments(coupling, method, batches, tasks) if isinstance(method, PathMethod) else batches
+        corrects = isinstance(method, SearchMethod) and getattr(method, "compensate", False)
+        reads = corrects or isinstance(method, PathMethod)
+        known = gathered(coupling, method, batches, tasks) if reads else batches
         choose = partial(
             plan,
             budget=budget,

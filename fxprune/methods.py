@@ -2,7 +2,8 @@
 
 A method is a frozen dataclass with `scope` and `scores(coupling, calibration, tasks) -> (channels,) array`; a lower
 score goes first. Any object with these two works as `method=`. One whose order depends on what else goes has, instead
-of `scores`, `rounds` and `paths(coupling, calibration, keep)`: see `PathMethod`.
+of `scores`, `rounds` and `paths(coupling, calibration, keep)`: see `PathMethod`. One that searches by itself has
+`choose(problem) -> (channels,) bool` and nothing else: see `SearchMethod`.
 """
 
 from __future__ import annotations
@@ -23,9 +24,23 @@ from fxprune.criteria.taylor import taylor
 from fxprune.criteria.torch_pruning import torch_pruning_scores
 from fxprune.paths import RemovalPath
 from fxprune.probing import Probe, measured
+from fxprune.problems import Problem
 from fxprune.tasks import Task
+from fxprune.tolerating import PAGCP
 
-__all__ = ["BatchNormScale", "FromTorchPruning", "Joint", "Magnitude", "Method", "PathMethod", "Random", "Taylor"]
+__all__ = [
+    "PAGCP",
+    "BatchNormScale",
+    "FromTorchPruning",
+    "Joint",
+    "Magnitude",
+    "Method",
+    "PathMethod",
+    "Problem",
+    "Random",
+    "SearchMethod",
+    "Taylor",
+]
 
 Scope = Literal["uniform", "global", "optimal"]
 SCOPES: tuple[Scope, ...] = ("uniform", "global", "optimal")
@@ -73,6 +88,22 @@ class PathMethod(Protocol):
             keep: (channels,) what the last plan keeps; None at first.
         """
         ...
+
+
+@runtime_checkable
+class SearchMethod(Protocol):
+    """What `plan` asks of a method that searches by itself.
+
+    If it has an attribute `compensate` that is true, `compile` gathers moments once, gives them as calibration, and
+    corrects the weights that stay.
+    """
+
+    def choose(self, problem: Problem) -> np.ndarray:
+        """Return (channels,) bool, what to keep: within the bounds, and what `coupling.violation` accepts."""
+        ...
+
+
+AnyMethod = Method | PathMethod | SearchMethod
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +214,11 @@ class FromTorchPruning:
     ) -> np.ndarray:
         """Return (channels,) scores."""
         return torch_pruning_scores(coupling, self.importance, calibration, tasks)
+
+
+def default_method(calibration: object) -> AnyMethod:
+    """Return the method that is used where none is asked for."""
+    return Magnitude() if calibration is None else Joint()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from fxprune.allocating import allocate
-from fxprune.assuming import assume
 from fxprune.atoms import FIXED
-from fxprune.branches import Branches
+from fxprune.branches import costs_of
 from fxprune.budgets import Budget
-from fxprune.calibrating import Calibration, calibrate, split
+from fxprune.calibrating import Calibration
+from fxprune.choosing import Chooser
 from fxprune.closing import owner
 from fxprune.constraining import Constraints, constrain
-from fxprune.costs import CostChange, Costs
+from fxprune.costs import CostChange
 from fxprune.coupling import Coupling
-from fxprune.emptying import CannotEmptyError
 from fxprune.errors import ArtifactError, PlanError
-from fxprune.guarding import Guard
 from fxprune.labels import Labels
-from fxprune.methods import SCOPES, Joint, Magnitude, Method, PathMethod
-from fxprune.paths import paths_by_score
+from fxprune.methods import SCOPES, AnyMethod, PathMethod, SearchMethod, default_method
 from fxprune.pausing import without_collector
 from fxprune.plans import GroupWidth, Plan, frozen
-from fxprune.probing import Probe
 from fxprune.tasks import Task
 
 
@@ -34,7 +28,7 @@ def plan(
     coupling: Coupling,
     budget: Budget,
     *,
-    method: Method | PathMethod | None = None,
+    method: AnyMethod | None = None,
     calibration: Iterable[Any] | Calibration | None = None,
     tasks: Mapping[str, Task] | None = None,
     constraints: Constraints | None = None,
@@ -67,18 +61,29 @@ def plan(
         calibration,
         tasks,
         constraints or Constraints(),
-        on_conflict,
+        closest=on_conflict == "closest",
     )
 
 
-def default_method(calibration: object) -> Method | PathMethod:
-    """Return the method that is used where none is asked for."""
-    return Magnitude() if calibration is None else Joint()
+def _plan(
+    coupling: Coupling,
+    budget: Budget,
+    method: AnyMethod,
+    calibration: Iterable[Any] | Calibration | None,
+    tasks: Mapping[str, Task] | None,
+    constraints: Constraints,
+    *,
+    closest: bool,
+) -> Plan:
+    bound = constrain(coupling, constraints)
+    chooser = Chooser(bound, method, constraints, calibration, tasks)
+    keep = chooser.keep(budget.bounds(bound.costs(np.ones(bound.num_channels, dtype=bool))), closest=closest)
+    return plan_of(bound, keep, method=repr(method), budget=budget.to_dict())
 
 
 def check_request(
     budget: Budget,
-    method: Method | PathMethod | None,
+    method: AnyMethod | None,
     calibration: Iterable[Any] | Calibration | None,
     tasks: Mapping[str, Task] | None,
     constraints: Constraints | None,
@@ -92,10 +97,10 @@ def check_request(
         raise PlanError(f"the budget is {budget!r}. Pass `fxprune.Budget(macs=0.5)`.")
     if method is not None:
         ranks = callable(getattr(method, "scores", None)) or isinstance(method, PathMethod)
-        if isinstance(method, type) or not ranks or not hasattr(method, "scope"):
+        if isinstance(method, type) or not (isinstance(method, SearchMethod) or (ranks and hasattr(method, "scope"))):
             what = f"the class {method.__name__}" if isinstance(method, type) else repr(method)
             raise PlanError(f"the method is {what}, not an instance of a method. Pass `methods.Magnitude()`.")
-        if method.scope not in SCOPES:
+        if not isinstance(method, SearchMethod) and method.scope not in SCOPES:
             raise PlanError(f"the method {method!r} has scope {method.scope!r}. Pass one of {SCOPES}.")
     if not isinstance(calibration, (Calibration, type(None), Iterable)) and not hasattr(calibration, "__getitem__"):
         raise PlanError(f"the calibration is {calibration!r}, which cannot be iterated. Pass a list of batches.")
@@ -109,101 +114,6 @@ def check_request(
                 raise PlanError(f"tasks has {name!r}: {task!r}. Pass `tasks={{'name': fxprune.Task(loss)}}`.")
     if constraints is not None and not isinstance(constraints, Constraints):
         raise PlanError(f"the constraints are {constraints!r}. Pass `fxprune.Constraints(min_width=8)`.")
-
-
-def _plan(
-    coupling: Coupling,
-    budget: Budget,
-    method: Method | PathMethod,
-    calibration: Iterable[Any] | Calibration | None,
-    tasks: Mapping[str, Task] | None,
-    constraints: Constraints,
-    on_conflict: str,
-) -> Plan:
-    bound = constrain(coupling, constraints)
-    bounds = budget.bounds(bound.costs(np.ones(bound.num_channels, dtype=bool)))
-    if isinstance(method, PathMethod):
-        found = moments(coupling, method, calibration, tasks)
-        paths = method.paths(bound, found, None)
-        for _ in range(method.rounds - 1):
-            paths = method.paths(bound, found, allocate(bound, paths, method.scope, constraints, bounds))
-    else:
-        if isinstance(calibration, Calibration):
-            raise PlanError(f"{method} reads batches, not a Calibration. Pass a list of batches or a DataLoader.")
-        found = None
-        if any(task.tolerance is not None for task in (tasks or {}).values()):
-            used, held_out = split(_needed(method, calibration))
-            found = Calibration({}, {}, {}, 0, coupling.fingerprint, used, tasks, held_out)
-        data = calibration if found is None else found.batches
-        paths = paths_by_score(bound, _scores(bound, method, data, tasks))
-
-    def choose(bounds: Mapping[str, float], weights: np.ndarray) -> np.ndarray:
-        return allocate(bound, [path.weighed(weights) for path in paths], method.scope, constraints, bounds)
-
-    guard = None if found is None else _guard(bound, method, found)
-    everything = np.ones(1)
-    keep = (
-        choose(bounds, everything)
-        if guard is None
-        else guard.choose(choose, bound.costs, bounds, closest=on_conflict == "closest")
-    )
-    return plan_of(bound, keep, method=repr(method), budget=budget.to_dict())
-
-
-def _guard(coupling: Coupling, method: Method | PathMethod, found: Calibration) -> Guard | None:
-    """Return what checks the tolerances of tasks; None where there are none."""
-    limits = {name: task.tolerance for name, task in (found.tasks or {}).items()}
-    if all(limit is None for limit in limits.values()):
-        return None
-    correct = isinstance(method, PathMethod) and bool(getattr(method, "compensate", False))
-    damping = float(getattr(method, "damping", 0.0))
-    return Guard(Probe(coupling, found, damping=damping, compensate=correct, batches=found.held_out), limits)
-
-
-def _needed(method: object, calibration: Iterable[Any] | None) -> Iterable[Any]:
-    if calibration is None:
-        raise PlanError(
-            f"{method} needs calibration batches: pass `calibration=loader`, and `tasks={{'name': fxprune.Task(loss)}}`"
-            " for the losses that count, or use `Magnitude()`."
-        )
-    return calibration
-
-
-def moments(
-    coupling: Coupling,
-    method: PathMethod,
-    calibration: Iterable[Any] | Calibration | None,
-    tasks: Mapping[str, Task] | None,
-) -> Calibration:
-    """Return what a method reads: a calibration as it is given, or gathered from batches, or assumed without data."""
-    if isinstance(calibration, Calibration):
-        return calibration
-    if calibration is None and not tasks:
-        return assume(coupling)
-    batches = _needed(method, calibration)
-    if all(task.tolerance is None for task in (tasks or {}).values()):
-        return calibrate(coupling, batches, tasks)
-    used, held_out = split(batches)
-    return replace(calibrate(coupling, used, tasks), held_out=held_out)
-
-
-def _scores(
-    coupling: Coupling, method: Method, calibration: Iterable[Any] | None, tasks: Mapping[str, Task] | None
-) -> np.ndarray:
-    """Return a method's (channels,) scores, checked."""
-    score = np.asarray(method.scores(coupling, calibration, tasks), dtype=np.float64)
-    if score.shape != (coupling.num_channels,):
-        raise PlanError(
-            f"{method} returned scores of shape {score.shape}, expected ({coupling.num_channels},). Return one number "
-            "for each channel."
-        )
-    wrong = np.flatnonzero(~np.isfinite(score))
-    if len(wrong):
-        raise PlanError(
-            f"{method} returned {len(wrong)} of {len(score)} scores that are not finite: {score[wrong[0]]} for channel "
-            f"{wrong[0]}. Return finite numbers; check the weights, and the losses where the method uses them."
-        )
-    return score
 
 
 @without_collector
@@ -223,7 +133,6 @@ def plan_of(
         )
     dense = coupling.costs(np.ones(coupling.num_channels, dtype=bool))
     kept, sizes = _kept(coupling, keep)
-    empties = bool(coupling.costs.emptied(keep))
     counts = _sites_per_channel(coupling)
     groups = []
     for group in coupling.groups():
@@ -234,24 +143,13 @@ def plan_of(
     return Plan(
         kept,
         sizes,
-        CostChange(dense, _without_branches(coupling, keep) if empties else coupling.costs(keep)),
+        CostChange(dense, costs_of(coupling, keep)),
         tuple(groups),
         method,
         dict(budget or {}),
         coupling.fingerprint,
         frozen(keep.copy()),
     )
-
-
-def _without_branches(coupling: Coupling, keep: np.ndarray) -> Costs:
-    """Return what the network of the channels `keep` (channels,) costs, without the branches that keep nothing."""
-    try:
-        return Branches(coupling).costs(keep)
-    except CannotEmptyError as error:
-        raise PlanError(
-            f"these channels cannot be kept: nothing would be left of a dim, and its channels {error}. Keep one of "
-            "each dim."
-        ) from error
 
 
 def _sites_per_channel(coupling: Coupling) -> np.ndarray:

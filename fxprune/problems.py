@@ -1,0 +1,108 @@
+"""What a method that searches by itself is asked: a network, bounds, and the data it may look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fxprune.assuming import assume
+from fxprune.calibrating import Calibration, calibrate, split
+from fxprune.constraining import Constraints
+from fxprune.coupling import Coupling
+from fxprune.errors import PlanError
+from fxprune.tasks import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What `plan` asks of a method that chooses by itself.
+
+    Attributes:
+        coupling: the network; what the constraints keep is frozen in it.
+        bounds: resource -> the most it may cost, absolute.
+        constraints: limits on widths.
+        calibration: batches, or what was gathered on them; None if none were given.
+        tasks: name -> Task; None if none were given.
+    """
+
+    coupling: Coupling
+    bounds: Mapping[str, float]
+    constraints: Constraints
+    calibration: Iterable[Any] | Calibration | None = None
+    tasks: Mapping[str, Task] | None = None
+
+    def data(self, method: object, *, moments: bool = False) -> Calibration:
+        """Return batches and tasks to measure losses on, as a calibration; without moments unless they are wanted.
+
+        Args:
+            method: who asks, for the message.
+            moments: what was gathered at every layer is wanted too.
+
+        Raises:
+            PlanError: there are no batches or no tasks.
+        """
+        name = type(method).__name__
+        given = self.calibration
+        if given is None:
+            raise PlanError(
+                f"{name} needs calibration batches: pass `calibration=[(inputs, targets), ...]`, or use "
+                "`methods.Magnitude()`."
+            )
+        if not (self.tasks or (given.tasks if isinstance(given, Calibration) else None)):
+            raise PlanError(f"{name} needs tasks: pass `tasks={{'name': fxprune.Task(loss)}}`.")
+        if not isinstance(given, Calibration):
+            batches = list(given) if isinstance(given, Iterator) else given
+            if moments:
+                return gathered(self.coupling, method, batches, self.tasks)
+            return Calibration({}, {}, {}, 0, self.coupling.fingerprint, batches, self.tasks)
+        if given.batches is None:
+            raise PlanError(
+                f"{name} measures losses, and a calibration that was loaded has no batches. Pass "
+                "`calibration=[(inputs, targets), ...]`, or `dataclasses.replace(calibration, batches=batches)`."
+            )
+        known = given if self.tasks is None else replace(given, tasks=self.tasks)
+        if moments and list(known.losses) != list(known.tasks or {}):
+            raise PlanError(
+                f"{name} has tasks {list(known.tasks or {})}, and the calibration is of {list(known.losses)}. "
+                "Calibrate with the same tasks, or pass batches."
+            )
+        return known
+
+
+def gathered(
+    coupling: Coupling,
+    method: object,
+    calibration: Iterable[Any] | Calibration | None,
+    tasks: Mapping[str, Task] | None,
+) -> Calibration:
+    """Return what a method reads: a calibration as it is given, or gathered from batches, or assumed without data.
+
+    Where tasks have tolerances, some batches are held out.
+
+    Raises:
+        PlanError: tasks without batches.
+    """
+    if isinstance(calibration, Calibration):
+        return calibration
+    if calibration is None and not tasks:
+        return assume(coupling)
+    batches = needed(method, calibration)
+    if all(task.tolerance is None for task in (tasks or {}).values()):
+        return calibrate(coupling, batches, tasks)
+    used, held_out = split(batches)
+    return replace(calibrate(coupling, used, tasks), held_out=held_out)
+
+
+def needed(method: object, calibration: Iterable[Any] | None) -> Iterable[Any]:
+    """Return the batches.
+
+    Raises:
+        PlanError: there are none.
+    """
+    if calibration is None:
+        raise PlanError(
+            f"{method} needs calibration batches: pass `calibration=loader`, and `tasks={{'name': fxprune.Task(loss)}}`"
+            " for the losses that count, or use `Magnitude()`."
+        )
+    return calibration
