@@ -25,6 +25,7 @@ from fxprune.plans import Plan
 from fxprune.reporting import Report, report
 from fxprune.rewriting import rewrite
 from fxprune.saving import load, save
+from fxprune.sweeping import Sweep, sweep
 from fxprune.tasks import Task
 from fxprune.traced import Traced
 from fxprune.tracing import trace
@@ -45,6 +46,7 @@ __all__ = [
     "PlanError",
     "Report",
     "RewriteError",
+    "Sweep",
     "Task",
     "TraceError",
     "Traced",
@@ -60,6 +62,7 @@ __all__ = [
     "report",
     "rewrite",
     "save",
+    "sweep",
     "trace",
     "transfer",
     "verify",

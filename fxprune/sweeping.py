@@ -1,0 +1,131 @@
+"""A sweep: plans for many budgets from one calibration, and what each costs every task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate
+
+from fxprune.budgets import Budget
+from fxprune.calibrating import Calibration
+from fxprune.choosing import Chooser
+from fxprune.constraining import Constraints, constrain
+from fxprune.costs import RESOURCES
+from fxprune.coupling import Coupling
+from fxprune.errors import PlanError
+from fxprune.methods import AnyMethod, PathMethod, SearchMethod, default_method
+from fxprune.planning import check_request, plan_of
+from fxprune.plans import Plan
+from fxprune.probing import Probe
+from fxprune.problems import gathered
+from fxprune.tasks import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One budget of a sweep.
+
+    Attributes:
+        plan: what stays.
+        rises: task -> relative rise of its loss, right after the cut and, where the method does so, with the weights
+            corrected; empty where there was nothing to measure on.
+    """
+
+    plan: Plan
+    rises: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """The curve of budgets. Made by `sweep`; prints as a table, one row per budget.
+
+    Attributes:
+        points: in the order the budgets were given.
+    """
+
+    points: tuple[Point, ...]
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __iter__(self) -> Iterator[Point]:
+        return iter(self.points)
+
+    def __getitem__(self, index: int) -> Point:
+        return self.points[index]
+
+    def __str__(self) -> str:
+        tasks = list(self.points[0].rises) if self.points else []
+        rows = [
+            [*(f"{p.plan.costs.share(name):.1%}" for name in RESOURCES), *(f"{p.rises[t]:+.1%}" for t in tasks)]
+            for p in self.points
+        ]
+        return tabulate(rows, [*RESOURCES, *(f"{task} loss" for task in tasks)], colalign=["right"] * len(rows[0]))
+
+
+def sweep(
+    coupling: Coupling,
+    budgets: Iterable[Budget],
+    *,
+    method: AnyMethod | None = None,
+    calibration: Iterable[Any] | Calibration | None = None,
+    tasks: Mapping[str, Task] | None = None,
+    constraints: Constraints | None = None,
+) -> Sweep:
+    """Plan for many budgets; the data are read once.
+
+    Args:
+        coupling: from `couple`.
+        budgets: such as `[Budget(macs=m) for m in (0.7, 0.5, 0.3)]`.
+        method: as of `plan`.
+        calibration: as of `plan`; losses are measured on its batches, on those held out where tasks have tolerances.
+        tasks: as of `plan`.
+        constraints: as of `plan`.
+
+    Raises:
+        PlanError: no budget, or one that cannot be met; see `plan`.
+    """
+    asked = list(budgets)
+    if not asked:
+        raise PlanError("sweep() was given no budgets. Pass some, such as `[fxprune.Budget(macs=0.5)]`.")
+    for budget in asked:
+        check_request(budget, method, calibration, tasks, constraints)
+    method, constraints = method or default_method(calibration), constraints or Constraints()
+    data = list(calibration) if isinstance(calibration, Iterator) else calibration
+    bound = constrain(coupling, constraints)
+    reads = isinstance(method, (PathMethod, SearchMethod))
+    known = None
+    if isinstance(data, Calibration) or (data is not None and reads):
+        known = gathered(coupling, method, data, tasks)
+    elif data is not None:
+        known = Calibration({}, {}, {}, 0, coupling.fingerprint, data, tasks)
+    chooser = Chooser(bound, method, constraints, known if reads else data, tasks)
+    probe = None if known is None else _probe(bound, method, known)
+    dense = bound.costs(np.ones(bound.num_channels, dtype=bool))
+    points = []
+    for budget in asked:
+        keep = chooser.keep(budget.bounds(dense))
+        plan = plan_of(bound, keep, method=repr(method), budget=budget.to_dict())
+        points.append(Point(plan, {} if probe is None else _rises(probe, keep, known)))
+    return Sweep(tuple(points))
+
+
+def _probe(coupling: Coupling, method: AnyMethod, known: Calibration) -> Probe | None:
+    batches = known.held_out or known.batches
+    if batches is None:
+        return None
+    correct = isinstance(method, (PathMethod, SearchMethod)) and bool(getattr(method, "compensate", False))
+    damping = float(getattr(method, "damping", 0.0))
+    return Probe(coupling, known, damping=damping, compensate=correct, batches=batches)
+
+
+def _rises(probe: Probe, keep: np.ndarray, known: Calibration | None) -> dict[str, float]:
+    """Return the relative rise of each task's loss; without tasks, the change of the outputs."""
+    losses = probe.losses(keep)
+    if known is None or not known.tasks:
+        return {"outputs": float(losses[0])}
+    rises = (losses - probe.dense) / np.maximum(np.abs(probe.dense), 1e-12)
+    return dict(zip(known.tasks, rises.tolist(), strict=True))
