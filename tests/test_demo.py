@@ -197,8 +197,18 @@ def test_latency_pairs_the_runs():
 def test_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     readme = Path(__file__).parents[1] / "README.md"
     blocks = re.findall(r"^```python\n(.*?)^```", readme.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     monkeypatch.chdir(tmp_path)
     exec("\n".join(blocks), {})
-    promised = [line[2:] for line in blocks[1].splitlines() if line.startswith("# ")]
+    promised = [line[2:] for line in blocks[2].splitlines() if line.startswith("# ")]
     assert "\n".join(promised) in capsys.readouterr().out
+
+
+def test_code_of_the_page_on_methods_runs(tmp_path, monkeypatch, capsys):
+    page = Path(__file__).parents[1] / "docs" / "methods.md"
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(blocks), {"__name__": "__main__"})
+    assert (tmp_path / "calibration.safetensors").exists()
+    assert "outputs loss" in capsys.readouterr().out

@@ -22,13 +22,12 @@ import fxprune
 from fxprune.drawing import draw_groups
 from fxprune.examples.networks import SceneNet
 from fxprune.examples.scenes import make_splits
-from fxprune.examples.training import Recipe, evaluate, train
+from fxprune.examples.training import Recipe, evaluate, losses, train
 
 Scores = Mapping[str, float]
 
 METRICS = {"segmentation": "segmentation, mIoU", "depth": "depth, R\N{SUPERSCRIPT TWO}", "presence": "presence, mAP"}
 BATCH_SIZES = (1, 32)
-METHOD = fxprune.methods.Magnitude()
 CONSTRAINTS = fxprune.Constraints(multiple_of=8)  # odd widths save macs but little time
 
 
@@ -154,7 +153,9 @@ def run(*, seed: int = 0, budget: float = 0.5, out: Path = Path("fxprune_demo"),
     with _timed("training", seconds):
         train(dense, splits.train, recipe.epochs, recipe.learning_rate, seed)
     with _timed("compiling", seconds):
-        slim = fxprune.compile(dense, examples, bound, method=METHOD, constraints=CONSTRAINTS)
+        batches = list(splits.calibration.batches(64))
+        tasks = {name: fxprune.Task(loss) for name, loss in losses.items()}
+        slim = fxprune.compile(dense, examples, bound, calibration=batches, tasks=tasks, constraints=CONSTRAINTS)
     with _timed("testing", seconds):
         before, cut = evaluate(dense, splits.test), evaluate(slim, splits.test)
     with _timed("fine-tuning", seconds):
