@@ -23,7 +23,7 @@ from fxprune.criteria.random import random
 from fxprune.criteria.taylor import taylor
 from fxprune.criteria.torch_pruning import torch_pruning_scores
 from fxprune.paths import RemovalPath
-from fxprune.probing import Probe, measured
+from fxprune.probing import SHARES, Probe, measured
 from fxprune.problems import Problem
 from fxprune.tasks import Task
 from fxprune.tolerating import PAGCP
@@ -122,7 +122,7 @@ class Joint:
         rounds: how often to plan.
         damping: added to moments before they are inverted, as a share of their mean diagonal.
         samples: how many losses are measured on, at every width that is measured; 0 for no measurement. By default as
-            many as make all measurements together cost six passes over the calibration data, from 8 to 256.
+            many as make all measurements together cost twelve passes over the calibration data, from 8 to 256.
     """
 
     scope: Scope = "optimal"
@@ -136,9 +136,11 @@ class Joint:
     ) -> Sequence[RemovalPath]:
         """Return the removal path of every group."""
         paths = joint_paths(coupling, calibration, keep=keep, damping=self.damping, compensate=self.compensate)
-        if not self.samples or calibration.batches is None:
+        if self.samples == 0 or calibration.batches is None:
             return paths
-        probe = Probe(coupling, calibration, samples=self.samples, damping=self.damping, compensate=self.compensate)
+        share = 12 * calibration.samples // (len(SHARES) * max(len(paths), 1))
+        samples = min(max(share, 8), 256) if self.samples is None else self.samples
+        probe = Probe(coupling, calibration, samples=samples, damping=self.damping, compensate=self.compensate)
         return measured(probe, paths)
 
 

@@ -146,6 +146,15 @@ def test_measured_paths_cost_what_was_measured() -> None:
         assert (path.errors >= 0).all()
 
 
+def test_joint_measures_by_default_on_as_many_samples_as_the_data_allow() -> None:
+    _, coupling, _, found = setting()
+    told = joint_paths(coupling, found)
+    by_hand = measured(Probe(coupling, found, samples=24, damping=0.01, compensate=True), told)
+    for path, same, other in zip(methods.Joint().paths(coupling, found), by_hand, told, strict=True):
+        assert np.array_equal(path.errors, same.errors)  # 32 samples, 4 groups, 4 widths: 12 * 32 / 16
+        assert not np.array_equal(path.errors, other.errors)
+
+
 class Twins(nn.Module):
     """Every filter of the first layer is there twice."""
 
