@@ -112,7 +112,7 @@ class Joint:
 
     Second-order errors of all layers that read a channel, in the metric of the tasks' gradients, say in which order
     channels go, and what every width of a group costs. That cost is then measured at a few widths of every group, and
-    scaled. Widths are those of the least total cost within the budget, found again at the widths that were found first.
+    scaled. Widths are those of the least total cost within the budget; with more `rounds`, found again at those widths.
     See `fxprune.criteria.joint`. Without tasks, all outputs count alike; without data, weights and batch-norm
     statistics stand in for them (see `fxprune.assuming`), and nothing is measured.
 
@@ -122,12 +122,12 @@ class Joint:
         rounds: how often to plan.
         damping: added to moments before they are inverted, as a share of their mean diagonal.
         samples: how many losses are measured on, at every width that is measured; 0 for no measurement. By default as
-            many as make all measurements together cost twelve passes over the calibration data, from 8 to 256.
+            many as make all measurements together cost six passes over the calibration data, from 16 to 256.
     """
 
     scope: Scope = "optimal"
     compensate: bool = True
-    rounds: int = 2
+    rounds: int = 1
     damping: float = 0.01
     samples: int | None = None
 
@@ -138,8 +138,8 @@ class Joint:
         paths = joint_paths(coupling, calibration, keep=keep, damping=self.damping, compensate=self.compensate)
         if self.samples == 0 or calibration.batches is None:
             return paths
-        share = 12 * calibration.samples // (len(SHARES) * max(len(paths), 1))
-        samples = min(max(share, 8), 256) if self.samples is None else self.samples
+        share = 6 * calibration.samples // (len(SHARES) * max(len(paths), 1))
+        samples = min(max(share, 16), 256) if self.samples is None else self.samples
         probe = Probe(coupling, calibration, samples=samples, damping=self.damping, compensate=self.compensate)
         return measured(probe, paths)
 

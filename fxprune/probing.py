@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,24 +55,66 @@ class Probe:
         data = (calibration.batches or ()) if batches is None else batches
         self._batches = list(data if samples is None else _first(data, samples))
         self._state = {name: tensor for name, tensor, _ in coupling.traced.state}
-        self._dense = [] if self._tasks else [self._outputs({}, batch) for batch in self._batches]
+        self._answers = [self._outputs({}, batch) for batch in self._batches]
+        self._slopes: list[list[list[torch.Tensor | None]]] = []
         self.dense = self.losses(np.ones(coupling.num_channels, dtype=bool))
         """(tasks,) of the dense network."""
 
     def losses(self, keep: np.ndarray) -> np.ndarray:
         """Return (tasks,) mean losses of the network that keeps the channels `keep` (channels,)."""
+        return self._means(keep, lambda i, outputs: self._of_batch(i, outputs))
+
+    def rises(self, keep: np.ndarray) -> np.ndarray:
+        """Return (tasks,) how much the losses rise, relative, less what follows from their slope in the outputs.
+
+        That part is noise: over many samples a trained network has none left. What remains is never below zero for a
+        loss that is convex in the outputs, and a few dozen samples tell it.
+        """
+        if not self._tasks:
+            return self.losses(keep)
+        if not self._slopes:
+            self._slopes = [self._slopes_of(i) for i in range(len(self._batches))]
+
+        def rise(i: int, outputs: Any) -> list[float]:
+            moved = [
+                a.double() - b.double() for a, b in zip(_tensors(outputs), _tensors(self._answers[i]), strict=True)
+            ]
+            found = []
+            after, before = self._of_batch(i, outputs), self._of_batch(i, self._answers[i])
+            for slopes, new, old in zip(self._slopes[i], after, before, strict=True):
+                along = sum(float((g.double() * d).sum()) for g, d in zip(slopes, moved, strict=True) if g is not None)
+                found.append(new - old - along)
+            return found
+
+        return self._means(keep, rise) / np.maximum(np.abs(self.dense), 1e-12)
+
+    def _means(self, keep: np.ndarray, measure: Callable[[int, Any], list[float]]) -> np.ndarray:
+        """Return the mean over samples of a measure of the outputs of each batch."""
         values = {} if keep.all() else self._values(np.append(keep, True))
         total, count = np.zeros(len(self._tasks or [None])), 0
         for i, batch in enumerate(self._batches):
-            outputs = self._outputs(values, batch)
-            if self._tasks:
-                with torch.no_grad():
-                    found = [float(task.loss(outputs, batch)) for task in self._tasks.values()]
-            else:
-                found = [_change(outputs, self._dense[i])]
             samples = samples_in(batch)
-            total, count = total + np.array(found) * samples, count + samples
+            total += np.array(measure(i, self._outputs(values, batch))) * samples
+            count += samples
         return total / max(count, 1)
+
+    def _of_batch(self, i: int, outputs: Any) -> list[float]:
+        if not self._tasks:
+            return [_change(outputs, self._answers[i])]
+        with torch.no_grad():
+            return [float(task.loss(outputs, self._batches[i])) for task in self._tasks.values()]
+
+    def _slopes_of(self, i: int) -> list[list[torch.Tensor | None]]:
+        """Return the gradients of each task's loss in the outputs of a batch."""
+        leaves, spec = pytree.tree_flatten(self._answers[i])
+        leaves = [t.detach().requires_grad_() if _is_value(t) else t for t in leaves]
+        outputs = pytree.tree_unflatten(leaves, spec)
+        found = []
+        with torch.inference_mode(False), torch.enable_grad():
+            for task in (self._tasks or {}).values():
+                loss, values = task.loss(outputs, self._batches[i]), [t for t in leaves if _is_value(t)]
+                found.append(list(torch.autograd.grad(loss, values, allow_unused=True)))
+        return found
 
     def _outputs(self, values: Mapping[str, torch.Tensor], batch: Any) -> Any:
         inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
@@ -128,13 +170,17 @@ def _cut(batch: Any, size: int, samples: int) -> Any:
     return pytree.tree_map(cut, batch)
 
 
+def _is_value(t: Any) -> bool:
+    return isinstance(t, torch.Tensor) and t.is_floating_point()
+
+
+def _tensors(outputs: Any) -> list[torch.Tensor]:
+    return [t for t in pytree.tree_leaves(outputs) if _is_value(t)]
+
+
 def _change(outputs: Any, dense: Any) -> float:
-    pairs = zip(pytree.tree_leaves(outputs), pytree.tree_leaves(dense), strict=True)
-    parts = [
-        float((a - b).square().sum() / b.square().sum().clamp_min(1e-30))
-        for a, b in pairs
-        if isinstance(b, torch.Tensor) and b.is_floating_point()
-    ]
+    pairs = zip(_tensors(outputs), _tensors(dense), strict=True)
+    parts = [float((a - b).square().sum() / b.square().sum().clamp_min(1e-30)) for a, b in pairs]
     return sum(parts) / max(len(parts), 1)
 
 
@@ -151,12 +197,11 @@ def _measured(probe: Probe, group: Group, path: RemovalPath, shares: Sequence[fl
     if not len(at):
         return path
     told = np.cumsum(path.errors, axis=0)
-    floor = np.maximum(probe.dense, 1e-12)
     logs = []
     for n in at:
         keep = np.ones(coupling.num_channels, dtype=bool)
         keep[coupling.members.of(path.choices[:n].ravel())[0]] = False
-        rise = (probe.losses(coupling.settle(keep)) - probe.dense) / floor
+        rise = probe.rises(coupling.settle(keep))
         predicted = np.maximum(told[n - 1], 1e-12)
         logs.append(np.log(np.maximum(rise, 0.01 * predicted) / predicted))
     scale = np.stack(

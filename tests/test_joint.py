@@ -131,6 +131,24 @@ def test_a_probe_measures_what_the_rewritten_network_does() -> None:
     assert all(torch.equal(value, fresh[name]) for name, value in model.state_dict().items())
 
 
+def test_rises_are_those_of_the_losses_without_their_slope() -> None:
+    model, coupling, data, found = setting()
+    plan = fxprune.plan(coupling, Budget(macs=0.7), method=methods.Random(seed=2))
+    slim, probe = fxprune.rewrite(coupling, plan), Probe(coupling, found, damping=0.01, compensate=False)
+    wanted = np.zeros(2)
+    for batch in data:
+        before = [t.detach().requires_grad_() for t in model(batch[0])]
+        after = [t.detach() for t in slim(batch[0])]
+        for i, task in enumerate(TASKS.values()):
+            loss = task.loss(before, batch)
+            slopes = torch.autograd.grad(loss, before[i])[0]
+            along = (slopes * (after[i] - before[i])).sum()
+            wanted[i] += float((task.loss(after, batch) - loss - along).detach()) / len(data)
+    assert plan.keep is not None
+    assert probe.rises(plan.keep) == pytest.approx(wanted / probe.dense)
+    assert (probe.rises(plan.keep) > 0).all()
+
+
 def test_measured_paths_cost_what_was_measured() -> None:
     _, coupling, _, found = setting()
     probe = Probe(coupling, found, samples=1000, damping=0.01, compensate=True)
@@ -140,7 +158,7 @@ def test_measured_paths_cost_what_was_measured() -> None:
             continue
         keep = np.ones(coupling.num_channels, dtype=bool)
         keep[coupling.members.of(path.choices[:half].ravel())[0]] = False
-        rise = (probe.losses(coupling.settle(keep)) - probe.dense) / probe.dense
+        rise = probe.rises(coupling.settle(keep))
         told = path.errors[:half].sum(axis=0)
         assert told[rise > 0.01] == pytest.approx(rise[rise > 0.01])
         assert (path.errors >= 0).all()
@@ -149,9 +167,9 @@ def test_measured_paths_cost_what_was_measured() -> None:
 def test_joint_measures_by_default_on_as_many_samples_as_the_data_allow() -> None:
     _, coupling, _, found = setting()
     told = joint_paths(coupling, found)
-    by_hand = measured(Probe(coupling, found, samples=24, damping=0.01, compensate=True), told)
+    by_hand = measured(Probe(coupling, found, samples=16, damping=0.01, compensate=True), told)
     for path, same, other in zip(methods.Joint().paths(coupling, found), by_hand, told, strict=True):
-        assert np.array_equal(path.errors, same.errors)  # 32 samples, 4 groups, 4 widths: 12 * 32 / 16
+        assert np.array_equal(path.errors, same.errors)  # the least
         assert not np.array_equal(path.errors, other.errors)
 
 
