@@ -1,0 +1,66 @@
+"""From rows to means and spreads over seeds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+STAGES = {"cut": "right after pruning", "refreshed": "after BN refresh", "tuned": "after fine-tuning"}
+LEAST_NOISE = 0.5  # points: what the size of a test set leaves open
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Points over seeds.
+
+    Attributes:
+        mean: over seeds.
+        spread: standard deviation over seeds; None of one seed.
+        seeds: how many.
+    """
+
+    mean: float
+    spread: float | None
+    seeds: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f}" if self.spread is None else f"{self.mean:.1f} \N{PLUS-MINUS SIGN} {self.spread:.1f}"
+
+
+def points(scores: dict[str, float]) -> float:
+    """Return the mean of all tasks' metrics in percent; a metric below 0 counts as 0."""
+    return 100 * statistics.mean(max(score, 0.0) for score in scores.values())
+
+
+def over_seeds(values: Sequence[float]) -> Cell | None:
+    """Return the mean and spread of some values, None of none."""
+    if not values:
+        return None
+    return Cell(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+def cell(rows: Sequence[Row], method: str, budget: float, stage: str, task: str | None = None) -> Cell | None:
+    """Return the points of a method at a budget, of one task or the mean of all; None where there are none."""
+    found = [r[stage] for r in rows if r["method"] == method and r["budget"] == budget and stage in r]
+    return over_seeds([points(scores) if task is None else 100 * scores[task] for scores in found])
+
+
+def best(rows: Sequence[Row], prefix: str, budget: float, stage: str) -> tuple[str, Cell] | None:
+    """Return the method whose name begins with a prefix that has the highest mean, and its points."""
+    methods = dict.fromkeys(r["method"] for r in rows if r["method"].startswith(prefix))
+    found = [(method, c) for method in methods if (c := cell(rows, method, budget, stage)) is not None]
+    return max(found, key=lambda pair: pair[1].mean, default=None)
+
+
+def noise(a: Cell, b: Cell) -> float:
+    """Return the difference of two means that says nothing: their spreads in quadrature, and at least half a point."""
+    return max(((a.spread or 0.0) ** 2 + (b.spread or 0.0) ** 2) ** 0.5, LEAST_NOISE)
+
+
+def verdict(a: Cell, b: Cell) -> str:
+    """Say whether a wins over b, loses, or is within noise."""
+    difference = a.mean - b.mean
+    return "even" if abs(difference) <= noise(a, b) else "win" if difference > 0 else "loss"
