@@ -99,15 +99,15 @@ def make_splits(compose_some: Callable[[Digits, int, tuple[int, ...]], Table], c
 def _picture(rng: np.random.Generator, digits: Digits, chosen: np.ndarray, canvas: Floats) -> np.ndarray:
     """Draw the chosen digits (n,) and fragments of others onto a canvas (n, 32, 32), and add noise."""
     count = len(chosen)
-    main = draw(digits.images[chosen], rng.uniform(12, SIZE - 12, (count, 2)), rng.uniform(15, 24, (count, 2)))
-    strength = rng.uniform(0.6, 1.0, (count, 1, 1))
+    main = draw(digits.images[chosen], rng.uniform(12, SIZE - 12, (count, 2)), rng.uniform(16, 24, (count, 2)))
+    strength = rng.uniform(0.65, 1.0, (count, 1, 1))
     image = canvas.astype(np.float64)
     for number in range(FRAGMENTS):
         if number == FRAGMENTS - 1:  # the last one is on top
             image = image * (1 - np.clip(2 * main, 0, 1)) + main * strength
         ink = _fragment(rng, digits, count)
         image = image * (1 - np.clip(2 * ink, 0, 1)) + ink * rng.uniform(0.3, 0.8, (count, 1, 1))
-    return image + rng.normal(0, 1, image.shape) * rng.uniform(0.02, 0.12, (count, 1, 1))
+    return image + rng.normal(0, 1, image.shape) * rng.uniform(0.02, 0.10, (count, 1, 1))
 
 
 def _fragment(rng: np.random.Generator, digits: Digits, count: int) -> np.ndarray:

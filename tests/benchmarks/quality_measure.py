@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -98,5 +99,7 @@ def _judged(slim: nn.Module, network: nn.Module, problem: Problem, splits: Split
 
 
 def _told(error: Exception) -> str:
-    """Return the kind and the first line of an error."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    """Return the kind and the first line of an error, and which function raised it."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    message = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {message} (in `{last.name}` of {Path(last.filename).name})"

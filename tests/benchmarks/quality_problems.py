@@ -25,7 +25,7 @@ GRATING_SCALE = 20.0  # of the loss of the easy task, which drowns the hard one'
 class Recipe:
     """Every size and schedule of a problem."""
 
-    counts: Counts = Counts(4_000, 512, 2_000)  # noqa: RUF009 (it is frozen)
+    counts: Counts = Counts(10_000, 512, 2_000)  # noqa: RUF009 (it is frozen)
     epochs: int = 8
     learning_rate: float = 4e-3
     tune_epochs: int = 1
@@ -34,7 +34,7 @@ class Recipe:
 
     def quick(self) -> Recipe:
         """Shrink everything, to try the command."""
-        return replace(self, counts=Counts(256, 64, 128), epochs=1)
+        return replace(self, counts=Counts(128, 64, 64), epochs=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ def _scenes() -> Problem:
 
     names = {"segmentation": "mIoU", "depth": "R\N{SUPERSCRIPT TWO}", "presence": "mAP"}
     metrics = {task: (names[task], judged(task, metric)) for task, metric in training.metrics.items()}
-    recipe = Recipe(Counts(4_000, 512, 1_000), epochs=6)
+    recipe = Recipe(Counts(5_000, 512, 1_000), epochs=6)
     return Problem("scenes", SceneNet, partial(make_splits, scenes), training.losses, metrics, recipe)
 
 
