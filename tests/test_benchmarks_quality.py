@@ -17,8 +17,8 @@ from quality_data import Counts, gratings, hard_digits, make_splits
 from quality_measure import DENSE, Job, Options, measure
 from quality_plots import plot
 from quality_problems import problems
-from quality_report import duels, failures, report
-from quality_scores import Cell, points, verdict
+from quality_report import duels, failures, protection, report
+from quality_scores import Cell, points, verdict, weakest
 from quality_torch_pruning import OVER, TORCH_PRUNING, ratio_for
 from quality_training import macs_of, refresh
 
@@ -129,7 +129,7 @@ def test_jobs_give_rows_and_reasons(tmp_path):
 
 def _row(method: str, seed: int, score: float, budget: float = 0.5, network: str = "vgg") -> dict:
     scores = {stage: {"digit": score} for stage in ("cut", "refreshed", "tuned")}
-    about = {"network": network, "seed": seed, "method": method, "budget": budget, "seconds": 1.0}
+    about = {"network": network, "seed": seed, "method": method, "budget": budget, "seconds": 1.0, "command": "run"}
     return about | {"macs": 0.5, "params": 0.4} | scores
 
 
@@ -137,7 +137,9 @@ def test_report_counts_wins_and_losses_and_tells_what_failed(tmp_path):
     rows = [_row(DENSE, seed, 0.97, budget=1.0) | {"macs": 1_000, "params": 10} for seed in (0, 1)]
     rows += [_row("joint", 0, 0.9), _row("joint", 1, 0.92), _row("tp-taylor", 0, 0.7), _row("tp-taylor", 1, 0.8)]
     rows += [_row("tp-lamp", seed, 0.6) for seed in (0, 1)]
-    rows += [{"network": "vgg", "seed": 0, "method": "tp-obdc", "budget": 0.5, "error": "TypeError: a | b"}]
+    rows += [
+        {"network": "vgg", "seed": 0, "method": "tp-obdc", "budget": 0.5, "error": "TypeError: a | b", "command": "run"}
+    ]
     known = {"vgg": problems()["vgg"]}
     page = report(rows, known, {"vgg": plot("vgg", rows, tmp_path)}, argparse.Namespace(jobs=1))
     assert "win +16.0: 91.0, tp-taylor 75.0" in page
@@ -147,10 +149,22 @@ def test_report_counts_wins_and_losses_and_tells_what_failed(tmp_path):
     assert "](quality_vgg.png)" in page
     assert (tmp_path / "quality_vgg.png").stat().st_size > 10_000
     assert failures([]).endswith("Nothing.")
-    assert "| vgg       | 0.5" in duels(rows, ["vgg"])[-1]
+    assert "* command: `run`\n" in page
+    assert "| vgg       | 97.0    | 0.5" in duels(rows, ["vgg"])[-1]
+
+
+def test_weakest_task_is_measured_against_the_dense_network():
+    about = {"network": "two-heads", "seed": 0}
+    rows = [about | {"method": DENSE, "budget": 1.0, "cut": {"a": 0.8, "b": 0.5, "c": -1.0}}]
+    rows += [about | {"method": "joint", "budget": 0.5, "cut": {"a": 0.6, "b": 0.4, "c": -2.0}}]
+    found = weakest(rows, "joint", 0.5, "cut")
+    assert found is not None
+    assert found.mean == pytest.approx(75)
+    assert "75.0" in protection(rows, ["two-heads"])
 
 
 def test_scores():
+    assert points({"a": float("nan"), "b": 0.5}) == 25
     assert points({"a": 0.5, "b": -3.0}) == 25
     assert verdict(Cell(80, 1.0, 3), Cell(81, 1.0, 3)) == "even"
     assert verdict(Cell(80, None, 1), Cell(81, None, 1)) == "loss"

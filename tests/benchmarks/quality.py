@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -32,6 +33,7 @@ from tqdm import tqdm
 
 BUDGETS = (0.7, 0.5, 0.3, 0.15)
 SEEDS = (0, 1, 2)
+QUICK = ("joint", "magnitude", "tp-magnitude", "tp-taylor-global")
 
 Key = tuple[str, int, str, float]
 
@@ -63,6 +65,7 @@ def run(args: argparse.Namespace, path: Path) -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # for the processes that are started
     options = Options(args.cache, args.cifar10, args.quick, args.tune)
     stages = jobs_for(args, read_rows(path))
+    command = " ".join(["python tests/benchmarks/quality.py", *sys.argv[1:]])
     with (
         ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool,
         path.open("a") as file,
@@ -72,7 +75,7 @@ def run(args: argparse.Namespace, path: Path) -> None:
             doing = {pool.submit(measure, job, options): job for job in stage}
             for done in as_completed(doing):
                 for row in done.result():
-                    print(json.dumps(row, sort_keys=True), file=file, flush=True)
+                    print(json.dumps(row | {"command": command}, sort_keys=True), file=file, flush=True)
                 job = doing[done]
                 bar.update()
                 bar.write(f"{job.network} {job.seed} {job.method}")
@@ -83,7 +86,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--networks", nargs="+", help="which networks (default: all)")
-    add("--methods", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), metavar="METHOD")
+    add("--methods", nargs="+", choices=list(CONTENDERS), metavar="METHOD", help=f"default: all; quick {QUICK}")
     add("--budgets", nargs="+", type=float, help=f"shares of the macs (default: {BUDGETS}, quick 0.5)")
     add("--seeds", nargs="+", type=int, help=f"of weights and batches (default: {SEEDS}, quick 0)")
     add("--jobs", type=int, default=1, help="processes at a time, of one thread each (default: %(default)s)")
@@ -96,6 +99,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("docs/benchmarks"), help="where quality.jsonl, quality.md and the plots go")
     args = parser.parse_args(argv)
     args.budgets = args.budgets or ([0.5] if args.quick else list(BUDGETS))
+    args.methods = args.methods or list(QUICK if args.quick else CONTENDERS)
     args.seeds = args.seeds or ([0] if args.quick else list(SEEDS))
     known = list(problems(args.cifar10))
     args.networks = args.networks or known

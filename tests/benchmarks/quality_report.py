@@ -8,14 +8,13 @@ import importlib.metadata
 import os
 import platform
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from quality_measure import DENSE
 from quality_methods import CONTENDERS
 from quality_problems import Problem
-from quality_scores import STAGES, Row, best, cell, over_seeds, points, verdict
+from quality_scores import STAGES, Row, best, cell, over_seeds, points, verdict, weakest
 from tabulate import tabulate
 
 import fxprune
@@ -35,7 +34,10 @@ def report(
         plots: network -> file name of its plot.
         args: of the command.
     """
-    parts = [header(args), HOW, "## Joint against the best of Torch-Pruning", *duels(rows, list(known))]
+    parts = [header(rows, args), HOW, "## Joint against the best of Torch-Pruning", *duels(rows, list(known))]
+    several = [name for name, problem in known.items() if len(problem.metrics) > 1]
+    if several:
+        parts += ["## The task that suffers most", protection(rows, several)]
     for name, problem in known.items():
         parts += network_part([r for r in rows if r["network"] == name], problem, plots[name])
     return "\n\n".join([*parts, failures(rows)]) + "\n"
@@ -47,11 +49,12 @@ HOW = (
     "`BasePruner`, `-global` with `global_pruning=True`, the pruning ratio found by bisection (macs at most 2 % over "
     "the budget, in its favour); the others are fxprune's. Macs are counted by `torch.utils.flop_counter`. All methods "
     "see the same calibration data, which share no scan with training and test data; BN refresh (running statistics "
-    "estimated again from calibration data) and fine-tuning are the same for all."
+    "estimated again from calibration data) and fine-tuning are the same for all. Tables by task show each metric "
+    "times 100."
 )
 
 
-def header(args: argparse.Namespace) -> str:
+def header(rows: Sequence[Row], args: argparse.Namespace) -> str:
     """Describe when, where, with what and how the tables were made."""
     packages = ("fxprune", "torch", "torch-pruning", "scikit-learn", "numpy")
     found = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
@@ -61,7 +64,7 @@ def header(args: argparse.Namespace) -> str:
         "machine": f"{platform.platform()}, {platform.machine()}, {os.cpu_count()} CPUs, {args.jobs} at work, one "
         "thread each",
         "versions": ", ".join([f"python {platform.python_version()}"] + [f"{p} {found.get(p, '-')}" for p in packages]),
-        "command": f"`python tests/benchmarks/quality.py {' '.join(sys.argv[1:])}`".replace(" `", "`"),
+        "command": ", then ".join(f"`{command}`" for command in dict.fromkeys(r["command"] for r in rows)),
     }
     return "# Quality\n\n" + "\n".join(f"* {key}: {value}" for key, value in facts.items())
 
@@ -74,7 +77,8 @@ def duels(rows: Sequence[Row], networks: Sequence[str]) -> list[str]:
     for network in networks:
         mine = [r for r in rows if r["network"] == network]
         for budget in budgets_of(mine):
-            line = [network, f"{budget:g}"]
+            whole = over_seeds([points(r["cut"]) for r in mine if r["method"] == DENSE])
+            line = [network, f"{whole.mean:.1f}" if whole else "", f"{budget:g}"]
             for stage in STAGES:
                 ours, other = cell(mine, MAIN, budget, stage), best(mine, OTHERS, budget, stage)
                 if ours is None or other is None:
@@ -96,8 +100,28 @@ def duels(rows: Sequence[Row], networks: Sequence[str]) -> list[str]:
         note,
         markdown(["", "wins", "even", "losses"], total),
         markdown(["budget", "", "mean lead, points", "least"], sorted(mean, key=lambda line: -float(line[0]))),
-        markdown(["network", "budget", *STAGES.values()], table),
+        markdown(["network", "dense", "budget", *STAGES.values()], table),
     ]
+
+
+def protection(rows: Sequence[Row], networks: Sequence[str]) -> str:
+    """Compare planning on each task's loss with planning on their sum, and with Torch-Pruning, on networks of tasks."""
+    table = []
+    for network in networks:
+        mine = [r for r in rows if r["network"] == network]
+        for budget in budgets_of(mine):
+            for stage, title in STAGES.items():
+                other = best(mine, OTHERS, budget, stage, weakest)
+                found = [weakest(mine, method, budget, stage) for method in (MAIN, f"{MAIN}-one-score")]
+                line = [network, f"{budget:g}", title, *(f"{c or '-'}" for c in found)]
+                table.append([*line, f"{other[1]} ({other[0]})" if other else "-"])
+    note = (
+        "What is left of the metric of the task that suffers most, in percent of the dense network's: with Joint, with "
+        "Joint that sees only the sum of the losses, and with the importance of Torch-Pruning that is best at this."
+    )
+    return f"{note}\n\n" + markdown(
+        ["network", "budget", "", "joint", "joint-one-score", "best of Torch-Pruning"], table
+    )
 
 
 def network_part(rows: Sequence[Row], problem: Problem, plot: str) -> list[str]:

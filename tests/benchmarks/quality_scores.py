@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +30,12 @@ class Cell:
         return f"{self.mean:.1f}" if self.spread is None else f"{self.mean:.1f} \N{PLUS-MINUS SIGN} {self.spread:.1f}"
 
 
+Measure = Callable[[Sequence[Row], str, float, str], Cell | None]
+
+
 def points(scores: dict[str, float]) -> float:
-    """Return the mean of all tasks' metrics in percent; a metric below 0 counts as 0."""
-    return 100 * statistics.mean(max(score, 0.0) for score in scores.values())
+    """Return the mean of all tasks' metrics in percent; a metric below 0, or NaN, counts as 0."""
+    return 100 * statistics.mean(score if score > 0 else 0.0 for score in scores.values())
 
 
 def over_seeds(values: Sequence[float]) -> Cell | None:
@@ -48,10 +51,24 @@ def cell(rows: Sequence[Row], method: str, budget: float, stage: str, task: str 
     return over_seeds([points(scores) if task is None else 100 * scores[task] for scores in found])
 
 
-def best(rows: Sequence[Row], prefix: str, budget: float, stage: str) -> tuple[str, Cell] | None:
-    """Return the method whose name begins with a prefix that has the highest mean, and its points."""
+def weakest(rows: Sequence[Row], method: str, budget: float, stage: str) -> Cell | None:
+    """Return what is left of the metric of the task that suffers most, in percent of the dense network's."""
+    dense = {r["seed"]: r["cut"] for r in rows if r["method"] == "dense"}
+    found = [r for r in rows if r["method"] == method and r["budget"] == budget and stage in r and r["seed"] in dense]
+    return over_seeds([_least_left(r[stage], dense[r["seed"]]) for r in found])
+
+
+def _least_left(scores: dict[str, float], dense: dict[str, float]) -> float:
+    """Return the least share of a metric that is left, in percent, of the tasks that the dense network can do."""
+    return min((points({task: scores[task] / whole}) for task, whole in dense.items() if whole > 0), default=0.0)
+
+
+def best(
+    rows: Sequence[Row], prefix: str, budget: float, stage: str, measure: Measure = cell
+) -> tuple[str, Cell] | None:
+    """Return the method whose name begins with a prefix that has the highest mean, and that."""
     methods = dict.fromkeys(r["method"] for r in rows if r["method"].startswith(prefix))
-    found = [(method, c) for method in methods if (c := cell(rows, method, budget, stage)) is not None]
+    found = [(method, c) for method in methods if (c := measure(rows, method, budget, stage)) is not None]
     return max(found, key=lambda pair: pair[1].mean, default=None)
 
 
