@@ -25,7 +25,7 @@ def plot(network: str, rows: Sequence[Row], folder: Path) -> str:
     budgets = sorted({r["budget"] for r in rows if r["method"] != "dense"})
     stages = [stage for stage in STAGES if any(stage in r for r in rows if r["method"] != "dense")]
     dense = [points(r["cut"]) for r in rows if r["method"] == "dense"]
-    figure = Figure(figsize=(4.4 * max(len(stages), 1), 4.2), layout="constrained")
+    figure = Figure(figsize=(4.4 * max(len(stages), 1), 4.6), layout="constrained")
     axes = figure.subplots(1, max(len(stages), 1), squeeze=False, sharey=True)[0]
     for panel, stage in zip(axes, stages, strict=False):
         if dense:
@@ -36,10 +36,11 @@ def plot(network: str, rows: Sequence[Row], folder: Path) -> str:
         panel.set_title(STAGES[stage])
         panel.set_xlabel("share of macs left")
         panel.set_ylim(0, 100)
+        panel.set_xlim(0, 0.05 + max(budgets))
         panel.grid(alpha=0.3)
     axes[0].set_ylabel(f"{network}: points")
     if stages:
-        axes[-1].legend(fontsize=8, loc="lower right")
+        figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=9)
     name = f"quality_{network}.png"
     figure.savefig(folder / name, dpi=110)
     return name
