@@ -144,7 +144,7 @@ def test_report_counts_wins_and_losses_and_tells_what_failed(tmp_path):
     page = report(rows, known, {"vgg": plot("vgg", rows, tmp_path)}, argparse.Namespace(jobs=1))
     assert "win +16.0: 91.0, tp-taylor 75.0" in page
     assert "**91.0 ± 1.4**" in page
-    assert "Dense: 97.0 ± 0.0 points (digit accuracy 97.0 ± 0.0), 1,000 macs, 10 parameters" in page
+    assert "Dense, 2 seeds: 97.0 ± 0.0 points (digit accuracy 97.0 ± 0.0), 1,000 macs, 10 parameters" in page
     assert "TypeError: a \\| b" in page
     assert "](quality_vgg.png)" in page
     assert (tmp_path / "quality_vgg.png").stat().st_size > 10_000
@@ -166,6 +166,6 @@ def test_weakest_task_is_measured_against_the_dense_network():
 def test_scores():
     assert points({"a": float("nan"), "b": 0.5}) == 25
     assert points({"a": 0.5, "b": -3.0}) == 25
-    assert verdict(Cell(80, 1.0, 3), Cell(81, 1.0, 3)) == "even"
-    assert verdict(Cell(80, None, 1), Cell(81, None, 1)) == "loss"
-    assert verdict(Cell(82.1, 1.0, 3), Cell(80, 1.0, 3)) == "win"
+    assert verdict(Cell(80, 1.0), Cell(81, 1.0)) == "even"
+    assert verdict(Cell(80, None), Cell(81, None)) == "loss"
+    assert verdict(Cell(82.1, 1.0), Cell(80, 1.0)) == "win"

@@ -45,12 +45,13 @@ def report(
 
 HOW = (
     "Points are the mean of the tasks' metrics in percent, a metric below 0 counted as 0; they are means with standard "
-    "deviations over seeds. Methods whose names begin with `tp-` are Torch-Pruning's importances in its "
-    "`BasePruner`, `-global` with `global_pruning=True`, the pruning ratio found by bisection (macs at most 2 % over "
-    "the budget, in its favour); the others are fxprune's. Macs are counted by `torch.utils.flop_counter`. All methods "
-    "see the same calibration data, which share no scan with training and test data; BN refresh (running statistics "
-    "estimated again from calibration data) and fine-tuning are the same for all. Tables by task show each metric "
-    "times 100."
+    "deviations over seeds. Tables by task show each metric times 100. Macs are counted by `torch.utils.flop_counter`. "
+    "All methods see the same calibration data, which share no scan with training and test data; BN refresh (running "
+    "statistics estimated again from calibration data) and fine-tuning are the same for all.\n\n"
+    "Methods whose names begin with `tp-` are Torch-Pruning's importances in its `BasePruner`; the pruning ratio is "
+    "found by bisection, and macs may be 2 % over the budget, in its favour. The others are fxprune's: `joint-plain` "
+    "does not correct the weights that stay, `joint-uniform` takes the same part of every group, `joint-one-score` "
+    "sees only the sum of the losses. With `-global`, channels of all layers compete."
 )
 
 
@@ -135,7 +136,7 @@ def network_part(rows: Sequence[Row], problem: Problem, plot: str) -> list[str]:
     parts = [
         f"## {problem.name}",
         f"![Points against macs]({plot})",
-        f"Dense: {over_seeds([points(r['cut']) for r in dense])} points ({told}), {dense[0]['macs']:,} macs, "
+        f"Dense, {len(dense)} seeds: {over_seeds([points(r['cut']) for r in dense])} points ({told}), {dense[0]['macs']:,} macs, "
         f"{dense[0]['params']:,} parameters, trained in {seconds:.0f} s on {problem.recipe.counts.train:,} images.",
     ]
     for stage, title in STAGES.items():

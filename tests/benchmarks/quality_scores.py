@@ -19,12 +19,10 @@ class Cell:
     Attributes:
         mean: over seeds.
         spread: standard deviation over seeds; None of one seed.
-        seeds: how many.
     """
 
     mean: float
     spread: float | None
-    seeds: int
 
     def __str__(self) -> str:
         return f"{self.mean:.1f}" if self.spread is None else f"{self.mean:.1f} \N{PLUS-MINUS SIGN} {self.spread:.1f}"
@@ -42,7 +40,7 @@ def over_seeds(values: Sequence[float]) -> Cell | None:
     """Return the mean and spread of some values, None of none."""
     if not values:
         return None
-    return Cell(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+    return Cell(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 def cell(rows: Sequence[Row], method: str, budget: float, stage: str, task: str | None = None) -> Cell | None:
