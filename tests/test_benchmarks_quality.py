@@ -144,7 +144,7 @@ def test_report_counts_wins_and_losses_and_tells_what_failed(tmp_path):
     page = report(rows, known, {"vgg": plot("vgg", rows, tmp_path)}, argparse.Namespace(jobs=1))
     assert "win +16.0: 91.0, tp-taylor 75.0" in page
     assert "**91.0 ± 1.4**" in page
-    assert "Dense, 2 seeds: 97.0 ± 0.0 points (digit accuracy 97.0 ± 0.0), 1,000 macs, 10 parameters" in page
+    assert "Dense, 2 seed(s): 97.0 ± 0.0 points (digit accuracy 97.0 ± 0.0), 1,000 macs, 10 parameters" in page
     assert "TypeError: a \\| b" in page
     assert "](quality_vgg.png)" in page
     assert (tmp_path / "quality_vgg.png").stat().st_size > 10_000

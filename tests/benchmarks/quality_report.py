@@ -136,8 +136,9 @@ def network_part(rows: Sequence[Row], problem: Problem, plot: str) -> list[str]:
     parts = [
         f"## {problem.name}",
         f"![Points against macs]({plot})",
-        f"Dense, {len(dense)} seeds: {over_seeds([points(r['cut']) for r in dense])} points ({told}), {dense[0]['macs']:,} macs, "
-        f"{dense[0]['params']:,} parameters, trained in {seconds:.0f} s on {problem.recipe.counts.train:,} images.",
+        f"Dense, {len(dense)} seed(s): {over_seeds([points(r['cut']) for r in dense])} points ({told}), "
+        f"{dense[0]['macs']:,} macs, {dense[0]['params']:,} parameters, trained in {seconds:.0f} s on "
+        f"{problem.recipe.counts.train:,} images.",
     ]
     for stage, title in STAGES.items():
         if any(stage in r for r in rows if r["method"] != DENSE):
