@@ -79,7 +79,7 @@ def gratings(digits: Digits, count: int, seed: tuple[int, ...]) -> Table:
     """
     rng = np.random.default_rng(seed)
     chosen = rng.integers(len(digits.labels), size=count)
-    contrast, angle, phase = rng.uniform(0.05, 0.25, count), rng.uniform(0, np.pi, count), rng.uniform(0, 7, count)
+    contrast, angle, phase = rng.uniform(0.03, 0.15, count), rng.uniform(0, np.pi, count), rng.uniform(0, 7, count)
     at = np.arange(SIZE) * (2 * np.pi / 6)  # a stripe is six pixels wide
     across = np.cos(angle)[:, None, None] * at[None, :, None] + np.sin(angle)[:, None, None] * at[None, None, :]
     stripes = contrast[:, None, None] * np.sin(across + phase[:, None, None])
