@@ -99,7 +99,7 @@ def make_splits(train: int, calibration: int, test: int, seed: int = 0) -> Split
 def compose(digits: Digits, count: int, seed: int | tuple[int, ...] = 0) -> Scenes:
     """Compose `count` scenes of one to three digits each; the same seed gives the same scenes."""
     rng = np.random.default_rng(seed)
-    image = _clutter(rng, count)
+    image = clutter(rng, count)
     segmentation = np.full((count, SIZE, SIZE), BACKGROUND)
     depth = np.zeros((count, SIZE, SIZE), np.float32)
     chosen = rng.integers(len(digits.labels), size=(MAX_DIGITS, count))
@@ -108,7 +108,7 @@ def compose(digits: Digits, count: int, seed: int | tuple[int, ...] = 0) -> Scen
     centres = _place(rng, count)
     for rank in reversed(range(MAX_DIGITS)):  # from the back to the front
         size = rng.uniform(15, 21, (count, 2)) * 0.9**rank
-        ink = _draw(digits.images[chosen[rank]], centres[rank], size) * present[rank, :, None, None]
+        ink = draw(digits.images[chosen[rank]], centres[rank], size) * present[rank, :, None, None]
         cover = np.clip(2 * ink, 0, 1)  # wider than the ink: a nearer digit has a dark rim
         fade = brightness * rng.uniform(0.9, 1.1, count) * 0.75**rank
         image = image * (1 - cover) + ink * fade[:, None, None]
@@ -136,7 +136,7 @@ def _place(rng: np.random.Generator, count: int) -> npt.NDArray[np.float64]:
     return np.stack(centres)
 
 
-def _draw(images: Floats, centres: npt.NDArray[np.float64], sizes: npt.NDArray[np.float64]) -> Floats:
+def draw(images: Floats, centres: npt.NDArray[np.float64], sizes: npt.NDArray[np.float64]) -> Floats:
     """Resample scans (n, 8, 8) bilinearly to n canvases (n, 32, 32), at `centres` (n, 2) with `sizes` (n, 2) pixels."""
     pixels = np.arange(SIZE)[None, None, :, None] + 0.5
     source = (pixels - centres[:, :, None, None]) * (8 / sizes)[:, :, None, None] + 4 - 0.5
@@ -144,7 +144,7 @@ def _draw(images: Floats, centres: npt.NDArray[np.float64], sizes: npt.NDArray[n
     return weights[:, 0] @ images @ weights[:, 1].swapaxes(1, 2)
 
 
-def _clutter(rng: np.random.Generator, count: int, blobs: int = 2, strokes: int = 3) -> Floats:
+def clutter(rng: np.random.Generator, count: int, blobs: int = 2, strokes: int = 3) -> Floats:
     """Draw backgrounds (count, 32, 32): a gradient, soft blobs and thin strokes, all dimmer than most digits."""
     y, x = (np.arange(SIZE, dtype=np.float32) / (SIZE - 1) - 0.5)[:, None], (np.arange(SIZE) / (SIZE - 1) - 0.5)[None]
     slope_y, slope_x, base = (rng.uniform(*bounds, (count, 1, 1)) for bounds in ((-0.1, 0.1), (-0.1, 0.1), (0.05, 0.2)))
