@@ -14,7 +14,7 @@ from torch import nn
 import fxprune
 from fxprune import methods
 from fxprune.calibrating import calibrate
-from fxprune.methods import Method, PathMethod
+from fxprune.methods import AnyMethod, PathMethod
 
 
 class Contender(Protocol):
@@ -34,7 +34,7 @@ class Ours:
         one_score: it is shown the sum of the losses in place of each task's.
     """
 
-    method: Method | PathMethod
+    method: AnyMethod
     one_score: bool = False
 
     def start(self, network: nn.Module, problem: Problem, batches: Sequence[Batch]) -> Callable[[float], nn.Module]:
@@ -65,6 +65,8 @@ OURS: dict[str, Contender] = {
     "joint-one-score": Ours(methods.Joint(), one_score=True),
     "joint-uniform": Ours(methods.Joint(scope="uniform")),
     "joint-plain": Ours(methods.Joint(compensate=False)),
+    "pagcp": Ours(methods.PAGCP()),
+    "pagcp-fast": Ours(methods.PAGCP(fast=True)),
     "magnitude": Ours(methods.Magnitude()),
     "magnitude-global": Ours(methods.Magnitude(scope="global")),
     "taylor": Ours(methods.Taylor()),
