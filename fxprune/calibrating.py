@@ -82,6 +82,13 @@ class Calibration:
     tasks: Mapping[str, Task] | None = field(default=None, repr=False, compare=False)
     held_out: Sequence[Any] = field(default=(), repr=False, compare=False)
 
+    @staticmethod
+    def of_batches(
+        coupling: Coupling, batches: Iterable[Any], tasks: Mapping[str, Task] | None, held_out: Sequence[Any] = ()
+    ) -> Calibration:
+        """Return batches and tasks to measure losses on; nothing is gathered."""
+        return Calibration({}, {}, {}, 0, coupling.fingerprint, batches, tasks, held_out)
+
     def save(self, path: str | Path) -> None:
         """Write a safetensors file."""
         tensors: dict[str, torch.Tensor] = {}

@@ -14,7 +14,7 @@ from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling
 from fxprune.errors import PlanError
 from fxprune.guarding import Guard
-from fxprune.methods import AnyMethod, Method, PathMethod, SearchMethod
+from fxprune.methods import AnyMethod, Method, PathMethod, SearchMethod, corrects, damping_of
 from fxprune.paths import RemovalPath, paths_by_score
 from fxprune.probing import Probe
 from fxprune.problems import Problem, gathered, needed
@@ -58,7 +58,7 @@ class Chooser:
             found = calibration
         elif any(task.tolerance is not None for task in (tasks or {}).values()):
             used, held_out = split(needed(method, calibration))
-            found = Calibration({}, {}, {}, 0, coupling.fingerprint, used, tasks, held_out)
+            found = Calibration.of_batches(coupling, used, tasks, held_out)
             self._data = used
         if not isinstance(method, (PathMethod, SearchMethod)):
             if isinstance(self._data, Calibration):
@@ -103,9 +103,12 @@ def _guard(coupling: Coupling, method: AnyMethod, found: Calibration) -> Guard |
             "tolerances are checked on data that are held out, and this calibration has none. Pass batches as "
             "`calibration=`, or `dataclasses.replace(calibration, held_out=other_batches)`."
         )
-    correct = isinstance(method, (PathMethod, SearchMethod)) and bool(getattr(method, "compensate", False))
-    damping = float(getattr(method, "damping", 0.0))
-    return Guard(Probe(coupling, found, damping=damping, compensate=correct, batches=found.held_out), limits)
+    return Guard(probe_of(coupling, method, found, found.held_out), limits)
+
+
+def probe_of(coupling: Coupling, method: AnyMethod, calibration: Calibration, batches: Iterable[Any]) -> Probe:
+    """Return what measures a method's choices on some batches: with the weights corrected, where the method does so."""
+    return Probe(coupling, calibration, damping=damping_of(method), compensate=corrects(method), batches=batches)
 
 
 def _chosen(method: SearchMethod, problem: Problem) -> np.ndarray:

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fxprune.calibrating import Calibration
-from fxprune.correcting import corrected_weight
+from fxprune.correcting import corrections
 from fxprune.coupling import Coupling
+from fxprune.eliminating import DAMPING
 from fxprune.gathering import Spread
-from fxprune.layers import channels_of
 from fxprune.planning import keep_of
 from fxprune.plans import Plan
 from fxprune.tasks import evaluating, run_batch
@@ -28,7 +28,7 @@ def compensate(
     slim: nn.Module,
     calibration: Calibration,
     *,
-    damping: float = 0.01,
+    damping: float = DAMPING,
 ) -> tuple[str, ...]:
     """Correct a slim network's weights in place: each layer's by least squares, for the inputs it has lost.
 
@@ -51,20 +51,12 @@ def compensate(
     there = dict(slim.named_parameters()) | dict(slim.named_buffers())
     corrected = []
     with torch.no_grad():
-        for name, m in calibration.moments.items():
-            if name not in there or name not in coupling.tensors:
-                continue
-            inputs, _ = channels_of(coupling, m.layer)
-            if keep[inputs].all():
-                continue
-            weight, shift = corrected_weight(m, state[name].detach(), keep[inputs], damping)
-            _write(there[name], plan.cut(name, weight))
-            if m.absorbs:
-                sign, holder = (1, m.layer.bias) if m.layer.bias is not None else (-1, m.norm)
-                assert holder is not None
-                moved = plan.cut(holder, state[holder].detach().double() + sign * shift.to(state[holder].device))
-                _write(there[holder], moved)
-            corrected.append(name)
+        for change in corrections(coupling, calibration.moments, keep, damping, among=there):
+            _write(there[change.name], plan.cut(change.name, change.weight))
+            if change.holder is not None:
+                dense = state[change.holder].detach().double()
+                _write(there[change.holder], plan.cut(change.holder, dense + change.shift.to(dense.device)))
+            corrected.append(change.name)
     if calibration.batches is not None:
         estimate_statistics(slim, _norms(coupling, plan, calibration), calibration.batches)
     return tuple(corrected)

@@ -17,7 +17,7 @@ from fxprune.compensating import compensate
 from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling, couple
 from fxprune.errors import PlanError, RewriteError
-from fxprune.methods import AnyMethod, PathMethod, SearchMethod, default_method
+from fxprune.methods import AnyMethod, PathMethod, corrects, damping_of, default_method
 from fxprune.planning import check_request, plan
 from fxprune.plans import Plan
 from fxprune.problems import gathered
@@ -61,7 +61,8 @@ def compile(
         tasks: name -> Task, for methods that need losses.
         constraints: what must stay whatever the method says.
         on_conflict: where the budget and the tolerances of tasks cannot both be met, "error" or "closest"; see `plan`.
-        verify: compare the slim network with the masked original in float64. Without it nothing is run on the original.
+        verify: compare the slim network with the masked original in float64, before its weights are corrected. Without
+            it and without calibration, the original is run only to trace it.
         unknown: what to do about ops without a rule: "freeze" what reaches them, or "error".
         progress: show a progress bar.
 
@@ -83,8 +84,7 @@ def compile(
         _step(bar, "couple")
         coupling = couple(traced, unknown=unknown)
         _step(bar, "plan")
-        corrects = isinstance(method, SearchMethod) and getattr(method, "compensate", False)
-        reads = corrects or isinstance(method, PathMethod)
+        reads = corrects(method) or isinstance(method, PathMethod)
         known = gathered(coupling, method, batches, tasks) if reads else batches
         choose = partial(
             plan,
@@ -99,8 +99,8 @@ def compile(
         bar.update()
         _step(bar, "verify")
         verification = verify_slim(coupling, chosen, slim) if verify else None
-        if isinstance(known, Calibration) and getattr(method, "compensate", False):
-            compensate(coupling, chosen, slim, known, damping=getattr(method, "damping", 0.01))
+        if isinstance(known, Calibration) and corrects(method):
+            compensate(coupling, chosen, slim, known, damping=damping_of(method))
         _step(bar, "done")
     notes = tuple(f"node {node!r} was frozen: {reason}" for node, reason in freeze.items())
     report = make_report(coupling, chosen, verification, notes)

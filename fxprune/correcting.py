@@ -1,12 +1,60 @@
-"""Least squares for one layer that has lost inputs."""
+"""Least squares for layers that have lost inputs."""
 
 from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from fxprune.calibrating import Moments
+from fxprune.coupling import Coupling
 from fxprune.eliminating import damped_inverse
+from fxprune.layers import channels_of
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """What changes in a layer that has lost inputs.
+
+    Attributes:
+        name: of the weight.
+        weight: corrected, of the dense shape.
+        outputs: (outputs,) channels of its outputs.
+        holder: the bias or running mean that takes up the constants; None where nothing does.
+        shift: (outputs,) what is added to the holder.
+    """
+
+    name: str
+    weight: torch.Tensor
+    outputs: np.ndarray
+    holder: str | None
+    shift: torch.Tensor
+
+
+def corrections(
+    coupling: Coupling, moments: Mapping[str, Moments], keep: np.ndarray, damping: float, among: Container[str]
+) -> Iterator[Correction]:
+    """Yield what changes in every layer that has lost inputs.
+
+    Args:
+        coupling: of the dense network.
+        moments: of it.
+        keep: (channels + 1,) what stays; the last entry stands for values that are no channel, and is true.
+        damping: as in `compensate`.
+        among: the weights that are looked at.
+    """
+    state = {name: tensor for name, tensor, _ in coupling.traced.state}
+    for name, m in moments.items():
+        if name not in among or name not in coupling.tensors:
+            continue
+        inputs, outputs = channels_of(coupling, m.layer)
+        if keep[inputs].all():
+            continue
+        weight, shift = corrected_weight(m, state[name].detach(), keep[inputs], damping)
+        holder, sign = (m.layer.bias, 1) if m.layer.bias is not None else (m.norm, -1)
+        yield Correction(name, weight, outputs.ravel(), holder, sign * shift)
 
 
 def corrected_weight(

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+DAMPING = 0.01
+"""What is added to moments before they are inverted, as a share of their mean diagonal."""
 CHUNK = 16
 """At each round, one of so many of the choices that are left goes, at least one: then all are scored again."""
 
@@ -122,7 +124,7 @@ def eliminate(
     tasks: int,
     first: np.ndarray | None = None,
     own: np.ndarray | None = None,
-    damping: float = 0.01,
+    damping: float = DAMPING,
     chunk: int = CHUNK,
 ) -> Elimination:
     """Let choices go, cheapest first, summed over all maps that read them.

@@ -22,6 +22,7 @@ from fxprune.criteria.magnitude import magnitude
 from fxprune.criteria.random import random
 from fxprune.criteria.taylor import taylor
 from fxprune.criteria.torch_pruning import torch_pruning_scores
+from fxprune.eliminating import DAMPING
 from fxprune.paths import RemovalPath
 from fxprune.probing import SHARES, Probe, measured
 from fxprune.problems import Problem
@@ -128,7 +129,7 @@ class Joint:
     scope: Scope = "optimal"
     compensate: bool = True
     rounds: int = 1
-    damping: float = 0.01
+    damping: float = DAMPING
     samples: int | None = None
 
     def paths(
@@ -216,6 +217,16 @@ class FromTorchPruning:
     ) -> np.ndarray:
         """Return (channels,) scores."""
         return torch_pruning_scores(coupling, self.importance, calibration, tasks)
+
+
+def corrects(method: AnyMethod) -> bool:
+    """Say whether the weights that stay are corrected after a method's choice."""
+    return isinstance(method, (PathMethod, SearchMethod)) and bool(getattr(method, "compensate", False))
+
+
+def damping_of(method: AnyMethod) -> float:
+    """Return the damping of that correction, as a share of the mean diagonal."""
+    return float(getattr(method, "damping", DAMPING))
 
 
 def default_method(calibration: object) -> AnyMethod:

@@ -11,12 +11,11 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from fxprune.calibrating import Calibration, samples_in
-from fxprune.correcting import corrected_weight
+from fxprune.correcting import corrections
 from fxprune.coupling import Coupling
 from fxprune.grouping import Group
-from fxprune.layers import channels_of
 from fxprune.paths import RemovalPath
-from fxprune.tasks import evaluating
+from fxprune.tasks import evaluating, inputs_of
 
 SHARES = (0.25, 0.5, 0.75, 0.9)
 """After which shares of its path a group's loss is measured."""
@@ -117,9 +116,7 @@ class Probe:
         return found
 
     def _outputs(self, values: Mapping[str, torch.Tensor], batch: Any) -> Any:
-        inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-        args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
-        args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
+        args, kwargs = inputs_of(batch)
         with evaluating(self._module), torch.no_grad():
             return functional_call(self._module, dict(values), args, kwargs, tie_weights=True)
 
@@ -133,22 +130,14 @@ class Probe:
                 values[site.name] = value.masked_fill(torch.from_numpy(gone).to(value.device), 0)
         if not self._compensate:
             return values
-        for name, m in self._calibration.moments.items():
-            if name not in values or name not in self.coupling.tensors:
-                continue
-            inputs, outputs = channels_of(self.coupling, m.layer)
-            if keep[inputs].all():
-                continue
-            dense = self._state[name].detach()
-            weight, shift = corrected_weight(m, dense, keep[inputs], self._damping)
-            gone = torch.from_numpy(~keep[outputs].ravel()).to(dense.device)
-            weight = weight.masked_fill(gone.reshape(-1, *[1] * (dense.ndim - 1)), 0)
-            values[name] = weight.to(dense)
-            if m.absorbs:
-                sign, holder = (1, m.layer.bias) if m.layer.bias is not None else (-1, m.norm)
-                assert holder is not None
-                known = values.get(holder, self._state[holder].detach())
-                values[holder] = known + (sign * shift).to(known).masked_fill(gone, 0)
+        touched = set(values)
+        for change in corrections(self.coupling, self._calibration.moments, keep, self._damping, among=touched):
+            dense, weight = values[change.name], change.weight
+            gone = torch.from_numpy(~keep[change.outputs]).to(dense.device)
+            values[change.name] = weight.masked_fill(gone.reshape(-1, *[1] * (weight.ndim - 1)), 0).to(dense)
+            if change.holder is not None:
+                known = values.get(change.holder, self._state[change.holder].detach())
+                values[change.holder] = known + change.shift.to(known).masked_fill(gone, 0)
         return values
 
 

@@ -55,7 +55,7 @@ class Problem:
             batches = list(given) if isinstance(given, Iterator) else given
             if moments:
                 return gathered(self.coupling, method, batches, self.tasks)
-            return Calibration({}, {}, {}, 0, self.coupling.fingerprint, batches, self.tasks)
+            return Calibration.of_batches(self.coupling, batches, self.tasks)
         if given.batches is None:
             raise PlanError(
                 f"{name} measures losses, and a calibration that was loaded has no batches. Pass "

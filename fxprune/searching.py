@@ -17,11 +17,7 @@ NODES = 4000
 
 
 class Search:
-    """Levels of all groups: how many steps each has taken.
-
-    Attributes:
-        levels: (groups,) the current ones.
-    """
+    """Looks for the levels of all groups: how many steps each has taken."""
 
     def __init__(
         self,

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.expecting import NUMBERS, Expected
 from fxprune.running import MetaRunner
+from fxprune.sources import user_line
 
 _FACTORIES = ("tensor", "arange", "linspace", "eye", "zeros", "ones", "full", "empty", "rand", "randn")
 
@@ -205,7 +206,7 @@ class SizedTracer(fx.Tracer):
             while f"fxprune_expected_{self._count}" in self.root._modules:  # of an earlier trace
                 self._count += 1
             target = f"fxprune_expected_{self._count}"
-            self.root.add_module(target, Expected(value, self.user_line()))
+            self.root.add_module(target, Expected(value, user_line()))
             node = self.create_node("call_module", target, (obj.node,), {})
             self._asked.add(key)
             self.latest.append(_Check(key, node, self.root, self._asked))
@@ -234,14 +235,10 @@ class SizedTracer(fx.Tracer):
     def _left_out(self, autocast: Any) -> Any:
         @functools.wraps(autocast, updated=())
         def note(*args: Any, **kwargs: Any) -> Any:
-            self.autocasts.append(self.user_line())
+            self.autocasts.append(user_line())
             return nullcontext()
 
         return note
-
-    def user_line(self) -> str:
-        """Return file and line of the user's code that is being traced."""
-        raise NotImplementedError
 
 
 class _Sizes(MetaRunner):

@@ -11,7 +11,7 @@ from tabulate import tabulate
 
 from fxprune.budgets import Budget
 from fxprune.calibrating import Calibration
-from fxprune.choosing import Chooser
+from fxprune.choosing import Chooser, probe_of
 from fxprune.constraining import Constraints, constrain
 from fxprune.costs import RESOURCES
 from fxprune.coupling import Coupling
@@ -101,9 +101,10 @@ def sweep(
     if isinstance(data, Calibration) or (data is not None and reads):
         known = gathered(coupling, method, data, tasks)
     elif data is not None:
-        known = Calibration({}, {}, {}, 0, coupling.fingerprint, data, tasks)
+        known = Calibration.of_batches(coupling, data, tasks)
     chooser = Chooser(bound, method, constraints, known if reads else data, tasks)
-    probe = None if known is None else _probe(bound, method, known)
+    batches = None if known is None else known.held_out or known.batches
+    probe = None if known is None or batches is None else probe_of(bound, method, known, batches)
     dense = bound.costs(np.ones(bound.num_channels, dtype=bool))
     points = []
     for budget in asked:
@@ -111,15 +112,6 @@ def sweep(
         plan = plan_of(bound, keep, method=repr(method), budget=budget.to_dict())
         points.append(Point(plan, {} if probe is None else _rises(probe, keep, known)))
     return Sweep(tuple(points))
-
-
-def _probe(coupling: Coupling, method: AnyMethod, known: Calibration) -> Probe | None:
-    batches = known.held_out or known.batches
-    if batches is None:
-        return None
-    correct = isinstance(method, (PathMethod, SearchMethod)) and bool(getattr(method, "compensate", False))
-    damping = float(getattr(method, "damping", 0.0))
-    return Probe(coupling, known, damping=damping, compensate=correct, batches=batches)
 
 
 def _rises(probe: Probe, keep: np.ndarray, known: Calibration | None) -> dict[str, float]:

@@ -51,20 +51,22 @@ def evaluating(module: torch.nn.Module) -> Iterator[None]:
             m.training = training
 
 
-def run_batch(module: torch.nn.Module, batch: Any, tasks: Mapping[str, Task]) -> dict[str, torch.Tensor]:
-    """Run a batch and return each task's `loss(outputs, batch)`, the batch as it came.
+def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and keyword inputs of a batch.
 
     A batch is the inputs, or a pair `(inputs, targets)`; inputs are a tensor, a tuple of positional inputs or a dict of
     keyword inputs.
     """
     inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-    outputs = (
-        module(*inputs)
-        if isinstance(inputs, (tuple, list))
-        else module(**inputs)
-        if isinstance(inputs, dict)
-        else module(inputs)
-    )
+    if isinstance(inputs, dict):
+        return (), inputs
+    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
+
+
+def run_batch(module: torch.nn.Module, batch: Any, tasks: Mapping[str, Task]) -> dict[str, torch.Tensor]:
+    """Run a batch and return each task's `loss(outputs, batch)`, the batch as it came."""
+    args, kwargs = inputs_of(batch)
+    outputs = module(*args, **kwargs)
     losses = {}
     for name, task in tasks.items():
         loss = task.loss(outputs, batch)

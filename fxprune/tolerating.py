@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fxprune.eliminating import DAMPING
 from fxprune.errors import PlanError
 from fxprune.problems import Problem
 from fxprune.visiting import Search
@@ -71,7 +72,7 @@ class PAGCP:
     norm: int = 1
     compensate: bool = False
     fast: bool = False
-    damping: float = 0.01
+    damping: float = DAMPING
     checkpoint: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:

@@ -6,7 +6,6 @@ import functools
 import inspect
 import operator
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from types import FunctionType
@@ -26,12 +25,11 @@ from fxprune.exporting import exported
 from fxprune.pausing import without_collector
 from fxprune.recurrent import PACKED, is_packed, raised_packing
 from fxprune.sizing import SizedTracer, Symbol
+from fxprune.sources import user_line
 from fxprune.traced import TRAINING, Traced, TrainingFlag, attach, left_out, taking_part
 from fxprune.values import to_meta
 from fxprune.watching import watched
 
-_TORCH = os.path.dirname(torch.__file__) + os.sep
-_HERE = os.path.dirname(__file__)
 _PLAIN = {int, float, str, bool, type(None)}
 
 
@@ -41,24 +39,8 @@ class _Flag(int):
     asked: list[str]
 
     def __bool__(self) -> bool:
-        self.asked.append(user_line(sys._getframe(1)))
+        self.asked.append(user_line())
         return int(self) != 0
-
-
-def user_line(frame: Any = None) -> str:
-    """Return `file:line` of the innermost frame, from `frame` on, that is neither torch's nor ours."""
-    frame = frame or sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if _is_users(name):
-            return f"{name}:{frame.f_lineno}"
-        frame = frame.f_back
-    return ""
-
-
-@functools.cache
-def _is_users(path: str) -> bool:
-    return not path.startswith((_TORCH, "<")) and os.path.dirname(path) != _HERE
 
 
 class Tracer(SizedTracer):
@@ -100,10 +82,6 @@ class Tracer(SizedTracer):
             return first, None  # which forward may compare with None: a symbolic value never is
         return result
 
-    def user_line(self) -> str:
-        """Return file and line of the user's code that is being traced."""
-        return user_line(sys._getframe(1))
-
     def create_node(
         self,
         kind: str,
@@ -118,7 +96,7 @@ class Tracer(SizedTracer):
             return super().create_node(kind, target, args, kwargs, name, type_expr)
         node = super().create_node(kind, target, (), {}, name, type_expr)
         attach(node, args, kwargs)
-        self.sources[node.name] = user_line(sys._getframe(1))
+        self.sources[node.name] = user_line()
         return node
 
     def create_arg(self, a: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rows import rows_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,24 +44,6 @@ def setting() -> tuple[nn.Module, list[Any]]:
     return model, [torch.randn(6, 3, 9, 9, dtype=torch.float64) for _ in range(4)]
 
 
-def seen(model: nn.Module, layer: str, batches: list[Any]) -> tuple[Tensor, Tensor]:
-    """Return what goes into a layer, as rows (rows, blocks, inputs, taps), and what comes out, (rows, outputs)."""
-    kept: list[tuple[Tensor, Tensor]] = []
-    module: Any = model.get_submodule(layer)
-    handle = module.register_forward_hook(lambda m, args, out: kept.append((args[0], out)))
-    with torch.no_grad():
-        for batch in batches:
-            model(batch)
-    handle.remove()
-    x, y = (torch.cat(parts) for parts in zip(*kept, strict=True))
-    if isinstance(module, nn.Linear):
-        return x[:, None, :, None], y
-    taps = module.weight[0, 0].numel()
-    rows = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride).transpose(1, 2)
-    rows = rows.reshape(-1, module.groups, module.in_channels // module.groups, taps)
-    return rows, y.flatten(2).transpose(1, 2).reshape(-1, y.shape[1])
-
-
 @pytest.mark.parametrize("layer", ["biased", "normed", "bare", "grouped", "head"])
 def test_a_corrected_layer_is_the_least_squares_fit_of_the_dense_one(layer: str) -> None:
     model, batches = setting()
@@ -71,7 +54,8 @@ def test_a_corrected_layer_is_the_least_squares_fit_of_the_dense_one(layer: str)
         coupling, plan, slim, replace(calibrate(coupling, batches, positions=1000), batches=None), damping=0.0
     )
     assert set(names) == {f"{name}.weight" for name in ("biased", "normed", "bare", "grouped", "head")}
-    x, y = seen(model, layer, batches)
+    x, y = rows_of(model, layer, batches)
+    y = y.flatten(1)
     found: Any = slim.get_submodule(layer)
     blocks = x.shape[1]
     kept_out = plan.kept.get((f"{layer}.weight", 0), np.arange(y.shape[1])).tolist()

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rows import rows_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -57,23 +58,6 @@ def setting(model: nn.Module | None = None) -> tuple[nn.Module, fxprune.Coupling
     return model, coupling, data, calibrate(coupling, data, TASKS, positions=100)
 
 
-def rows_of(model: nn.Module, name: str, data: list[Any]) -> tuple[Tensor, Tensor]:
-    """Return what a layer reads, (rows, blocks, inputs, taps), and returns, (rows, blocks, outputs)."""
-    kept: list[tuple[Tensor, Tensor]] = []
-    module: Any = model.get_submodule(name)
-    handle = module.register_forward_hook(lambda m, args, out: kept.append((args[0], out)))
-    with torch.no_grad():
-        for batch in data:
-            model(batch[0])
-    handle.remove()
-    x, y = (torch.cat(parts) for parts in zip(*kept, strict=True))
-    if isinstance(module, nn.Linear):
-        return x[:, None, :, None], y[:, None]
-    patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride).transpose(1, 2)
-    rows = patches.reshape(-1, module.groups, module.in_channels // module.groups, module.weight[0, 0].numel())
-    return rows, y.flatten(2).transpose(1, 2).reshape(len(rows), module.groups, -1)
-
-
 def refitted(
     model: nn.Module, coupling: fxprune.Coupling, data: list[Any], c: Calibration, choices: np.ndarray
 ) -> np.ndarray:
@@ -85,7 +69,7 @@ def refitted(
     total = np.zeros(len(c.losses))
     for name, m in c.moments.items():
         inputs, outputs = channels_of(coupling, m.layer)
-        x, y = rows_of(model, name.removesuffix(".weight"), data)
+        x, y = rows_of(model, name.removesuffix(".weight"), [x for x, _ in data])
         for block in range(m.layer.blocks):
             lost = np.isin(inputs[block], gone)
             alone = [coupling.members.of(choices[i : i + 1])[0] for i in range(len(choices))]

@@ -11,7 +11,7 @@ import torch
 from fxprune.calibrating import Calibration, Moments
 from fxprune.coupling import Coupling
 from fxprune.criteria.magnitude import magnitude
-from fxprune.eliminating import Elimination, Unit, eliminate
+from fxprune.eliminating import DAMPING, Elimination, Unit, eliminate
 from fxprune.errors import PlanError
 from fxprune.grouping import Group
 from fxprune.layers import channels_of
@@ -23,7 +23,7 @@ def joint_paths(
     calibration: Calibration,
     *,
     keep: np.ndarray | None = None,
-    damping: float = 0.01,
+    damping: float = DAMPING,
     compensate: bool = True,
 ) -> list[RemovalPath]:
     """Return the removal path of every group, with the error of each step for each task.
