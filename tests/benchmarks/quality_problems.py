@@ -94,7 +94,7 @@ def _scenes() -> Problem:
 
     names = {"segmentation": "mIoU", "depth": "R\N{SUPERSCRIPT TWO}", "presence": "mAP"}
     metrics = {task: (names[task], judged(task, metric)) for task, metric in training.metrics.items()}
-    recipe = Recipe(Counts(5_000, 512, 1_000), epochs=6)
+    recipe = Recipe(Counts(5_000, 512, 1_000), epochs=12)
     return Problem("scenes", SceneNet, partial(make_splits, scenes), training.losses, metrics, recipe)
 
 
