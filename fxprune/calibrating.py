@@ -253,6 +253,8 @@ def _run(module: torch.nn.Module, batch: Any, tasks: Mapping[str, Task], gathere
         with gatherer:
             losses = run_batch(module, batch, tasks)
         for i, (name, loss) in enumerate(losses.items()):
+            if not gatherer.sums:  # no layer has a weight of its own
+                continue
             if not loss.requires_grad:
                 raise PlanError(
                     f"the loss of task {name!r} does not depend on the network. Compute it from `outputs`, without "

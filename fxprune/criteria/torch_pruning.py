@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fxprune.cloning import submodule
+from fxprune.cloning import clone, submodule
 from fxprune.coupling import Coupling
 from fxprune.criteria.magnitude import magnitude
 from fxprune.errors import PlanError
@@ -43,7 +42,7 @@ def torch_pruning_scores(
     Raises:
         PlanError: the importance raises, or answers for another number of channels.
     """
-    model = copy.deepcopy(coupling.traced.root)
+    model = _copied(coupling)
     if tasks and calibration is not None:
         _differentiate(coupling, model, importance, calibration, tasks)
     score, rest = np.zeros(coupling.num_channels), magnitude(coupling)
@@ -52,6 +51,13 @@ def torch_pruning_scores(
         found = _ask(importance, _group(coupling, group, model), group, len(choices))
         score[choices] = rest[choices] if found is None else found
     return score
+
+
+def _copied(coupling: Coupling) -> nn.Module:
+    """Copy the network: importances read and write gradients."""
+    own = {id(t): t.detach().clone() for _, t, _ in coupling.traced.state}
+    own |= {id(t): nn.Parameter(own[id(t)], t.requires_grad) for _, t, known in coupling.traced.state if known}
+    return clone(coupling.traced.root, own)
 
 
 def _differentiate(
