@@ -123,7 +123,7 @@ def test_the_table_only_saves_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fast.costs(everything) == slow.costs(everything)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f"{f.__module__}.{f.__name__}")
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 def test_a_function_makes_the_call_that_the_table_says(function: Any) -> None:
     count = 1 if function.__name__ in ("relu", "sigmoid") else 2
     operands = [torch.empty(IMAGE, device="meta") for _ in range(count)]
