@@ -303,11 +303,7 @@ def _thinned(layers: list[Layer], max_bytes: int, tasks: int) -> set[str]:
 def _moments(sums: Sums, samples: int, tasks: list[str]) -> Moments:
     layer = sums.layer
     nothing = torch.zeros(layer.blocks, layer.outputs, layer.outputs, dtype=torch.float64)
-    return Moments(
-        layer,
-        sums.shared_taps,
-        (sums.inputs / sums.rows).cpu(),
-        (sums.total / sums.rows).cpu(),
-        {task: sums.outputs.get(task, nothing).cpu() / samples for task in tasks},
-        sums.norm,
-    )
+    second, mean = sums.inputs.mean(sums.inputs.rows)
+    seen = {task: products.mean(samples)[0].cpu() for task, products in sums.outputs.items()}
+    sensitivity = {task: seen.get(task, nothing) for task in tasks}
+    return Moments(layer, sums.shared_taps, second.cpu(), mean.cpu(), sensitivity, sums.norm)
