@@ -10,7 +10,7 @@ VALUES = 1 << 20
 """How many values are widened to float64 at a time."""
 
 
-class Products:
+class Gram:
     """Sum of x x^T over rows x, and of x.
 
     Rows wait until they are half as many as they are long: a product costs as much to add as many rows to multiply.

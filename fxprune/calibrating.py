@@ -304,6 +304,6 @@ def _moments(sums: Sums, samples: int, tasks: list[str]) -> Moments:
     layer = sums.layer
     nothing = torch.zeros(layer.blocks, layer.outputs, layer.outputs, dtype=torch.float64)
     second, mean = sums.inputs.mean(sums.inputs.rows)
-    seen = {task: products.mean(samples)[0].cpu() for task, products in sums.outputs.items()}
+    seen = {task: gram.mean(samples)[0].cpu() for task, gram in sums.outputs.items()}
     sensitivity = {task: seen.get(task, nothing) for task in tasks}
     return Moments(layer, sums.shared_taps, second.cpu(), mean.cpu(), sensitivity, sums.norm)

@@ -10,7 +10,7 @@ import torch
 
 from fxprune.calibrating import Moments
 from fxprune.coupling import Coupling
-from fxprune.eliminating import damped_inverse
+from fxprune.eliminating import damped_solve
 from fxprune.layers import channels_of
 
 
@@ -77,13 +77,13 @@ def corrected_weight(
         flags = np.repeat(keep[block], each)
         k, r = (torch.from_numpy(np.flatnonzero(f)) for f in (flags, ~flags))
         second, mean = m.second[block], m.mean[block]
+        both, across, spread = second[k[:, None], k], second[k[:, None], r], second.diagonal()
         if m.absorbs:
-            second = second - mean[:, None] * mean
+            both, across = both.addr_(mean[k], mean[k], alpha=-1), across.addr_(mean[k], mean[r], alpha=-1)
+            spread = spread - mean.square()
         w = maps[block].permute(1, 2, 0)  # (inputs, taps, outputs)
         w = w.flatten(1) if m.shared_taps else w.reshape(len(flags), layer.outputs)
-        level = second.diagonal().mean() * damping
-        inverse = damped_inverse(second[k[:, None], k], float(level))
-        change = inverse @ (second[k[:, None], r] @ w[r])
+        change = damped_solve(both, float(spread.mean()) * damping, across @ w[r])
         if m.absorbs:
             shift[block] = (mean[r] @ w[r] - mean[k] @ change).reshape(-1, layer.outputs).sum(0)
         fixed = w.clone()

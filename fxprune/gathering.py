@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fxprune.accumulating import Products, Spread
+from fxprune.accumulating import Gram, Spread
 
 CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 """Function -> how many spatial dims it has."""
@@ -56,8 +56,8 @@ class Sums:
 
     layer: Layer
     shared_taps: bool
-    inputs: Products = field(default_factory=Products)
-    outputs: dict[str, Products] = field(default_factory=dict)
+    inputs: Gram = field(default_factory=Gram)
+    outputs: dict[str, Gram] = field(default_factory=dict)
     norm: str | None = None
 
 
@@ -161,7 +161,7 @@ class Gatherer(TorchFunctionMode):
     ) -> None:
         rows = g[(places[0], slice(None), *places[1:])] if is_conv else g[places]
         rows = rows.reshape(len(rows), sums.layer.blocks, -1).transpose(0, 1)
-        sums.outputs.setdefault(self.task, Products()).add(rows * scale**0.5)
+        sums.outputs.setdefault(self.task, Gram()).add(rows * scale**0.5)
 
 
 def _call_of(names: Mapping[int, str], func: Any, args: Any, kwargs: Any) -> _Call | None:
