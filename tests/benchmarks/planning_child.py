@@ -52,7 +52,9 @@ class Clock:
         result = call(*args, **kwargs)
         known = self.stages.get(stage, (0.0, 0.0))
         self.stages[stage] = (known[0] + time.perf_counter() - wall, known[1] + time.process_time() - processor)
-        self.peaks[stage] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        self.peaks[stage] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
         return result
 
     def inside(self, stage: str, home: Any, name: str) -> Any:
