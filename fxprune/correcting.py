@@ -75,9 +75,11 @@ def corrected_weight(
     shift = torch.zeros(layer.blocks, layer.outputs, dtype=torch.float64)
     for block in np.flatnonzero(~keep.all(axis=1) & keep.any(axis=1)):
         flags = np.repeat(keep[block], each)
-        k, r = (torch.from_numpy(np.flatnonzero(f)) for f in (flags, ~flags))
+        stay, gone = np.flatnonzero(flags), np.flatnonzero(~flags)
+        k, r = torch.from_numpy(stay), torch.from_numpy(gone)
         second, mean = m.second[block], m.mean[block]
-        both, across, spread = second[k[:, None], k], second[k[:, None], r], second.diagonal()
+        both, across = (torch.from_numpy(second.numpy()[np.ix_(stay, to)]) for to in (stay, gone))
+        spread = second.diagonal()
         if m.absorbs:
             both, across = both.addr_(mean[k], mean[k], alpha=-1), across.addr_(mean[k], mean[r], alpha=-1)
             spread = spread - mean.square()

@@ -87,21 +87,22 @@ class _State:
         inverse = unit.inverse
         if inverse is None:
             inverse = damped_inverse(unit.second, float(unit.second.diagonal().mean()) * damping)
-        self._inverse = inverse
+        self._inverse = inverse.numpy()
         choices, which, counts = np.unique(unit.choice, return_inverse=True, return_counts=True)
         order = np.lexsort((which, counts[which]))
         order = order[unit.choice[order] >= 0]
-        self._at = torch.from_numpy(order)  # rows of the inverse; those of one choice side by side
+        self._at = order  # rows of the inverse; those of one choice side by side
         self._choice = unit.choice[order]  # -1 once it is gone
-        self._left = (unit.weight[self._at] @ self._metric).flatten(1)  # (n, copies * m)
+        self._left = (unit.weight[torch.from_numpy(order)] @ self._metric).flatten(1)  # (n, copies * m)
         self._factor: list[torch.Tensor] = []  # (rows, n) each: what has gone, in order
         self._blocks: list[_Blocks] = []
         start = 0
         for size in np.unique(counts[choices >= 0]):
             alike = choices[(counts == size) & (choices >= 0)]
-            at = self._at[start : start + len(alike) * size].view(len(alike), size)
-            self._blocks.append(_Blocks(alike, start, inverse[at[:, :, None], at[:, None, :]]))
-            start += at.numel()
+            at = order[start : start + len(alike) * size].reshape(len(alike), size)
+            blocks = torch.from_numpy(self._inverse[at[:, :, None], at[:, None, :]])
+            self._blocks.append(_Blocks(alike, start, blocks))
+            start += at.size
 
     def scores(self, total: np.ndarray) -> None:
         """Add the error of each choice that is left, if it goes next, to `total` (choices,)."""
@@ -124,7 +125,7 @@ class _State:
             return
         gone = gone[np.argsort(place[gone], kind="stable")]
         s = torch.from_numpy(gone)
-        across = self._inverse.index_select(0, self._at[s]).index_select(1, self._at)
+        across = torch.from_numpy(self._inverse[np.ix_(self._at[gone], self._at)])
         for before in self._factor:
             across.addmm_(before[:, s].T, before, alpha=-1)
         pivots = torch.linalg.cholesky(across[:, s])
@@ -157,7 +158,7 @@ class _State:
     def _forget(self) -> None:
         """Leave out inputs that are gone."""
         stays = self._choice >= 0
-        keep = torch.from_numpy(np.flatnonzero(stays))
+        kept = np.flatnonzero(stays)
         start = 0
         for blocks in self._blocks:
             count, size = blocks.inverse.shape[:2]
@@ -166,8 +167,8 @@ class _State:
             blocks.start = start
             start += len(blocks.choices) * size
         self._blocks = [blocks for blocks in self._blocks if len(blocks.choices)]
-        self._choice, self._at, self._left = self._choice[stays], self._at[keep], self._left[keep]
-        self._factor = [torch.cat(self._factor).index_select(1, keep)]
+        self._choice, self._at, self._left = self._choice[kept], self._at[kept], self._left[torch.from_numpy(kept)]
+        self._factor = [torch.from_numpy(np.concatenate([rows.numpy()[:, kept] for rows in self._factor]))]
 
 
 def damped_inverse(second: torch.Tensor, level: float) -> torch.Tensor:

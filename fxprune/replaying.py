@@ -19,35 +19,35 @@ from fxprune.values import bind
 Env = dict[fx.Node, Any]
 
 
-class Replayer(nn.Module):
-    """Runs parts of a network's graph, in eval mode, with weights changed."""
+class Replayer(Runner):
+    """Runs parts of a network's graph with weights changed; those that are tied change together."""
 
     def __init__(self, module: fx.GraphModule) -> None:
-        """Look up which node is the first to read each weight."""
-        super().__init__()
-        self.module = module
+        """Look up which nodes read each weight."""
+        super().__init__(module, module.graph)
         self.nodes = list(module.graph.nodes)
-        self._runner = _Caller(module, module.graph)
-        place = {n: i for i, n in enumerate(self.nodes)}
-        self._expires: list[list[fx.Node]] = [[] for _ in self.nodes]
-        for n in self.nodes[:-1]:
-            self._expires[max(map(place.__getitem__, n.users), default=place[n])].append(n)
         named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
         self._ids = {name: id(tensor) for name, tensor in named}
+        self._reads: dict[str, dict[str, int]] = {}
+        self._changed: dict[int, torch.Tensor] = {}
         self._first: dict[int, int] = {}
-        for n in self.nodes:
-            readers = n.users if n.op == "get_attr" else [n]
-            for tensor in _read_by(module, n):
-                at = min(map(place.__getitem__, readers), default=len(self.nodes))
-                self._first[id(tensor)] = min(at, self._first.get(id(tensor), at))
+        self._expires: list[list[fx.Node]] = [[] for _ in self.nodes]
+        place = {n: i for i, n in enumerate(self.nodes)}
+        for n in self.nodes[:-1]:
+            self._expires[max(map(place.__getitem__, n.users), default=place[n])].append(n)
+            if n.op not in ("call_module", "get_attr"):
+                continue
+            reads = self._reads[str(n.target)] = _read_by(module, str(n.target))
+            at = min(map(place.__getitem__, n.users if n.op == "get_attr" else [n]), default=len(self.nodes))
+            for tensor in reads.values():
+                self._first[tensor] = min(at, self._first.get(tensor, at))
 
     def first_reader(self, names: Iterable[str]) -> int:
         """Return the place of the first node that reads any of the parameters and buffers `names`."""
-        places = (self._first.get(self._ids.get(name, 0), 0) for name in names)
-        return min(places, default=len(self.nodes) - 1)
+        return min((self._first.get(self._ids[name], 0) for name in names), default=len(self.nodes) - 1)
 
-    def run(self, values: Mapping[str, torch.Tensor], env: Env, start: int, end: int) -> None:
-        """Run the nodes from `start` until before `end`, on and into what is known in `env`; forget what is not read.
+    def run_part(self, values: Mapping[str, torch.Tensor], env: Env, start: int, end: int) -> None:
+        """Run nodes on and into what is known; forget what is not read any more.
 
         Args:
             values: parameters and buffers that are changed: name -> value.
@@ -55,27 +55,35 @@ class Replayer(nn.Module):
             start: place of the first node.
             end: place after the last.
         """
-        changed = {f"module.{name}": value for name, value in values.items()}
-        with evaluating(self.module), torch.no_grad():
-            functional_call(self, changed, (env, start, end), tie_weights=True)
-
-    def forward(self, env: Env, start: int, end: int) -> None:
-        """Run nodes, as `run` does, on the weights as they are."""
-        attributes = {n: self._runner.run_node(n) for n in self.nodes if n.op == "get_attr"}
+        self._changed = {self._ids[name]: value for name, value in values.items()}
+        attributes = {n: self.run_node(n) for n in self.nodes if n.op == "get_attr"}
         env.update(attributes)
-        self._runner.env = env
+        self.env = env
         for i in range(start, end):
             node = self.nodes[i]
             if node.op not in ("get_attr", "placeholder"):
-                env[node] = self._runner.run_node(node)
+                env[node] = self.run_node(node)
             for gone in self._expires[i]:
                 env.pop(gone, None)
         for node in attributes:
             env.pop(node, None)
 
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Call a module, with what is changed of it."""
+        changed, module = self._changes(target), self.fetch_attr(target)
+        return functional_call(module, changed, args, kwargs, tie_weights=True) if changed else module(*args, **kwargs)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Return what the module has by this name, or what it is changed to."""
+        return next(iter(self._changes(target).values()), self.fetch_attr(target))
+
+    def _changes(self, target: str) -> dict[str, torch.Tensor]:
+        reads = self._reads[target]
+        return {name: self._changed[tensor] for name, tensor in reads.items() if tensor in self._changed}
+
 
 class Replay:
-    """A network on one batch, run as far as no weight has changed."""
+    """A network on one batch, in eval mode, run as far as no weight has changed."""
 
     def __init__(self, replayer: Replayer, batch: Any) -> None:
         """Begin before the first node; nothing is run yet."""
@@ -98,31 +106,24 @@ class Replay:
         """
         replayer = self._replayer
         first, end = replayer.first_reader(values), len(replayer.nodes)
-        if first < self._at:
-            self._begin()
-        replayer.run({}, self._known, self._at, first)
-        self._at = first
-        env = dict(zip(self._known, copy.deepcopy(list(self._known.values())), strict=True))
-        replayer.run(values, env, first, end)
+        with evaluating(replayer.module), torch.no_grad():
+            if first < self._at:
+                self._begin()
+            if first > self._at:
+                replayer.run_part({}, self._known, self._at, first)
+                self._at = first
+            env = dict(zip(self._known, copy.deepcopy(list(self._known.values())), strict=True))
+            replayer.run_part(values, env, first, end)
         (found,) = env.values()
         return replayer.module.graph.process_outputs(found)
 
 
-class _Caller(Runner):
-    """Calls every module itself: there are data."""
-
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return self.fetch_attr(target)(*args, **kwargs)
-
-
-def _read_by(module: nn.Module, node: fx.Node) -> list[torch.Tensor]:
-    """Return the parameters and buffers that a node reads."""
-    if node.op not in ("call_module", "get_attr"):
-        return []
-    found = named_part(module, str(node.target))
+def _read_by(module: nn.Module, target: str) -> dict[str, int]:
+    """Return name -> id of the parameters and buffers in a part of a module."""
+    found = named_part(module, target)
     if isinstance(found, nn.Module):
-        return [tensor for _, tensor, _ in named_state(found)]
-    return [found] if isinstance(found, torch.Tensor) else []
+        return {name: id(tensor) for name, tensor, _ in named_state(found)}
+    return {"": id(found)} if isinstance(found, torch.Tensor) else {}
 
 
 def _own(value: Any) -> Any:
