@@ -29,6 +29,7 @@ from fxprune.calibrating import calibrate
 from fxprune.examples.scenes import split_digits
 
 SEED = 0
+KIB = 1 if sys.platform == "darwin" else 1024  # what the system counts memory in
 STATISTICS = 64  # samples that batch norms take their statistics from
 
 Batch = tuple[Tensor, Tensor]
@@ -135,7 +136,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "stages": clock.stages,
         "peaks": clock.peaks,
         "groups": len(coupling.groups()),
-        "macs": plan.costs.after.macs / plan.costs.before.macs,
+        "macs": plan.costs.share("macs"),
         "losses": dict(calibration.losses),
         "widths": {g.name: g.after for g in plan.groups},
     }
