@@ -94,7 +94,8 @@ class _State:
         self._at = order  # rows of the inverse; those of one choice side by side
         self._choice = unit.choice[order]  # -1 once it is gone
         self._left = (unit.weight[torch.from_numpy(order)] @ self._metric).flatten(1)  # (n, copies * m)
-        self._factor: list[torch.Tensor] = []  # (rows, n) each: what has gone, in order
+        self._done = self._gone = 0  # how many inputs have gone; how many of them are not forgotten
+        self._factor = torch.empty(len(order), len(order), dtype=torch.float64)  # (rows, n), of which `_done` are known
         self._blocks: list[_Blocks] = []
         start = 0
         for size in np.unique(counts[choices >= 0]):
@@ -126,18 +127,19 @@ class _State:
         gone = gone[np.argsort(place[gone], kind="stable")]
         s = torch.from_numpy(gone)
         across = torch.from_numpy(self._inverse[np.ix_(self._at[gone], self._at)])
-        for before in self._factor:
-            across.addmm_(before[:, s].T, before, alpha=-1)
+        before = self._factor[: self._done]
+        across.addmm_(before[:, s].T, before, alpha=-1)
         pivots = torch.linalg.cholesky(across[:, s])
         across = torch.linalg.solve_triangular(pivots, across, upper=False)
         left = torch.linalg.solve_triangular(pivots, self._left[s], upper=False)
         if errors is not None:
             np.add.at(errors, place[gone], self._costs(left))
         self._left.addmm_(across.T, left, alpha=-1)
-        self._factor.append(across)
+        self._factor[self._done : self._done + len(gone)] = across
         self._choice[gone] = -1
+        self._done, self._gone = self._done + len(gone), self._gone + len(gone)
         self._downdate(across)
-        if 8 * int((self._choice < 0).sum()) > len(self._choice):
+        if 8 * self._gone > len(self._choice):
             self._forget()
 
     def _costs(self, left: torch.Tensor) -> np.ndarray:
@@ -151,9 +153,13 @@ class _State:
         """Bring the blocks of all choices up to date with new rows (rows, n) of the factor."""
         for blocks in self._blocks:
             new = blocks.of(across.T)
+            count, size = new.shape[:2]
+            if size == 1:
+                blocks.inverse -= new.square().sum(2, keepdim=True)
+                continue
             blocks.inverse -= new @ new.mT
-            first = self._choice[blocks.start : blocks.start + new.shape[0] * new.shape[1] : new.shape[1]]
-            blocks.inverse[torch.from_numpy(first < 0)] = torch.eye(new.shape[1], dtype=torch.float64)
+            gone = self._choice[blocks.start : blocks.start + count * size : size] < 0
+            blocks.inverse[torch.from_numpy(gone)] = torch.eye(size, dtype=torch.float64)
 
     def _forget(self) -> None:
         """Leave out inputs that are gone."""
@@ -168,7 +174,9 @@ class _State:
             start += len(blocks.choices) * size
         self._blocks = [blocks for blocks in self._blocks if len(blocks.choices)]
         self._choice, self._at, self._left = self._choice[kept], self._at[kept], self._left[torch.from_numpy(kept)]
-        self._factor = [torch.from_numpy(np.concatenate([rows.numpy()[:, kept] for rows in self._factor]))]
+        known = self._factor.numpy()[: self._done, kept]
+        self._factor, self._gone = torch.empty(len(self._factor), len(kept), dtype=torch.float64), 0
+        self._factor[: self._done] = torch.from_numpy(known)
 
 
 def damped_inverse(second: torch.Tensor, level: float) -> torch.Tensor:
