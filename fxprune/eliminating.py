@@ -96,6 +96,7 @@ class _State:
         self._left = (unit.weight[torch.from_numpy(order)] @ self._metric).flatten(1)  # (n, copies * m)
         self._done = self._gone = 0  # how many inputs have gone; how many of them are not forgotten
         self._factor = torch.empty(len(order), len(order), dtype=torch.float64)  # (rows, n), of which `_done` are known
+        self._lost: list[tuple[np.ndarray, torch.Tensor]] = []  # choices, and errors that each of their inputs left
         self._blocks: list[_Blocks] = []
         start = 0
         for size in np.unique(counts[choices >= 0]):
@@ -116,8 +117,8 @@ class _State:
                 error = torch.linalg.vector_norm(error, dim=2).square()
             total[blocks.choices] += error.sum(1).numpy() / 2
 
-    def remove(self, going: np.ndarray, errors: np.ndarray | None) -> None:
-        """Remove choices in the order given; add what each costs each task to `errors` (choices, tasks)."""
+    def remove(self, going: np.ndarray, *, free: bool = False) -> None:
+        """Remove choices in the order given; at no cost, if so."""
         rank = np.full(max(int(self._choice.max(initial=-1)), int(going.max(initial=-1))) + 2, -1)
         rank[going] = np.arange(len(going))
         place = rank[self._choice]  # the last entry, -1, is for inputs that are gone
@@ -132,8 +133,8 @@ class _State:
         pivots = torch.linalg.cholesky(across[:, s])
         across = torch.linalg.solve_triangular(pivots, across, upper=False)
         left = torch.linalg.solve_triangular(pivots, self._left[s], upper=False)
-        if errors is not None:
-            np.add.at(errors, place[gone], self._costs(left))
+        if not free:
+            self._lost.append((self._choice[gone], left))
         self._left.addmm_(across.T, left, alpha=-1)
         self._factor[self._done : self._done + len(gone)] = across
         self._choice[gone] = -1
@@ -142,12 +143,16 @@ class _State:
         if 8 * self._gone > len(self._choice):
             self._forget()
 
-    def _costs(self, left: torch.Tensor) -> np.ndarray:
-        """Return (rows, tasks) what errors of the output, (rows, copies * m) in the metric, cost."""
+    def add_costs(self, total: np.ndarray) -> None:
+        """Add what the removal of each choice has cost each task to `total` (choices, tasks)."""
+        if not self._lost:
+            return
+        choices, errors = zip(*self._lost, strict=True)
+        left = torch.cat(errors)  # (inputs, copies * m), in the metric
         m = len(self._metric)
         e = torch.linalg.solve_triangular(self._metric, left.reshape(-1, m), upper=False, left=False)
         costs = [((e @ g) * e).sum(1).reshape(len(left), -1).sum(1) for g in self._sensitivity]
-        return torch.stack(costs, 1).numpy() / 2
+        np.add.at(total, np.concatenate(choices), torch.stack(costs, 1).numpy() / 2)
 
     def _downdate(self, across: torch.Tensor) -> None:
         """Bring the blocks of all choices up to date with new rows (rows, n) of the factor."""
@@ -235,10 +240,9 @@ def eliminate(
     states = [_State(unit, damping) for unit in units]
     if first is not None and len(first):
         for state in states:
-            state.remove(first, None)
+            state.remove(first, free=True)
     left = [np.sort(cell) for cell in cells]
     order: list[np.ndarray] = []
-    errors: list[np.ndarray] = []
     while len(order) < steps:
         score = own.sum(axis=1)
         for state in states:
@@ -251,10 +255,11 @@ def eliminate(
             left[i] = np.setdiff1d(cell, ranked, assume_unique=True)
             going.append(ranked.reshape(now, take))
         rows = np.concatenate(going, axis=1)
-        added = own[rows.ravel()].copy()
         for state in states:
-            state.remove(rows.ravel(), added)
+            state.remove(rows.ravel())
         order += list(rows)
-        errors += list(added.reshape(now, -1, tasks).sum(axis=1))
-    per_step = sum(takes)
-    return Elimination(np.array(order, dtype=np.int64).reshape(-1, per_step), np.array(errors).reshape(-1, tasks))
+    costs = own.copy()
+    for state in states:
+        state.add_costs(costs)
+    steps_taken = np.array(order, dtype=np.int64).reshape(-1, sum(takes))
+    return Elimination(steps_taken, costs[steps_taken].sum(axis=1))

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from fxprune.calibrating import Calibration, samples_in
-from fxprune.correcting import corrections
+from fxprune.correcting import Inverses, corrections
 from fxprune.coupling import Coupling
 from fxprune.paths import RemovalPath
 from fxprune.replaying import Replay, Replayer
@@ -58,6 +58,7 @@ class Probe:
         self._slopes: list[list[list[torch.Tensor | None]]] = []
         self._replayer = Replayer(self._module)
         self._replays: list[Replay] = []
+        self._inverses: Inverses | None = None
         self.dense = self.losses(np.ones(coupling.num_channels, dtype=bool))
         """(tasks,) of the dense network."""
 
@@ -75,6 +76,7 @@ class Probe:
         """
         if not self._replays:
             self._replays = [Replay(self._replayer, batch) for batch in self._batches]
+            self._inverses = {}
         if not self._tasks:
             return self._means(keep, self._replayed, self._of_batch)
         if not self._slopes:
@@ -151,7 +153,8 @@ class Probe:
         if not self._compensate:
             return values
         touched = set(values)
-        for change in corrections(self.coupling, self._calibration.moments, keep, self._damping, among=touched):
+        moments = self._calibration.moments
+        for change in corrections(self.coupling, moments, keep, self._damping, touched, self._inverses):
             dense, weight = values[change.name], change.weight
             gone = torch.from_numpy(~keep[change.outputs]).to(dense.device)
             values[change.name] = weight.masked_fill(gone.reshape(-1, *[1] * (weight.ndim - 1)), 0).to(dense)

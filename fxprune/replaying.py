@@ -25,6 +25,7 @@ class Replayer(Runner):
     def __init__(self, module: fx.GraphModule) -> None:
         """Look up which nodes read each weight."""
         super().__init__(module, module.graph)
+        self.whole = module.graph
         self.nodes = list(module.graph.nodes)
         named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
         self._ids = {name: id(tensor) for name, tensor in named}
@@ -93,7 +94,7 @@ class Replay:
 
     def _begin(self) -> None:
         args, kwargs = pytree.tree_map(_own, inputs_of(self._batch))
-        graph = self._replayer.module.graph
+        graph = self._replayer.whole
         holders = [n for n in self._replayer.nodes if n.op == "placeholder"]
         self._known: Env = dict(zip(holders, bind(graph, args, kwargs), strict=True))
         self._at = 0
@@ -115,7 +116,7 @@ class Replay:
             env = dict(zip(self._known, copy.deepcopy(list(self._known.values())), strict=True))
             replayer.run_part(values, env, first, end)
         (found,) = env.values()
-        return replayer.module.graph.process_outputs(found)
+        return replayer.whole.process_outputs(found)
 
 
 def _read_by(module: nn.Module, target: str) -> dict[str, int]:
