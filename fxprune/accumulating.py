@@ -73,10 +73,12 @@ class Spread:
         """Add values (b, channels, ..)."""
         x = x.detach().reshape(*x.shape[:2], -1)
         self._count += x.shape[0] * x.shape[2]
-        for some in x.split(max(VALUES // max(x[0].numel(), 1), 1)):
+        total = squares = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+        for some in x.split(max(VALUES // max(x[:1].numel(), 1), 1)):
             wide = some.double()
-            self._total = self._total + wide.sum((0, 2)).cpu()
-            self._squares = self._squares + torch.linalg.vector_norm(wide, 2, (0, 2)).square().cpu()
+            total = total + wide.sum((0, 2))
+            squares = squares + torch.linalg.vector_norm(wide, 2, (0, 2)).square()
+        self._total, self._squares = self._total + total.cpu(), self._squares + squares.cpu()
 
     @property
     def mean(self) -> torch.Tensor:

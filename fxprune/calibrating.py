@@ -154,8 +154,8 @@ def calibrate(
         batches: of inputs, or pairs `(inputs, targets)`.
         tasks: name -> Task, whose losses are differentiated, each a mean over the samples of a batch. Without tasks, to
             change the outputs is what counts: by the mean of their squares, each output against its own size.
-        max_bytes: the moments may take so much memory. Where all taps of all kernels would take more, those of the
-            largest layers share one moment.
+        max_bytes: the moments may take so much memory, and what waits to be added to them a quarter besides. Where all
+            taps of all kernels would take more, those of the largest layers share one moment.
         positions: how many positions of each sample are read in a layer; by default as many as its moment needs, where
             the data have a length.
         progress: show a progress bar.
