@@ -76,7 +76,7 @@ class Replayer(Runner):
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Return what the module has by this name, or what it is changed to."""
-        return next(iter(self._changes(target).values()), self.fetch_attr(target))
+        return self._changes(target).get("", self.fetch_attr(target))
 
     def _changes(self, target: str) -> dict[str, torch.Tensor]:
         reads = self._reads[target]
