@@ -154,8 +154,8 @@ def calibrate(
         batches: of inputs, or pairs `(inputs, targets)`.
         tasks: name -> Task, whose losses are differentiated, each a mean over the samples of a batch. Without tasks, to
             change the outputs is what counts: by the mean of their squares, each output against its own size.
-        max_bytes: the moments may take so much memory. Where all taps of all kernels would take more, those of the
-            largest layers share one moment.
+        max_bytes: the moments may take so much memory, and what waits to be added to them a quarter besides. Where all
+            taps of all kernels would take more, those of the largest layers share one moment.
         positions: how many positions of each sample are read in a layer; by default as many as its moment needs, where
             the data have a length.
         progress: show a progress bar.
@@ -305,11 +305,7 @@ def _thinned(layers: list[Layer], max_bytes: int, tasks: int) -> set[str]:
 def _moments(sums: Sums, samples: int, tasks: list[str]) -> Moments:
     layer = sums.layer
     nothing = torch.zeros(layer.blocks, layer.outputs, layer.outputs, dtype=torch.float64)
-    return Moments(
-        layer,
-        sums.shared_taps,
-        (sums.inputs / sums.rows).cpu(),
-        (sums.total / sums.rows).cpu(),
-        {task: sums.outputs.get(task, nothing).cpu() / samples for task in tasks},
-        sums.norm,
-    )
+    second, mean = sums.inputs.mean(sums.inputs.rows)
+    seen = {task: gram.mean(samples)[0].cpu() for task, gram in sums.outputs.items()}
+    sensitivity = {task: seen.get(task, nothing) for task in tasks}
+    return Moments(layer, sums.shared_taps, second.cpu(), mean.cpu(), sensitivity, sums.norm)

@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from fxprune.accumulating import Spread
 from fxprune.calibrating import Calibration
 from fxprune.correcting import corrections
 from fxprune.coupling import Coupling
 from fxprune.eliminating import DAMPING
-from fxprune.gathering import Spread
 from fxprune.planning import keep_of
 from fxprune.plans import Plan
 from fxprune.tasks import evaluating, run_batch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +10,13 @@ import torch
 
 from fxprune.calibrating import Moments
 from fxprune.coupling import Coupling
-from fxprune.eliminating import damped_inverse
+from fxprune.eliminating import damped_inverse, damped_solve
 from fxprune.layers import channels_of
+
+Inverses = MutableMapping[tuple[str, int], torch.Tensor]
+"""(weight, block) -> inverse of the damped moment of all inputs."""
+FEW = 4
+"""Where at least so many times more inputs stay than go, an inverse that is known says how to correct the weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +39,12 @@ class Correction:
 
 
 def corrections(
-    coupling: Coupling, moments: Mapping[str, Moments], keep: np.ndarray, damping: float, among: Container[str]
+    coupling: Coupling,
+    moments: Mapping[str, Moments],
+    keep: np.ndarray,
+    damping: float,
+    among: Container[str],
+    inverses: Inverses | None = None,
 ) -> Iterator[Correction]:
     """Yield what changes in every layer that has lost inputs.
 
@@ -44,6 +54,8 @@ def corrections(
         keep: (channels + 1,) what stays; the last entry stands for values that are no channel, and is true.
         damping: as in `compensate`.
         among: the weights that are looked at.
+        inverses: what is known of layers that lose few of their inputs, for many calls with one `damping`: more is
+            added.
     """
     state = {name: tensor for name, tensor, _ in coupling.traced.state}
     for name, m in moments.items():
@@ -52,13 +64,13 @@ def corrections(
         inputs, outputs = channels_of(coupling, m.layer)
         if keep[inputs].all():
             continue
-        weight, shift = corrected_weight(m, state[name].detach(), keep[inputs], damping)
+        weight, shift = corrected_weight(m, state[name].detach(), keep[inputs], damping, inverses)
         holder, sign = (m.layer.bias, 1) if m.layer.bias is not None else (m.norm, -1)
         yield Correction(name, weight, outputs.ravel(), holder, sign * shift)
 
 
 def corrected_weight(
-    m: Moments, weight: torch.Tensor, keep: np.ndarray, damping: float
+    m: Moments, weight: torch.Tensor, keep: np.ndarray, damping: float, inverses: Inverses | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the corrected weight of a layer, of the dense shape, and the constant that is missing in each output.
 
@@ -67,6 +79,7 @@ def corrected_weight(
         weight: dense.
         keep: (blocks, inputs) which inputs stay.
         damping: as in `compensate`.
+        inverses: as in `corrections`.
     """
     layer = m.layer
     each = 1 if m.shared_taps else layer.taps
@@ -75,19 +88,50 @@ def corrected_weight(
     shift = torch.zeros(layer.blocks, layer.outputs, dtype=torch.float64)
     for block in np.flatnonzero(~keep.all(axis=1) & keep.any(axis=1)):
         flags = np.repeat(keep[block], each)
-        k, r = (torch.from_numpy(np.flatnonzero(f)) for f in (flags, ~flags))
-        second, mean = m.second[block], m.mean[block]
-        if m.absorbs:
-            second = second - mean[:, None] * mean
+        stay, gone = np.flatnonzero(flags), np.flatnonzero(~flags)
+        k, r = torch.from_numpy(stay), torch.from_numpy(gone)
         w = maps[block].permute(1, 2, 0)  # (inputs, taps, outputs)
         w = w.flatten(1) if m.shared_taps else w.reshape(len(flags), layer.outputs)
-        level = second.diagonal().mean() * damping
-        inverse = damped_inverse(second[k[:, None], k], float(level))
-        change = inverse @ (second[k[:, None], r] @ w[r])
+        known = inverses if FEW * len(gone) <= len(stay) else None
+        change = _change(m, int(block), stay, gone, w[r], damping, known)
         if m.absorbs:
+            mean = m.mean[block]
             shift[block] = (mean[r] @ w[r] - mean[k] @ change).reshape(-1, layer.outputs).sum(0)
         fixed = w.clone()
         fixed[k] += change
         fixed[r] = 0
         maps[block] = fixed.reshape(layer.inputs, layer.taps, layer.outputs).permute(2, 0, 1)
     return new.to(weight.device), shift.ravel()
+
+
+def _change(
+    m: Moments,
+    block: int,
+    stay: np.ndarray,
+    gone: np.ndarray,
+    lost: torch.Tensor,
+    damping: float,
+    inverses: Inverses | None,
+) -> torch.Tensor:
+    """Return what is added to the weights that stay, for the `lost` (gone, outputs) ones: (H_KK)^-1 H_KR W_R.
+
+    With P the inverse of all of the damped H, that is -P_KR (P_RR)^-1 W_R.
+    """
+    second, mean = m.second[block], m.mean[block]
+    level = float((second.diagonal() - (mean.square() if m.absorbs else 0)).mean()) * damping
+    if inverses is not None:
+        key = (m.layer.name, block)
+        if key not in inverses:
+            inverses[key] = damped_inverse(torch.addr(second, mean, mean, alpha=-1) if m.absorbs else second, level)
+        across, own = (_cut(inverses[key], rows, gone) for rows in (stay, gone))
+        return -across @ torch.cholesky_solve(lost, torch.linalg.cholesky(own))
+    both, across = (_cut(second, stay, columns) for columns in (stay, gone))
+    if m.absorbs:
+        k, r = mean[torch.from_numpy(stay)], mean[torch.from_numpy(gone)]
+        both.addr_(k, k, alpha=-1)
+        across.addr_(k, r, alpha=-1)
+    return damped_solve(both, level, across @ lost)
+
+
+def _cut(matrix: torch.Tensor, rows: np.ndarray, columns: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(matrix.numpy()[np.ix_(rows, columns)])

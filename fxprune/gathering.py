@@ -15,6 +15,8 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from fxprune.accumulating import Gram, Spread
+
 CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 """Function -> how many spatial dims it has."""
 
@@ -46,46 +48,17 @@ class Sums:
 
     Attributes:
         layer: whose.
-        rows: how many positions were read.
-        inputs: (blocks, n, n) sum of x x^T over positions, n = inputs * taps, or inputs where taps share one.
-        total: (blocks, n) sum of x.
-        outputs: task -> (blocks, outputs, outputs) sum of g g^T, g the gradient of one sample's loss at one position.
+        shared_taps: each tap of the kernel counts as a position of its own.
+        inputs: of what goes in, (blocks, positions, n), n = inputs * taps, or inputs where taps share a moment.
+        outputs: task -> of g, (blocks, positions, outputs), the gradient of one sample's loss at one position.
         norm: running mean of the batch norm that what comes out goes straight into, if it does.
     """
 
     layer: Layer
     shared_taps: bool
-    rows: int = 0
-    inputs: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    total: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    inputs: Gram = field(default_factory=Gram)
+    outputs: dict[str, Gram] = field(default_factory=dict)
     norm: str | None = None
-
-
-@dataclass(slots=True)
-class Spread:
-    """Sums over the values of every channel that a batch norm reads: how many, their sum, and that of squares."""
-
-    count: int = 0
-    total: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
-    squares: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
-
-    def add(self, x: torch.Tensor) -> None:
-        """Add values (b, channels, ..)."""
-        x = x.detach().double().transpose(0, 1).flatten(1)
-        self.count += x.shape[1]
-        self.total = self.total + x.sum(1).cpu()
-        self.squares = self.squares + x.square().sum(1).cpu()
-
-    @property
-    def mean(self) -> torch.Tensor:
-        """(channels,) float64."""
-        return self.total / self.count
-
-    @property
-    def var(self) -> torch.Tensor:
-        """(channels,) float64, of the whole population."""
-        return (self.squares / self.count - self.mean.square()).clamp_min(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +124,8 @@ class Gatherer(TorchFunctionMode):
             sums = self.sums[layer.name] = Sums(layer, layer.name in self._shares_taps)
         is_conv = bool(call.kernel)
         places = self._places(layer.name, out, is_conv=is_conv)
-        _add_inputs(sums, _rows(call, x.detach(), places))
+        rows = _rows(call, x.detach(), places)
+        sums.inputs.add(rows.transpose(2, 3).flatten(1, 2) if sums.shared_taps else rows.flatten(2))
         if not out.requires_grad:
             out = out + self.anchor.to(out)
         scale = self.samples**2 * _positions_of(out, is_conv=is_conv) / max(len(places[0]), 1)
@@ -187,9 +161,7 @@ class Gatherer(TorchFunctionMode):
     ) -> None:
         rows = g[(places[0], slice(None), *places[1:])] if is_conv else g[places]
         rows = rows.reshape(len(rows), sums.layer.blocks, -1).transpose(0, 1)
-        found = (rows.transpose(1, 2) @ rows).double() * scale
-        known = sums.outputs.get(self.task)
-        sums.outputs[self.task] = found if known is None else known.add_(found)
+        sums.outputs.setdefault(self.task, Gram()).add(rows * scale**0.5)
 
 
 def _call_of(names: Mapping[int, str], func: Any, args: Any, kwargs: Any) -> _Call | None:
@@ -272,15 +244,3 @@ def _rows(call: _Call, x: torch.Tensor, places: tuple[torch.Tensor, ...]) -> tor
     patches = x.movedim(1, -1)[(first, *index)]  # (rows, *kernel, channels)
     patches = patches.reshape(len(patches), layer.taps, layer.blocks, layer.inputs)
     return patches.permute(2, 0, 3, 1)
-
-
-def _add_inputs(sums: Sums, rows: torch.Tensor) -> None:
-    """Add rows (blocks, rows, channels, taps); where taps share a moment, each tap is a row of its own."""
-    rows = rows.transpose(2, 3).flatten(1, 2) if sums.shared_taps else rows.flatten(2)
-    second, first = (rows.transpose(1, 2) @ rows).double(), rows.double().sum(1)
-    if not sums.rows:
-        sums.inputs, sums.total = second, first
-    else:
-        sums.inputs += second
-        sums.total += first
-    sums.rows += rows.shape[1]

@@ -11,10 +11,10 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from fxprune.calibrating import Calibration, samples_in
-from fxprune.correcting import corrections
+from fxprune.correcting import Inverses, corrections
 from fxprune.coupling import Coupling
-from fxprune.grouping import Group
 from fxprune.paths import RemovalPath
+from fxprune.replaying import Replay, Replayer
 from fxprune.tasks import evaluating, inputs_of
 
 SHARES = (0.25, 0.5, 0.75, 0.9)
@@ -54,23 +54,31 @@ class Probe:
         data = (calibration.batches or ()) if batches is None else batches
         self._batches = list(data if samples is None else _first(data, samples))
         self._state = {name: tensor for name, tensor, _ in coupling.traced.state}
-        self._answers = [self._outputs({}, batch) for batch in self._batches]
+        self._answers = [self._full({}, i) for i in range(len(self._batches))]
         self._slopes: list[list[list[torch.Tensor | None]]] = []
+        self._replayer = Replayer(self._module)
+        self._replays: list[Replay] = []
+        self._inverses: Inverses | None = None
         self.dense = self.losses(np.ones(coupling.num_channels, dtype=bool))
         """(tasks,) of the dense network."""
 
     def losses(self, keep: np.ndarray) -> np.ndarray:
         """Return (tasks,) mean losses of the network that keeps the channels `keep` (channels,)."""
-        return self._means(keep, lambda i, outputs: self._of_batch(i, outputs))
+        return self._means(keep, self._full, self._of_batch)
 
     def rises(self, keep: np.ndarray) -> np.ndarray:
         """Return (tasks,) how much the losses rise, relative, less what follows from their slope in the outputs.
 
         That part is noise: over many samples a trained network has none left. What remains is never below zero for a
         loss that is convex in the outputs, and a few dozen samples tell it.
+
+        The network only runs from the first node on that a change reaches, if what was asked before was not later.
         """
+        if not self._replays:
+            self._replays = [Replay(self._replayer, batch) for batch in self._batches]
+            self._inverses = {}
         if not self._tasks:
-            return self.losses(keep)
+            return self._means(keep, self._replayed, self._of_batch)
         if not self._slopes:
             self._slopes = [self._slopes_of(i) for i in range(len(self._batches))]
 
@@ -85,15 +93,26 @@ class Probe:
                 found.append(new - old - along)
             return found
 
-        return self._means(keep, rise) / np.maximum(np.abs(self.dense), 1e-12)
+        return self._means(keep, self._replayed, rise) / np.maximum(np.abs(self.dense), 1e-12)
 
-    def _means(self, keep: np.ndarray, measure: Callable[[int, Any], list[float]]) -> np.ndarray:
+    def place(self, keep: np.ndarray) -> int:
+        """Say how early `rises` has to begin for the channels `keep`: to ask in this order costs least."""
+        gone = np.append(~keep, False)
+        names = {s.name for s in self.coupling.sites if s.is_parameter and gone[s.channels].any()}
+        return self._replayer.first_reader(names)
+
+    def _means(
+        self,
+        keep: np.ndarray,
+        run: Callable[[Mapping[str, torch.Tensor], int], Any],
+        measure: Callable[[int, Any], list[float]],
+    ) -> np.ndarray:
         """Return the mean over samples of a measure of the outputs of each batch."""
         values = {} if keep.all() else self._values(np.append(keep, True))
         total, count = np.zeros(len(self._tasks or [None])), 0
         for i, batch in enumerate(self._batches):
             samples = samples_in(batch)
-            total += np.array(measure(i, self._outputs(values, batch))) * samples
+            total += np.array(measure(i, run(values, i))) * samples
             count += samples
         return total / max(count, 1)
 
@@ -115,8 +134,11 @@ class Probe:
                 found.append(list(torch.autograd.grad(loss, values, allow_unused=True)))
         return found
 
-    def _outputs(self, values: Mapping[str, torch.Tensor], batch: Any) -> Any:
-        args, kwargs = inputs_of(batch)
+    def _replayed(self, values: Mapping[str, torch.Tensor], i: int) -> Any:
+        return self._replays[i].outputs(values)
+
+    def _full(self, values: Mapping[str, torch.Tensor], i: int) -> Any:
+        args, kwargs = inputs_of(self._batches[i])
         with evaluating(self._module), torch.no_grad():
             return functional_call(self._module, dict(values), args, kwargs, tie_weights=True)
 
@@ -131,7 +153,8 @@ class Probe:
         if not self._compensate:
             return values
         touched = set(values)
-        for change in corrections(self.coupling, self._calibration.moments, keep, self._damping, among=touched):
+        moments = self._calibration.moments
+        for change in corrections(self.coupling, moments, keep, self._damping, touched, self._inverses):
             dense, weight = values[change.name], change.weight
             gone = torch.from_numpy(~keep[change.outputs]).to(dense.device)
             values[change.name] = weight.masked_fill(gone.reshape(-1, *[1] * (weight.ndim - 1)), 0).to(dense)
@@ -175,11 +198,21 @@ def _change(outputs: Any, dense: Any) -> float:
 
 def measured(probe: Probe, paths: Sequence[RemovalPath], shares: Sequence[float] = SHARES) -> list[RemovalPath]:
     """Return the paths with errors scaled to what was measured after some of their steps, each group on its own."""
-    return [_measured(probe, group, path, shares) for group, path in zip(probe.coupling.groups(), paths, strict=True)]
+    found = list(paths)
+    places = [probe.place(_without(probe.coupling, path, len(path.choices))) for path in paths]
+    for i in sorted(range(len(found)), key=places.__getitem__):
+        found[i] = _measured(probe, paths[i], shares)
+    return found
 
 
-def _measured(probe: Probe, group: Group, path: RemovalPath, shares: Sequence[float]) -> RemovalPath:
-    coupling = probe.coupling
+def _without(coupling: Coupling, path: RemovalPath, steps: int) -> np.ndarray:
+    """Return what stays, (channels,), after some steps of a path."""
+    keep = np.ones(coupling.num_channels, dtype=bool)
+    keep[coupling.members.of(path.choices[:steps].ravel())[0]] = False
+    return coupling.settle(keep)
+
+
+def _measured(probe: Probe, path: RemovalPath, shares: Sequence[float]) -> RemovalPath:
     steps = len(path.choices)
     at = np.unique([round(share * steps) for share in shares])
     at = at[(at > 0) & (at < max(steps, 2))]
@@ -188,9 +221,7 @@ def _measured(probe: Probe, group: Group, path: RemovalPath, shares: Sequence[fl
     told = np.cumsum(path.errors, axis=0)
     logs = []
     for n in at:
-        keep = np.ones(coupling.num_channels, dtype=bool)
-        keep[coupling.members.of(path.choices[:n].ravel())[0]] = False
-        rise = probe.rises(coupling.settle(keep))
+        rise = probe.rises(_without(probe.coupling, path, n))
         predicted = np.maximum(told[n - 1], 1e-12)
         logs.append(np.log(np.maximum(rise, 0.01 * predicted) / predicted))
     scale = np.stack(

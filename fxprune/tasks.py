@@ -44,11 +44,13 @@ def evaluating(module: torch.nn.Module) -> Iterator[None]:
     """Run a module in eval mode; afterwards every module in it is in the mode it was in."""
     modes = {m: m.training for m in module.modules()}
     try:
-        module.eval()
+        if any(modes.values()):
+            module.eval()
         yield
     finally:
         for m, training in modes.items():
-            m.training = training
+            if m.training != training:
+                m.training = training
 
 
 def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

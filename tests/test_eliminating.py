@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,6 +75,16 @@ def test_cells_lose_their_share_at_every_step_and_what_went_before_costs_nothing
     assert all(len(np.intersect1d(step, cell)) == 1 for step in found.order for cell in cells)
     gone = {6, *found.order.ravel().tolist()}
     assert found.errors.sum(axis=0) == pytest.approx(refit(u, x, gone) - refit(u, x, {6}), rel=1e-6)
+
+
+def test_an_inverse_that_is_known_gives_the_same_and_stays_as_it_is() -> None:
+    u, _ = unit(5, [0, -1, 1, 1, 2, -1, 3])
+    inverse = torch.linalg.inv(u.second + 0.1 * u.second.diagonal().mean() * torch.eye(7, dtype=torch.float64))
+    known = replace(u, inverse=inverse.clone())
+    told, found = (eliminate([v], [np.arange(4)], [1], steps=4, tasks=2, damping=0.1) for v in (u, known))
+    assert np.array_equal(told.order, found.order)
+    assert found.errors == pytest.approx(told.errors)
+    assert torch.equal(known.inverse, inverse)
 
 
 def test_costs_of_their_own_are_added() -> None:

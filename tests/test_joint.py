@@ -17,6 +17,7 @@ from fxprune import Budget, PlanError, Task, methods
 from fxprune.assuming import assume
 from fxprune.calibrating import Calibration, calibrate
 from fxprune.compensating import compensate
+from fxprune.correcting import corrections
 from fxprune.criteria.joint import joint_paths
 from fxprune.layers import channels_of
 from fxprune.probing import Probe, measured
@@ -155,6 +156,23 @@ def test_joint_measures_by_default_on_as_many_samples_as_the_data_allow() -> Non
     for path, same, other in zip(methods.Joint().paths(coupling, found), by_hand, told, strict=True):
         assert np.array_equal(path.errors, same.errors)  # the least
         assert not np.array_equal(path.errors, other.errors)
+
+
+def test_layers_that_lose_few_inputs_are_corrected_by_an_inverse_that_is_kept() -> None:
+    _, coupling, _, found = setting()
+    inverses: dict[tuple[str, int], Tensor] = {}
+    for path in joint_paths(coupling, found):
+        keep = np.ones(coupling.num_channels + 1, dtype=bool)
+        keep[coupling.members.of(path.choices[0])[0]] = False
+        told, known = (
+            list(corrections(coupling, found.moments, keep, 0.01, set(found.moments), some))
+            for some in (None, inverses)
+        )
+        assert told
+        for a, b in zip(told, known, strict=True):
+            assert torch.allclose(a.weight, b.weight)
+            assert torch.allclose(a.shift, b.shift)
+    assert len(inverses) > 2
 
 
 class Twins(nn.Module):

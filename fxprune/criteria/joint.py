@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -11,7 +12,7 @@ import torch
 from fxprune.calibrating import Calibration, Moments
 from fxprune.coupling import Coupling
 from fxprune.criteria.magnitude import magnitude
-from fxprune.eliminating import DAMPING, Elimination, Unit, eliminate
+from fxprune.eliminating import DAMPING, Elimination, Unit, damped_inverse, eliminate
 from fxprune.errors import PlanError
 from fxprune.grouping import Group
 from fxprune.layers import channels_of
@@ -46,7 +47,7 @@ def joint_paths(
     """
     tasks = list(calibration.losses)
     scale = np.array([1 / max(abs(calibration.losses[t]), 1e-12) for t in tasks])
-    reader = Reader(coupling, calibration, scale, compensate=compensate)
+    reader = Reader(coupling, calibration, scale, damping=damping, compensate=compensate)
     keep = np.ones(coupling.num_channels, dtype=bool) if keep is None else keep
     rest = magnitude(coupling)
     return [_path(reader, group, keep, rest, damping) for group in coupling.groups()]
@@ -84,19 +85,24 @@ def _path(reader: Reader, group: Group, keep: np.ndarray, rest: np.ndarray, damp
 class Reader:
     """Finds the linear maps that read or make channels."""
 
-    def __init__(self, coupling: Coupling, calibration: Calibration, scale: np.ndarray, *, compensate: bool) -> None:
+    def __init__(
+        self, coupling: Coupling, calibration: Calibration, scale: np.ndarray, *, damping: float, compensate: bool
+    ) -> None:
         """Look up weights.
 
         Args:
             coupling: the coupled network.
             calibration: what was gathered on it.
             scale: (tasks,) weight of each task's error.
+            damping: share of the mean diagonal that is added to moments before they are inverted.
             compensate: what stays is corrected: correlations between inputs count.
         """
         self.coupling = coupling
         self.scale = scale
         self._tasks = list(calibration.losses)
+        self._damping = damping
         self._compensate = compensate
+        self._known: dict[tuple[str, int], tuple[np.ndarray, torch.Tensor, torch.Tensor]] = {}
         state = {name: tensor for name, tensor, _ in coupling.traced.state}
         self._layers: list[tuple[Moments, torch.Tensor, np.ndarray, np.ndarray]] = []
         biases = [m.layer.bias for m in calibration.moments.values() if m.layer.bias is not None]
@@ -105,7 +111,18 @@ class Reader:
             if name not in state or len(state[name]) != m.layer.blocks * m.layer.outputs:
                 raise PlanError(f"the calibration holds {name!r}, which this network does not have. Calibrate on it.")
             if name in coupling.tensors:
-                self._layers.append((m, state[name].detach().double().cpu(), *channels_of(coupling, m.layer)))
+                self._layers.append((m, state[name].detach(), *channels_of(coupling, m.layer)))
+        self._readings = self._count()
+
+    def _count(self) -> Counter[tuple[str, int]]:
+        """Return how many groups read each block of each layer."""
+        found: Counter[tuple[str, int]] = Counter()
+        for group in self.coupling.groups():
+            among = np.zeros(self.coupling.num_channels + 1, dtype=bool)
+            among[self.coupling.members.of(np.concatenate(group.cells))[0]] = True
+            for m, _, inputs, _ in self._layers:
+                found.update((m.layer.name, int(block)) for block in np.flatnonzero(among[inputs].any(axis=1)))
+        return found
 
     def units(self, choice_of: np.ndarray, keep: np.ndarray) -> Iterator[Unit]:
         """Yield the maps that read some choices.
@@ -129,15 +146,9 @@ class Reader:
         self, m: Moments, weight: torch.Tensor, block: int, rows: np.ndarray, columns: np.ndarray, reads: np.ndarray
     ) -> Unit:
         layer, taps = m.layer, m.layer.taps
-        w = weight.reshape(layer.blocks, layer.outputs, layer.inputs, taps)[block][rows][:, columns]
-        second, mean = m.second[block], m.mean[block]
-        if m.absorbs:
-            second = second - mean[:, None] * mean
+        w = weight.reshape(layer.blocks, layer.outputs, layer.inputs, taps)[block][rows][:, columns].double().cpu()
         each = 1 if m.shared_taps else taps
-        at = torch.from_numpy((columns[:, None] * each + np.arange(each)).ravel())
-        second = second[at[:, None], at]
-        if not self._compensate:
-            second = torch.diag(second.diagonal())
+        second, inverse = self._moment(m, block, (columns[:, None] * each + np.arange(each)).ravel())
         of = np.repeat(reads[columns], each)
         w = w.permute(1, 2, 0)  # (inputs, taps, outputs)
         w = w if m.shared_taps else w.reshape(-1, 1, len(rows))
@@ -145,7 +156,27 @@ class Reader:
         sensitivity = torch.stack(
             [m.sensitivity[t][block][k[:, None], k] * s for t, s in zip(self._tasks, self.scale, strict=True)]
         )
-        return Unit(w, second, sensitivity, of)
+        return Unit(w, second, sensitivity, of, inverse)
+
+    def _moment(self, m: Moments, block: int, at: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the moment of the inputs `at`, and its damped inverse if other groups read the layer too."""
+        key = (m.layer.name, block)
+        self._readings[key] -= 1
+        known = self._known.pop(key, None)
+        if known is None or not np.array_equal(known[0], at):
+            second, mean = m.second[block], m.mean[block]
+            if m.absorbs:
+                second = torch.addr(second, mean, mean, alpha=-1)
+            if len(at) < len(second):
+                second = second[at[:, None], at]
+            if not self._compensate:
+                second = torch.diag(second.diagonal())
+            if self._readings[key] < 1:
+                return second, None
+            known = (at, second, damped_inverse(second, float(second.diagonal().mean()) * self._damping))
+        if self._readings[key] > 0:
+            self._known[key] = known
+        return known[1:]
 
     def made(self, choice_of: np.ndarray, count: int) -> np.ndarray:
         """Return (choices, tasks) what it costs to set to zero what is made of each choice."""
@@ -154,7 +185,7 @@ class Reader:
             of = choice_of[outputs]
             for block in np.flatnonzero((of >= 0).any(axis=1)):
                 layer = m.layer
-                w = weight.reshape(layer.blocks, layer.outputs, layer.inputs, layer.taps)[block]
+                w = weight.reshape(layer.blocks, layer.outputs, layer.inputs, layer.taps)[block].double().cpu()
                 second, mean = m.second[block], m.mean[block]
                 if m.shared_taps:
                     square = torch.einsum("oit,ij,ojt->o", w, second, w)

@@ -1,0 +1,91 @@
+"""Sums over rows, in float64, of more rows than one batch has at a time."""
+
+from __future__ import annotations
+
+import torch
+
+BLOCK = 512
+"""How many columns of a product are made at a time."""
+VALUES = 1 << 20
+"""How many values are widened to float64 at a time."""
+
+
+class Gram:
+    """Sum of x x^T over rows x, and of x.
+
+    Rows wait until they are half as many as they are long: a product costs as much to add as many rows to multiply.
+    They are multiplied in their own precision, float32 at least, added up in float64, and only on and below the
+    diagonal.
+
+    Attributes:
+        rows: how many were added.
+    """
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._waiting: list[torch.Tensor] = []
+        self._length = 0
+        self._second: torch.Tensor | None = None
+        self._first = torch.zeros(())
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Add rows (blocks, rows, n)."""
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        self.rows += rows.shape[1]
+        self._length += rows.shape[1]
+        self._waiting.append(rows)
+        if 2 * self._length >= rows.shape[2]:
+            self._multiply()
+
+    def _multiply(self) -> None:
+        rows = torch.cat(self._waiting, 1) if len(self._waiting) > 1 else self._waiting[0]
+        self._waiting, self._length = [], 0
+        blocks, _, n = rows.shape
+        if self._second is None:
+            self._second = torch.zeros(blocks, n, n, dtype=torch.float64, device=rows.device)
+        for start in range(0, n, BLOCK):
+            here = slice(start, start + BLOCK)
+            self._second[:, start:, here] += rows[:, :, start:].transpose(1, 2) @ rows[:, :, here]
+        self._first = self._first.to(rows.device) + rows.sum(1, dtype=torch.float64)
+
+    def mean(self, count: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sums over `count`: (blocks, n, n) and (blocks, n). Nothing can be added afterwards."""
+        if self._waiting:
+            self._multiply()
+        second, self._second = self._second, None
+        assert second is not None
+        second /= count
+        for start in range(0, second.shape[1], BLOCK):
+            here, below = slice(start, start + BLOCK), slice(start + BLOCK, None)
+            second[:, here, below] = second[:, below, here].transpose(1, 2)
+        return second, self._first / count
+
+
+class Spread:
+    """Sums over the values of every channel that a batch norm reads: how many, their sum, and that of squares."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._total = torch.zeros((), dtype=torch.float64)
+        self._squares = torch.zeros((), dtype=torch.float64)
+
+    def add(self, x: torch.Tensor) -> None:
+        """Add values (b, channels, ..)."""
+        x = x.detach().reshape(*x.shape[:2], -1)
+        self._count += x.shape[0] * x.shape[2]
+        total = squares = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+        for some in x.split(max(VALUES // max(x[:1].numel(), 1), 1)):
+            wide = some.double()
+            total = total + wide.sum((0, 2))
+            squares = squares + torch.linalg.vector_norm(wide, 2, (0, 2)).square()
+        self._total, self._squares = self._total + total.cpu(), self._squares + squares.cpu()
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """(channels,) float64."""
+        return self._total / self._count
+
+    @property
+    def var(self) -> torch.Tensor:
+        """(channels,) float64, of the whole population."""
+        return (self._squares / self._count - self.mean.square()).clamp_min(0)

@@ -1,0 +1,155 @@
+"""Time planning with `Joint` against the plain forward and backward passes over the same calibration batches.
+
+Planning is all that happens between a network and a plan: calibration, the removal paths of all groups, the losses
+measured at some widths of each, and the allocation. It is compared with `loss.backward()` over the same batches, to the
+gradients of all parameters, and with the cheaper pass to the gradients of activations only, which is what a calibration
+needs. Both run before and after planning, in the same process, on as many threads.
+
+Networks have random weights, and batch norms with the statistics of the data: digits among clutter, in colour,
+enlarged. Each runs in its own process.
+
+Run: ``python tests/benchmarks/planning.py [--networks NAME:PX ...] [--samples N] [--batch N] [--budget SHARE]
+[--threads N] [--out FILE]``
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+from tqdm import tqdm
+
+NETWORKS = ("resnet50:224", "resnet18:64", "densenet121:64", "swin_t:64", "mobilenet_v3_large:64")
+CHILD = Path(__file__).with_name("planning_child.py")
+TIMEOUT = 7200  # seconds for one network
+WALL, PROCESSOR = 0, 1
+
+Result = dict[str, Any]
+
+
+def in_child(network: str, args: argparse.Namespace) -> Result:
+    """Measure one network in a fresh process; return its answer, or its error's last line."""
+    name, _, px = network.partition(":")
+    command = [sys.executable, str(CHILD), name, px, "--threads", str(args.threads), "--budget", str(args.budget)]
+    command += ["--samples", str(args.samples), "--batch", str(args.batch)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT, check=True)
+    except subprocess.CalledProcessError as error:
+        return {"error": (error.stderr.strip().splitlines() or ["no message"])[-1]}
+    except subprocess.TimeoutExpired:
+        return {"error": f"longer than {TIMEOUT} s"}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def passes(stages: dict[str, list[float]], clock: int, kind: str = "") -> tuple[float, float]:
+    """Return the seconds of the passes before and after planning."""
+    return stages[f"before{kind}"][clock], stages[f"after{kind}"][clock]
+
+
+def row(network: str, result: Result, clock: int) -> dict[str, str]:
+    """Return one line of the table of a clock."""
+    if "error" in result:
+        return {"network": network, "forward-backward (s)": result["error"]}
+    stages = result["stages"]
+    full, activations = passes(stages, clock), passes(stages, clock, ", activations")
+    paths, measured = stages["paths"][clock], stages["measure"][clock]
+    total = stages["calibrate"][clock] + stages["plan"][clock]
+    return {
+        "network": network,
+        "forward-backward (s)": f"{sum(full) / 2:.1f} ({min(full):.1f} to {max(full):.1f})",
+        "calibrate (s)": f"{stages['calibrate'][clock]:.1f}",
+        "paths (s)": f"{paths:.1f}",
+        "measure (s)": f"{measured:.1f}",
+        "allocate (s)": f"{stages['plan'][clock] - paths - measured:.1f}",
+        "planning (s)": f"{total:.1f}",
+        "ratio": f"{2 * total / sum(full):.2f} ({total / max(full):.2f} to {total / min(full):.2f})",
+        "ratio, activations only": f"{2 * total / sum(activations):.2f}",
+    }
+
+
+def memory_row(network: str, result: Result) -> dict[str, str]:
+    """Return one line of the table of peaks."""
+    if "error" in result:
+        return {"network": network}
+    peaks = {name: f"{result['peaks'][name] / 1e9:.2f}" for name in ("before", "calibrate", "plan")}
+    return {"network": network, "groups": str(result["groups"]), "macs left": f"{result['macs']:.3f}"} | {
+        "forward-backward (GB)": peaks["before"],
+        "until calibrated (GB)": peaks["calibrate"],
+        "until planned (GB)": peaks["plan"],
+    }
+
+
+def header(args: argparse.Namespace) -> str:
+    """Describe when, where, with what and how the tables were made."""
+    found = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
+    versions = [f"{p} {found.get(p, '-')}" for p in ("fxprune", "torch", "torchvision", "numpy")]
+    load = " ".join(f"{value:.1f}" for value in os.getloadavg()) if hasattr(os, "getloadavg") else "-"
+    facts = {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": f"{platform.platform()}, {platform.machine()}, {os.cpu_count()} CPUs, {args.threads} thread(s)",
+        "load": f"{load} (1, 5 and 15 minutes) when the last network had ended",
+        "versions": ", ".join([f"python {platform.python_version()}", *versions]),
+        "calibration": f"{args.samples} images in batches of {args.batch}, one cross entropy",
+        "command": f"`python tests/benchmarks/planning.py {' '.join(sys.argv[1:])}`".replace(" `", "`"),
+    }
+    return "# Planning\n\n" + "\n".join(f"* {key}: {value}" for key, value in facts.items())
+
+
+def section(title: str, note: str, rows: Sequence[dict[str, str]]) -> str:
+    """Format one titled table."""
+    return f"## {title}\n\n{note}\n\n{tabulate(rows, headers='keys', tablefmt='github', disable_numparse=True)}"
+
+
+def report(results: dict[str, Result], args: argparse.Namespace) -> str:
+    """Return the tables."""
+    note = (
+        "Seconds of the process, whatever else the machine does. Forward-backward: the mean of the passes before and "
+        "after planning, and both; ratio: planning over that."
+    )
+    wall = "The same by the clock on the wall: another program that runs at the time counts."
+    memory = "Peak resident bytes of the process up to the end of each stage, all that ran before included."
+    return "\n\n".join(
+        [
+            header(args),
+            section("Processor time", note, [row(n, r, PROCESSOR) for n, r in results.items()]),
+            section("Wall time", wall, [row(n, r, WALL) for n, r in results.items()]),
+            section("Memory", memory, [memory_row(n, r) for n, r in results.items()]),
+        ]
+    )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), help="NAME:PX, of torchvision")
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--budget", type=float, default=0.5, help="share of the macs")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/planning.md"))
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print the report and write it."""
+    args = parse(argv)
+    results = {network: in_child(network, args) for network in tqdm(args.networks, disable=None)}
+    text = report(results, args) + "\n"
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
