@@ -54,6 +54,9 @@ class GraphRunner(MetaRunner):
         for n in self.graph.nodes:  # pyright: ignore[reportGeneralTypeIssues, reportAttributeAccessIssue]
             self.env[n] = self.run_node(n)
         for n in self.graph.nodes:  # pyright: ignore[reportGeneralTypeIssues, reportAttributeAccessIssue]
+            if n.op == "placeholder":
+                self._read(self.env[n])  # whoever calls the network holds its inputs meanwhile
+        for n in self.graph.nodes:  # pyright: ignore[reportGeneralTypeIssues, reportAttributeAccessIssue]
             if n.op == "get_attr":
                 tensors = tensors_in(self.env[n])
                 self.mode.record.nodes[n.name] = [
