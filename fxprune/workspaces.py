@@ -79,6 +79,7 @@ class Convolving:
         transposed: it is a transposed convolution.
         biased: there is a bias.
         channels_last: its input or weight is stored channels last.
+        restrided: the weight is not, and is copied first.
     """
 
     itemsize: int
@@ -97,6 +98,7 @@ class Convolving:
     transposed: bool
     biased: bool
     channels_last: bool
+    restrided: bool
 
 
 def convolving(
@@ -110,8 +112,21 @@ def convolving(
     transposed: bool,
     machine: Machine,
 ) -> Convolving:
-    """Return what stays the same of a convolution: x (b, c_in, *space), weight (.., .., *kernel), out (b, c_out, ..)."""
+    """Return what stays the same of a convolution.
+
+    Args:
+        x: (b, c_in, *space).
+        weight: (c_out, c_in / g, *kernel), or (c_in, c_out / g, *kernel) of a transposed one.
+        bias: (c_out,) or None.
+        out: (b, c_out, *space).
+        stride: along every dim in space.
+        padding: along every dim in space.
+        dilation: along every dim in space.
+        transposed: whether it is a transposed convolution.
+        machine: where it runs.
+    """
     space, kernel = x.shape[2:], weight.shape[2:]
+    channels_last = _is_channels_last(x) or _is_channels_last(weight)
     last = (1, *kernel)[-2:]  # along one dim, torch adds one
     return Convolving(
         itemsize=x.element_size(),
@@ -129,13 +144,16 @@ def convolving(
         padded=max(padding) > 0,
         transposed=transposed,
         biased=bias is not None,
-        channels_last=_is_channels_last(x) or _is_channels_last(weight),
+        channels_last=channels_last,
+        restrided=channels_last and not weight.is_contiguous(memory_format=_LAST[weight.ndim]),
     )
 
 
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
 def _is_channels_last(t: torch.Tensor) -> bool:
-    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.ndim)
-    return layout is not None and not t.is_contiguous() and t.is_contiguous(memory_format=layout)
+    return t.ndim in _LAST and not t.is_contiguous() and t.is_contiguous(memory_format=_LAST[t.ndim])
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +202,7 @@ class Workspaces:
         big = of["big"] | (groups > 1) | (sizes.x // of["deep"] > SMALL)
         by_onednn = of["blocked"] & (of["half"] | (of["worth"] & big))
         elements = np.where(by_onednn, self._in_blocks(sizes, groups), self._as_patches(sizes, groups))
-        return of["itemsize"] * np.maximum(elements, 0)
+        return of["itemsize"] * (np.maximum(elements, 0) + np.where(of["restrided"], sizes.weight, 0))
 
     def _in_blocks(self, sizes: Sizes, groups: np.ndarray) -> np.ndarray:
         """Return the elements that oneDNN uses: it copies what goes in, computes its output, and copies that."""
