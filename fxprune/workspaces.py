@@ -76,6 +76,7 @@ class Convolving:
         strided: the stride is not 1.
         dilated: the dilation is not 1.
         padded: there is padding.
+        outside: along some dim there is more padding than image.
         transposed: it is a transposed convolution.
         biased: there is a bias.
         channels_last: its input or weight is stored channels last.
@@ -95,6 +96,7 @@ class Convolving:
     strided: bool
     dilated: bool
     padded: bool
+    outside: bool
     transposed: bool
     biased: bool
     channels_last: bool
@@ -142,6 +144,7 @@ def convolving(
         strided=max(stride) > 1,
         dilated=max(dilation) > 1,
         padded=max(padding) > 0,
+        outside=any(p > n for p, n in zip(padding * len(space) if len(padding) == 1 else padding, space, strict=True)),
         transposed=transposed,
         biased=bias is not None,
         channels_last=channels_last,
@@ -210,17 +213,15 @@ class Workspaces:
         one, depthwise = groups == 1, (groups == sizes.c_in) & (groups == sizes.c_out)
         each_in, each_out = sizes.c_in // groups, sizes.c_out // groups
         whole = (each_in % self._machine.multiple == 0) & (each_out % self._machine.multiple == 0)
-        fits = one | depthwise | whole
-        pads = one | depthwise
+        fits = (one | depthwise | whole) & ~of["outside"]
+        pads = fits & (one | depthwise)
         c_in = np.where(pads, -(-sizes.c_in // block) * block, sizes.c_in)
         c_out = np.where(pads, -(-sizes.c_out // block) * block, sizes.c_out)
         flat = one & ~of["point"] & (sizes.c_in < block) & ~of["transposed"]  # such an input is read as it is
         x = np.where(fits & ~flat, of["batch"] * of["space_in"] * c_in, 0)
         out = of["batch"] * of["space_out"] * c_out
-        weight = np.where(
-            one, np.where(flat, sizes.c_in, c_in) * c_out * of["taps"],
-            np.where(depthwise, c_in * of["taps"], np.where(whole, sizes.weight, 0)),
-        )  # fmt: skip
+        weight = np.where(flat, sizes.c_in, c_in) * np.where(one, c_out, 1) * of["taps"]
+        weight = np.where(fits, np.where(pads, weight, sizes.weight), 0)
         patches = np.where(fits | of["point"], 0, each_in * of["taps"])
         taken = np.where(of["point"] & of["strided"] & one, c_in, patches)  # what one thread lays out: an image
         patches = self._machine.threads * taken * of["space_out"]
