@@ -265,6 +265,7 @@ def allocate(
 
 def least_error(allocation: Allocation, taken: np.ndarray, bounds: Mapping[str, float]) -> np.ndarray:
     """Return the steps (steps,) bool with the least total error within the bounds, starting from some that fit."""
+    costs = allocation.coupling.costs if allocation.branches is None else allocation.branches.costs
     groups = np.unique(allocation.group)
     places = [np.flatnonzero(allocation.group == g) for g in groups]
 
@@ -274,11 +275,8 @@ def least_error(allocation: Allocation, taken: np.ndarray, bounds: Mapping[str, 
             flags[place[:level]] = True
         return flags
 
-    def cost(levels: np.ndarray) -> Mapping[str, float | np.ndarray]:
-        keep = allocation.keep(chosen(levels))
-        if allocation.branches is not None:  # their networks have other steps
-            return allocation.branches.costs(keep).to_dict()
-        return allocation.coupling.costs.parts(keep, bounds)
+    def cost(levels: np.ndarray) -> Mapping[str, float]:
+        return costs(allocation.keep(chosen(levels))).to_dict()
 
     search = Search([allocation.errors[place] for place in places], cost, bounds)
     return chosen(search.run(np.array([int(taken[place].sum()) for place in places], dtype=np.int64)))

@@ -177,11 +177,6 @@ class CostModel:
         sizes = self._sizes(keep)
         return all(self._measure[name](sizes) <= bound for name, bound in bounds.items())
 
-    def parts(self, keep: np.ndarray, names: Iterable[str]) -> dict[str, int | np.ndarray]:
-        """Return some resources of the channels `keep` (channels,); memory as the bytes at each step, (steps,)."""
-        sizes = self._sizes(keep)
-        return {name: self._at_steps(sizes) if name == "memory" else self._measure[name](sizes) for name in names}
-
     def _sizes(self, keep: np.ndarray) -> np.ndarray:
         return self._counter.sizes(self._counter.by_row(keep))
 
@@ -196,12 +191,8 @@ class CostModel:
         return int(_evaluate(self._state, sizes)[self._is_parameter].sum()) + self._unlabelled[0]
 
     def _memory(self, sizes: np.ndarray) -> int:
-        return int(self._at_steps(sizes).max())
-
-    def _at_steps(self, sizes: np.ndarray) -> np.ndarray:
-        """Return (steps,) the bytes that exist at each step."""
         state = int((_evaluate(self._state, sizes) * self._itemsize).sum())
-        return self._live(sizes) + state + self._unlabelled[1]
+        return state + self._unlabelled[1] + int(self._live(sizes).max(initial=0))
 
     def _live(self, sizes: np.ndarray) -> np.ndarray:
         """Return (steps,) the bytes of all activations and workspaces that exist at each step."""

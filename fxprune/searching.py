@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -13,8 +12,6 @@ PRICES = 24
 """How many prices are tried."""
 STEEP = 8
 """How much more a resource that is further over its bound weighs than one that is less."""
-REMEMBERED = 4096
-"""The costs of how many networks are remembered at a time."""
 NODES = 4000
 """How many networks the exhaustive search looks at before it gives up."""
 
@@ -25,16 +22,14 @@ class Search:
     def __init__(
         self,
         errors: list[np.ndarray],
-        cost: Callable[[np.ndarray], Mapping[str, float | np.ndarray]],
+        cost: Callable[[np.ndarray], Mapping[str, float]],
         bounds: Mapping[str, float],
     ) -> None:
         """Prepare a search.
 
         Args:
             errors: for each group, (steps,) what each of its steps adds to the error.
-            cost: (groups,) levels -> resource -> cost; more steps never cost more. A resource that is the largest of
-                several numbers, such as the bytes at each step of a network, is given as all of them, (n,): the
-                largest alone would not say what also has to shrink.
+            cost: (groups,) levels -> resource -> cost; more steps never cost more.
             bounds: resource -> the most it may cost.
         """
         self.total = [np.concatenate([[0.0], np.cumsum(e)]) for e in errors]
@@ -44,15 +39,11 @@ class Search:
         self._known: dict[bytes, np.ndarray] = {}
 
     def use(self, levels: np.ndarray) -> np.ndarray:
-        """Return (n,) costs as shares of their bounds: of each resource one or several."""
+        """Return (resources,) costs as shares of their bounds."""
         key = levels.tobytes()
         if key not in self._known:
-            if len(self._known) >= REMEMBERED:
-                self._known.clear()
             cost = self._cost(levels)
-            shares = [np.atleast_1d(cost[name]) / bound for name, bound in self.bounds.items()]
-            self._known[key] = np.concatenate(shares)
-            self._starts = np.cumsum([0] + [len(s) for s in shares[:-1]])
+            self._known[key] = np.array([cost[name] / bound for name, bound in self.bounds.items()])
         return self._known[key]
 
     def fits(self, levels: np.ndarray) -> bool:
@@ -121,23 +112,17 @@ class Search:
         """Return levels that no group alone can better, where one whole bound costs `price`."""
         levels = levels.copy()
         for _ in range(SWEEPS):
-            weight = self._weights(self.use(levels))
+            use = self.use(levels)
+            weight = (use / use.max()) ** STEEP if use.max() > 0 else np.ones_like(use)
             before = levels.copy()
             for g in np.flatnonzero(self.most):
-                levels[g] = int(np.argmin(self.total[g] + price * self._along(levels, int(g), weight)))
+                levels[g] = int(np.argmin(self.total[g] + price * (self._along(levels, int(g)) @ weight)))
             if np.array_equal(levels, before):
                 break
         return levels
 
-    def _weights(self, use: np.ndarray) -> np.ndarray:
-        """Return (n,) how much each cost counts: those of one resource together as much as the largest of them."""
-        weight = (use / use.max()) ** STEEP if use.max() > 0 else np.ones_like(use)
-        total = np.add.reduceat(weight, self._starts)
-        scale = np.maximum.reduceat(weight, self._starts) / np.where(total > 0, total, 1)
-        return weight * np.repeat(scale, np.diff([*self._starts, len(use)]))
-
-    def _along(self, levels: np.ndarray, g: int, weight: np.ndarray) -> np.ndarray:
-        """Return (levels + 1,) what one group's levels cost, weighted: a parabola through three of them.
+    def _along(self, levels: np.ndarray, g: int) -> np.ndarray:
+        """Return (levels + 1, resources) what one group's levels cost: a parabola through three of them.
 
         A group's width enters an op's macs once, or twice where it is both what goes in and what comes out.
         """
@@ -146,14 +131,15 @@ class Search:
         for level in at:
             trial = levels.copy()
             trial[g] = level
-            known.append(float(self.use(trial) @ weight))
+            known.append(self.use(trial))
         x = np.arange(self.most[g] + 1)
-        out = np.zeros(len(x))
-        for here, value in zip(at, known, strict=True):  # Lagrange's formula
-            basis = np.full(len(x), value)
+        values = np.array(known)
+        out = np.zeros((len(x), values.shape[1]))
+        for i, here in enumerate(at):  # Lagrange's formula
+            basis = np.ones(len(x))
             for there in at[at != here]:
                 basis *= (x - there) / (here - there)
-            out += basis
+            out += basis[:, None] * values[i]
         return out
 
     def polish(self, levels: np.ndarray) -> np.ndarray:
@@ -183,27 +169,16 @@ class Search:
         return float(self.total[g][level + 1] - self.total[g][level]) if level < self.most[g] else np.inf
 
     def _give_back(self, levels: np.ndarray) -> np.ndarray:
-        """Give steps back while all bounds hold; what a step is worth is looked at again when its turn comes."""
-        turns = [(-np.inf, int(g)) for g in np.flatnonzero(levels)]
-        while turns:
-            _, g = heapq.heappop(turns)
-            worth = self._worth(levels, g)
-            if worth is None:
-                continue  # and will not fit later: all others only give back too
-            if turns and -worth > turns[0][0]:
-                heapq.heappush(turns, (-worth, g))
-                continue
-            levels[g] -= 1
-            if levels[g]:
-                heapq.heappush(turns, (-worth, g))
-        return levels
-
-    def _worth(self, levels: np.ndarray, g: int) -> float | None:
-        """Return the error that a group's last step adds for its cost; None where it cannot be given back."""
-        trial = levels.copy()
-        trial[g] -= 1
-        use = self.use(trial)
-        if (use > 1).any():
-            return None
-        gain = self.total[g][levels[g]] - self.total[g][trial[g]]
-        return float(gain) / max(float((use - self.use(levels)).max()), 1e-12)
+        """Give steps back while all bounds hold."""
+        while True:
+            now, gains = self.use(levels), []
+            for g in np.flatnonzero(levels):
+                trial = levels.copy()
+                trial[g] -= 1
+                use = self.use(trial)
+                if (use <= 1).all():
+                    gain = self.total[g][levels[g]] - self.total[g][trial[g]]
+                    gains.append((gain / max(float((use - now).max()), 1e-12), int(g)))
+            if not gains:
+                return levels
+            levels[max(gains)[1]] -= 1
