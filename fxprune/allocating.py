@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,6 +115,8 @@ class Allocation:
     def meet(self, bounds: Mapping[str, float]) -> np.ndarray | None:
         """Return which steps to take: the fewest from the start that fit, less those that can be given back.
 
+        Of each group that is one step, but as many as fit where memory is bound.
+
         Args:
             bounds: resource -> absolute bound; removing more never costs more.
 
@@ -138,11 +140,36 @@ class Allocation:
             else:
                 low = middle + 1
         taken = order < low
+        if "memory" in bounds and self.branches is None:
+            return self._filled(taken, fits)
         for i in self._returnable(taken, bounds):
             taken[i] = False
             if not fits(self.keep(taken)):
                 taken[i] = True
         return taken
+
+    def _filled(self, taken: np.ndarray, fits: Callable[[np.ndarray], bool]) -> np.ndarray:
+        """Give back all steps that fit, latest first; a group whose next one does not fit gives back no more.
+
+        Most of a network has no part in its peak of memory, and need not shrink as far as what has.
+        """
+        taken = taken.copy()
+        done = np.zeros(int(self.group.max(initial=0)) + 1, dtype=bool)
+        while True:
+            left = np.flatnonzero(taken & ~done[self.group])[::-1]
+            low, high = 0, len(left)
+            while low < high:
+                middle = (low + high + 1) // 2
+                trial = taken.copy()
+                trial[left[:middle]] = False
+                if fits(self.keep(trial)):
+                    low = middle
+                else:
+                    high = middle - 1
+            taken[left[:low]] = False
+            if low == len(left):
+                return taken
+            done[self.group[left[low]]] = True
 
     def _returnable(self, taken: np.ndarray, bounds: Mapping[str, float]) -> list[int]:
         """Return the last step taken of each group, latest first, without those that alone would cost too many macs."""

@@ -14,7 +14,8 @@ import numpy as np
 
 from fxprune.closing import distinct, owner, spans
 from fxprune.labels import Extent, extents
-from fxprune.records import Interpretation
+from fxprune.records import Interpretation, Term
+from fxprune.workspaces import Sizes, Workspaces
 
 RESOURCES = ("macs", "params", "memory")
 
@@ -150,6 +151,14 @@ class CostModel:
         self._born = np.array([b.born for b in record.buffers], dtype=np.int64)
         self._dies = np.array([b.dies for b in record.buffers], dtype=np.int64)
         self._steps = record.steps + 2
+        sometimes = [(i, b.unlike) for i, b in enumerate(record.buffers) if b.unlike]
+        self._sometimes = np.array([i for i, _ in sometimes], dtype=np.int64)
+        self._unlike = [_products(sizes, [pair[side] for _, pair in sometimes]) for side in (0, 1)]
+        self._workspaces = Workspaces([c.run for c in record.convolutions], record.machine)
+        self._runs_at = np.array([c.step for c in record.convolutions], dtype=np.int64)
+        self._run_sizes = [
+            _products(sizes, terms) for terms in zip(*(c.sizes for c in record.convolutions), strict=True)
+        ]
         self._unlabelled = unlabelled
         self._counter = _Counter(sizes.rows)
         self._extents = sizes.rows
@@ -182,12 +191,22 @@ class CostModel:
         return int(_evaluate(self._state, sizes)[self._is_parameter].sum()) + self._unlabelled[0]
 
     def _memory(self, sizes: np.ndarray) -> int:
-        live = np.zeros(self._steps + 1, dtype=np.int64)
-        activations = _evaluate(self._buffers, sizes)
-        np.add.at(live, self._born, activations)
-        np.add.at(live, self._dies + 1, -activations)
         state = int((_evaluate(self._state, sizes) * self._itemsize).sum())
-        return state + self._unlabelled[1] + int(np.cumsum(live).max(initial=0))
+        return state + self._unlabelled[1] + int(self._live(sizes).max(initial=0))
+
+    def _live(self, sizes: np.ndarray) -> np.ndarray:
+        """Return (steps,) the bytes of all activations and workspaces that exist at each step."""
+        change = np.zeros(self._steps + 1, dtype=np.int64)
+        activations = _evaluate(self._buffers, sizes)
+        if len(self._sometimes):
+            one, other = (_evaluate(terms, sizes) for terms in self._unlike)
+            activations[self._sometimes] *= one != other
+        np.add.at(change, self._born, activations)
+        np.add.at(change, self._dies + 1, -activations)
+        live = np.cumsum(change)
+        if len(self._runs_at):
+            live[self._runs_at] += self._workspaces(Sizes(*(_evaluate(terms, sizes) for terms in self._run_sizes)))
+        return live
 
     def macs_with(self, keep: np.ndarray, part: np.ndarray, count: int) -> np.ndarray:
         """Return the macs of `keep` together with each of several disjoint parts.
@@ -230,7 +249,7 @@ class CostModel:
 _Products = tuple[np.ndarray, np.ndarray]
 
 
-def _products(sizes: _Sizes, terms: Iterable[tuple[int, tuple[Extent, ...]]]) -> _Products:
+def _products(sizes: _Sizes, terms: Iterable[Term]) -> _Products:
     """Lay terms out as a vector of fixed factors and a matrix of indices of labelled dims, padded with -1."""
     listed = [(fixed, [sizes.index(e) for e in dims]) for fixed, dims in terms]
     rank = max((len(dims) for _, dims in listed), default=0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from contextlib import nullcontext
 from types import FunctionType
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxprune import labels as algebra
+from fxprune.attending import Attending
 from fxprune.calling import call_of, call_of_function, is_identity, plain_calls
 from fxprune.cloning import State, submodule
 from fxprune.labelling import NO_BUFFER, Labelling
@@ -46,6 +46,7 @@ class GraphRunner(MetaRunner):
     def __init__(self, root: torch.nn.Module, graph: fx.Graph, mode: Labelling) -> None:
         super().__init__(root, graph)
         self.mode = mode
+        self._attending = Attending(mode)
         self._plain_calls = plain_calls()
 
     def run_all(self, values: Iterable[Any]) -> None:
@@ -53,6 +54,9 @@ class GraphRunner(MetaRunner):
         self.args_iter = iter(values)
         for n in self.graph.nodes:  # pyright: ignore[reportGeneralTypeIssues, reportAttributeAccessIssue]
             self.env[n] = self.run_node(n)
+        for n in self.graph.nodes:  # pyright: ignore[reportGeneralTypeIssues, reportAttributeAccessIssue]
+            if n.op == "placeholder":
+                self._read(self.env[n])  # whoever calls the network holds its inputs meanwhile
         for n in self.graph.nodes:  # pyright: ignore[reportGeneralTypeIssues, reportAttributeAccessIssue]
             if n.op == "get_attr":
                 tensors = tensors_in(self.env[n])
@@ -120,8 +124,11 @@ class GraphRunner(MetaRunner):
             if n.op in ("get_attr", "call_module"):
                 self.fetch_attr(str(n.target))  # its twins are no part of the graph: made outside the mode
             mode.calls.clear()
-            with nullcontext() if self._is_plain(n) else mode:
+            if self._is_plain(n):
                 value = super().run_node(n)
+            else:
+                with mode, self._attending:
+                    value = super().run_node(n)
             if n.op == "call_module" and mode.calls and _SHAPE_KEEPING.issuperset(mode.calls):
                 mode.record.keeps_shape.add(n.name)
         except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,9 +16,10 @@ from fxprune.atoms import Ledger
 from fxprune.cloning import State
 from fxprune.labels import Extent, Labels, Shape
 from fxprune.meta import UNDEFINED, Kernels, meta_tensor, on_meta, returns_fresh
-from fxprune.records import Buffer, Interpretation, Work
+from fxprune.records import Buffer, Convolution, Interpretation, Term, Work
 from fxprune.rules import Op, lookup
 from fxprune.values import tensors_in
+from fxprune.workspaces import convolving
 
 MAX_CONSTANT = 1 << 22
 """Integer constants of up to this many elements are computed, so that indexing with them can be followed."""
@@ -37,6 +39,7 @@ class Labelling(TorchDispatchMode):
         self.record = Interpretation(Ledger())
         self.ledger = self.record.ledger
         self._origin = {id(item[1]): item for item in state}
+        self._on_cpu = all(t.device.type == "cpu" for _, t, _ in self._origin.values())
         self._state_labels: dict[str, Labels] = {}
         self._twins: dict[int, torch.Tensor] = {}
         self._kernels = Kernels()
@@ -67,7 +70,9 @@ class Labelling(TorchDispatchMode):
         if results:
             self._fold(func, args, kwargs, results, inputs)
             self._label(Op(func, out, self), args, kwargs, results, inputs)
-            self._account(func, results, inputs)
+            self._account(func, args, results, inputs)
+            for t in results:
+                t._held = Held(self.record, t)  # pyright: ignore[reportAttributeAccessIssue]
         return out
 
     def call(self, func: Any, args: tuple[Any, ...]) -> torch.Tensor:
@@ -76,7 +81,7 @@ class Labelling(TorchDispatchMode):
         results = [out] if isinstance(out, torch.Tensor) else [out[0], *(t for t in out[1:] if t.numel())]
         inputs = [a for a in args if isinstance(a, torch.Tensor)]
         self._label(Op(func, out, self), args, {}, results, inputs)
-        self._account(func, results, inputs)
+        self._account(func, args, results, inputs)
         return results[0]
 
     # what rules ask for
@@ -176,7 +181,7 @@ class Labelling(TorchDispatchMode):
             else:
                 self._state_labels[origin[0]] = mine
 
-    def _account(self, func: Any, results: list[torch.Tensor], inputs: list[torch.Tensor]) -> None:
+    def _account(self, func: Any, args: Any, results: list[torch.Tensor], inputs: list[torch.Tensor]) -> None:
         """Keep the books of memory: who was allocated when, who was read last when."""
         step = self.record.steps = self.record.steps + 1
         fresh = returns_fresh(func)
@@ -192,15 +197,35 @@ class Labelling(TorchDispatchMode):
         for t in results:
             if id(t) not in self._origin and t.numel():
                 self.own(t, None if fresh else owners.get(t.untyped_storage()._cdata))
+        if self._on_cpu:
+            self._work(func.overloadpacket, args, results)
+
+    def _work(self, op: Any, args: Any, results: list[torch.Tensor]) -> None:
+        """Note what a kernel of the CPU needs while it runs."""
+        step = self.record.steps
+        if op is torch.ops.aten.convolution:
+            x, weight, bias, stride, padding, dilation, transposed = args[:7]
+            original = self._origin[id(weight)][1] if id(weight) in self._origin else weight
+            run = convolving(x, original, bias, results[0], stride, padding, dilation, transposed, self.record.machine)
+            sizes = [self.term(t) for t in (x, weight, results[0])]
+            sizes += [self.term(t, d) for t, d in ((x, 1), (results[0], 1), (weight, 1))]
+            self.record.convolutions.append(Convolution(step, run, tuple(sizes)))
+        elif op in _OF_CONTIGUOUS and not args[0].is_contiguous():
+            fixed, dims = self.term(args[0])
+            self.record.buffers.append(Buffer(fixed * args[0].element_size(), dims, step, step))
+
+    def term(self, tensor: torch.Tensor, dim: int | None = None) -> Term:
+        """Return the elements of a tensor, or the size of one of its dims, as a product."""
+        labels = self.labels(tensor)
+        dims = range(tensor.ndim) if dim is None else (dim,)
+        fixed = math.prod(tensor.shape[d] for d in dims if labels[d] is None)
+        return fixed, tuple((ids, d) for d in dims if (ids := labels[d]) is not None)
 
     def own(self, tensor: torch.Tensor, buffer: Buffer | None = None) -> None:
         """Give a tensor its allocation: that of the tensor it is a view of, or a new one."""
         if buffer is None:
-            labels = self.labels(tensor)
-            fixed = tensor.element_size()
-            for n, ids in zip(tensor.shape, labels, strict=True):
-                fixed *= n if ids is None else 1
-            buffer = Buffer(fixed, algebra.extents(labels), self.record.steps, self.record.steps)
+            fixed, dims = self.term(tensor)
+            buffer = Buffer(fixed * tensor.element_size(), dims, self.record.steps, self.record.steps)
             self.record.buffers.append(buffer)
         tensor._buffer = buffer  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -217,3 +242,24 @@ def _fit(labels: Labels, shape: Shape) -> bool:
 
 NO_BUFFER = Buffer(0, (), 0, 0)
 """Stands for the storage of parameters, which is counted apart."""
+
+_OF_CONTIGUOUS = {
+    torch.ops.aten.native_layer_norm, torch.ops.aten._softmax, torch.ops.aten._log_softmax,
+    torch.ops.aten._safe_softmax,
+}  # fmt: skip
+"""Ops whose kernel copies an operand that is not contiguous."""
+
+
+class Held:
+    """Goes with a tensor: where a function's locals keep it alive, its memory is taken until they are gone."""
+
+    __slots__ = ("buffer", "node", "record")
+
+    def __init__(self, record: Interpretation, tensor: torch.Tensor) -> None:
+        """Watch the memory of a tensor at the node being run; what it returns is kept for others, and not watched."""
+        self.record, self.node = record, record.ledger.node
+        self.buffer = getattr(tensor, "_buffer", NO_BUFFER)
+
+    def __del__(self) -> None:
+        if self.record.ledger.node == self.node:
+            self.buffer.dies = self.record.steps

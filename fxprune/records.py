@@ -10,6 +10,7 @@ import torch
 
 from fxprune.atoms import Ledger
 from fxprune.labels import Extent, Labels, Shape
+from fxprune.workspaces import Convolving, Machine, this_machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,10 @@ class Work:
     dims: tuple[Extent, ...]
 
 
+Term = tuple[int, tuple[Extent, ...]]
+"""A product: a number, times the kept size of each labelled dim."""
+
+
 @dataclass(slots=True)
 class Buffer:
     """One allocation: the step that made it and the last that reads it. Dims without labels are in `fixed` bytes."""
@@ -38,6 +43,17 @@ class Buffer:
     dims: tuple[Extent, ...]
     born: int
     dies: int
+    unlike: tuple[Term, Term] | None = None
+    """It is only made where these two sizes differ."""
+
+
+@dataclass(frozen=True, slots=True)
+class Convolution:
+    """A convolution on the CPU, at a step: what its workspace depends on, in the order of `workspaces.Sizes`."""
+
+    step: int
+    run: Convolving
+    sizes: tuple[Term, ...]
 
 
 @dataclass(slots=True)
@@ -56,6 +72,8 @@ class Interpretation:
     """Node -> the values of the constant integer tensor that it returned."""
     work: list[Work] = field(default_factory=list)
     buffers: list[Buffer] = field(default_factory=list)
+    convolutions: list[Convolution] = field(default_factory=list)
+    machine: Machine = field(default_factory=this_machine)
     paired: list[np.ndarray] = field(default_factory=list)
     """Atoms of dims over which two activations are multiplied and summed: head dims of queries and keys."""
     keeps_shape: set[str] = field(default_factory=set)

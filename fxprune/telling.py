@@ -83,7 +83,8 @@ def _pointwise(*args: Any, **kwargs: Any) -> torch.Tensor:
     for t in args[1:]:
         if isinstance(t, torch.Tensor) and t.shape != shape:
             shape = np.broadcast_shapes(shape, t.shape)
-    return _of(first, shape)
+    whole = next((t for t in args if isinstance(t, torch.Tensor) and t.shape == shape), first)
+    return _of(first, shape) if whole.is_contiguous() or whole.shape != shape else torch.empty_like(whole)
 
 
 def _in_place(*args: Any, **kwargs: Any) -> torch.Tensor | None:
@@ -111,6 +112,8 @@ def _convolution(
             space.append((n - 1) * stride[i] - 2 * padding[i] + reach + extra[i] + 1)
         else:
             space.append((n + 2 * padding[i] - reach - 1) // stride[i] + 1)
+    if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.empty((x.shape[0], out, *space), dtype=x.dtype, device=_META, memory_format=torch.channels_last)
     return _of(x, (x.shape[0], out, *space))
 
 
