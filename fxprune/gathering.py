@@ -8,84 +8,17 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Container, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from fxprune.sums import Layer, Spread, Sums
+
 CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 """Function -> how many spatial dims it has."""
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """How a weight is used: as `blocks` linear maps side by side, each from `inputs` numbers to `outputs`.
-
-    Attributes:
-        name: of the weight.
-        blocks: groups of a grouped convolution, else 1.
-        inputs: channels that go into each.
-        outputs: channels that come out of each.
-        taps: kernel positions; a linear layer has one.
-        bias: name of the bias that is added, if one is.
-    """
-
-    name: str
-    blocks: int
-    inputs: int
-    outputs: int
-    taps: int
-    bias: str | None
-
-
-@dataclass(slots=True)
-class Sums:
-    """Sums over positions; every field is added to batch by batch.
-
-    Attributes:
-        layer: whose.
-        rows: how many positions were read.
-        inputs: (blocks, n, n) sum of x x^T over positions, n = inputs * taps, or inputs where taps share one.
-        total: (blocks, n) sum of x.
-        outputs: task -> (blocks, outputs, outputs) sum of g g^T, g the gradient of one sample's loss at one position.
-        norm: running mean of the batch norm that what comes out goes straight into, if it does.
-    """
-
-    layer: Layer
-    shared_taps: bool
-    rows: int = 0
-    inputs: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    total: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
-    norm: str | None = None
-
-
-@dataclass(slots=True)
-class Spread:
-    """Sums over the values of every channel that a batch norm reads: how many, their sum, and that of squares."""
-
-    count: int = 0
-    total: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
-    squares: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
-
-    def add(self, x: torch.Tensor) -> None:
-        """Add values (b, channels, ..)."""
-        x = x.detach().double().transpose(0, 1).flatten(1)
-        self.count += x.shape[1]
-        self.total = self.total + x.sum(1).cpu()
-        self.squares = self.squares + x.square().sum(1).cpu()
-
-    @property
-    def mean(self) -> torch.Tensor:
-        """(channels,) float64."""
-        return self.total / self.count
-
-    @property
-    def var(self) -> torch.Tensor:
-        """(channels,) float64, of the whole population."""
-        return (self.squares / self.count - self.mean.square()).clamp_min(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +60,9 @@ class Gatherer(TorchFunctionMode):
         self._shares_taps = shares_taps
         self._batch = 0
 
-    def start_batch(self, samples: int) -> None:
-        """Begin a batch: other positions are read than in the last one, the same in every run."""
-        self._batch += 1
+    def start_batch(self, samples: int, number: int) -> None:
+        """Begin a batch: other positions are read than in others, the same in every run; `number` counts from 1."""
+        self._batch = number
         self.samples = samples
         self.anchor = torch.zeros((), requires_grad=True)
 

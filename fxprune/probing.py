@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,11 +10,13 @@ import torch
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from fxprune import sharing
 from fxprune.calibrating import Calibration, samples_in
 from fxprune.correcting import corrections
 from fxprune.coupling import Coupling
 from fxprune.grouping import Group
 from fxprune.paths import RemovalPath
+from fxprune.shares import Share
 from fxprune.tasks import evaluating, inputs_of
 
 SHARES = (0.25, 0.5, 0.75, 0.9)
@@ -40,10 +42,11 @@ class Probe:
             coupling: of the network.
             calibration: of it, with its batches. Without tasks, the squared change of the outputs, relative to their
                 size, is the loss.
-            samples: how many are measured on, if there are so many; all without it.
+            samples: how many are measured on, if there are so many: the first of all ranks, which each of them holds,
+                so that each can measure by itself. Without it, all samples are, and each rank measures on its own.
             damping: as for `compensate`.
             compensate: correct the weights that stay.
-            batches: to measure on, instead of the calibration's own.
+            batches: of this rank, to measure on, instead of the calibration's own.
         """
         self.coupling = coupling
         self._calibration = calibration
@@ -51,9 +54,12 @@ class Probe:
         self._damping = damping
         self._compensate = compensate
         self._module = coupling.traced.module
-        data = (calibration.batches or ()) if batches is None else batches
-        self._batches = list(data if samples is None else _first(data, samples))
         self._state = {name: tensor for name, tensor, _ in coupling.traced.state}
+        given = calibration.batches if batches is None else batches
+        share = Share.of(() if given is None else given)
+        device = next((t.device for t in self._state.values()), torch.device("cpu"))
+        self._batches = list(share if samples is None else _first(share, samples, device))
+        self._share = share if samples is None else None
         self._answers = [self._outputs({}, batch) for batch in self._batches]
         self._slopes: list[list[list[torch.Tensor | None]]] = []
         self.dense = self.losses(np.ones(coupling.num_channels, dtype=bool))
@@ -90,10 +96,12 @@ class Probe:
     def _means(self, keep: np.ndarray, measure: Callable[[int, Any], list[float]]) -> np.ndarray:
         """Return the mean over samples of a measure of the outputs of each batch."""
         values = {} if keep.all() else self._values(np.append(keep, True))
+        each = [(np.array(measure(i, self._outputs(values, b))), samples_in(b)) for i, b in enumerate(self._batches)]
+        if self._share is not None:
+            each = self._share.in_order("losses", each)
         total, count = np.zeros(len(self._tasks or [None])), 0
-        for i, batch in enumerate(self._batches):
-            samples = samples_in(batch)
-            total += np.array(measure(i, self._outputs(values, batch))) * samples
+        for found, samples in each:
+            total += found * samples
             count += samples
         return total / max(count, 1)
 
@@ -141,18 +149,27 @@ class Probe:
         return values
 
 
-def _first(batches: Iterable[Any], samples: int) -> Iterator[Any]:
-    """Yield the first samples, the last batch cut to what is missing."""
-    for batch in batches:
-        size = samples_in(batch)
-        if size >= samples:
-            yield _cut(batch, size, samples)
-            return
-        yield batch
-        samples -= size
+def _first(share: Share, samples: int, device: torch.device) -> list[Any]:
+    """Return the first samples of all ranks, on each of them, the last batch cut to what is missing."""
+    sizes: list[int] = []
+    mine: list[Any] = []
+    for batch in share:
+        mine.append(batch)
+        sizes.append(samples_in(batch))
+        if sum(sizes) >= samples:
+            break
+    before, left = 0, {}
+    for place, size in share.in_order("sizes", zip(share.places, sizes, strict=False)):
+        left[place] = min(size, samples - before)
+        before += size
+    parts = zip(mine, sizes, [left[place] for place in share.places[: len(mine)]], strict=True)
+    return share.everywhere([_cut(batch, size, count) for batch, size, count in parts if count > 0], device)
 
 
 def _cut(batch: Any, size: int, samples: int) -> Any:
+    if samples == size:
+        return batch
+
     def cut(t: Any) -> Any:
         return t[:samples] if isinstance(t, torch.Tensor) and t.ndim and len(t) == size else t
 
@@ -175,7 +192,8 @@ def _change(outputs: Any, dense: Any) -> float:
 
 def measured(probe: Probe, paths: Sequence[RemovalPath], shares: Sequence[float] = SHARES) -> list[RemovalPath]:
     """Return the paths with errors scaled to what was measured after some of their steps, each group on its own."""
-    return [_measured(probe, group, path, shares) for group, path in zip(probe.coupling.groups(), paths, strict=True)]
+    pairs = list(zip(probe.coupling.groups(), paths, strict=True))
+    return sharing.spread("measured paths", lambda pair: _measured(probe, *pair, shares), pairs)
 
 
 def _measured(probe: Probe, group: Group, path: RemovalPath, shares: Sequence[float]) -> RemovalPath:
