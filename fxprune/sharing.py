@@ -114,8 +114,8 @@ def same(what: str, facts: Mapping[str, Any], fix: str) -> None:
             if first.get(name) != other.get(name):
                 raise _told(
                     PlanError(
-                        f"{what} is not the same on all ranks: {name} is {first.get(name)!r} on rank 0 and "
-                        f"{other.get(name)!r} on rank {r}. {fix}"
+                        f"{what} is not the same on all ranks: {name} is {first.get(name)} on rank 0 and "
+                        f"{other.get(name)} on rank {r}. {fix}"
                     )
                 )
 

@@ -1,4 +1,4 @@
-"""Processes of their own, forked from one that has imported fxprune: ranks that work together, and work that is killed.
+"""Processes of their own, forked from one that has imported what takes long: ranks, and work that is killed.
 
 What they run is a function of a module, and what it is given and returns is pickled.
 """
@@ -19,7 +19,7 @@ import torch
 from torch import distributed
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["fxprune"])
+CONTEXT.set_forkserver_preload(["fxprune", "torch_pruning"])
 
 
 def in_process(work: Callable[..., Any], *args: Any) -> Any:
