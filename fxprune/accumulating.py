@@ -28,6 +28,18 @@ class Gram:
         self._second: torch.Tensor | None = None
         self._first = torch.zeros(())
 
+    @property
+    def sums(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(blocks, n, n), right on and below the diagonal only, and (blocks, n); to be read, or set to others."""
+        if self._waiting:
+            self._multiply()
+        assert self._second is not None
+        return self._second, self._first
+
+    @sums.setter
+    def sums(self, sums: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self._second, self._first = sums
+
     def add(self, rows: torch.Tensor) -> None:
         """Add rows (blocks, rows, n)."""
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
@@ -50,42 +62,40 @@ class Gram:
 
     def mean(self, count: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sums over `count`: (blocks, n, n) and (blocks, n). Nothing can be added afterwards."""
-        if self._waiting:
-            self._multiply()
-        second, self._second = self._second, None
-        assert second is not None
+        second, first = self.sums
+        self._second = None
         second /= count
         for start in range(0, second.shape[1], BLOCK):
             here, below = slice(start, start + BLOCK), slice(start + BLOCK, None)
             second[:, here, below] = second[:, below, here].transpose(1, 2)
-        return second, self._first / count
+        return second, first / count
 
 
 class Spread:
     """Sums over the values of every channel that a batch norm reads: how many, their sum, and that of squares."""
 
     def __init__(self) -> None:
-        self._count = 0
-        self._total = torch.zeros((), dtype=torch.float64)
-        self._squares = torch.zeros((), dtype=torch.float64)
+        self.count = 0
+        self.total = torch.zeros((), dtype=torch.float64)
+        self.squares = torch.zeros((), dtype=torch.float64)
 
     def add(self, x: torch.Tensor) -> None:
         """Add values (b, channels, ..)."""
         x = x.detach().reshape(*x.shape[:2], -1)
-        self._count += x.shape[0] * x.shape[2]
+        self.count += x.shape[0] * x.shape[2]
         total = squares = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
         for some in x.split(max(VALUES // max(x[:1].numel(), 1), 1)):
             wide = some.double()
             total = total + wide.sum((0, 2))
             squares = squares + torch.linalg.vector_norm(wide, 2, (0, 2)).square()
-        self._total, self._squares = self._total + total.cpu(), self._squares + squares.cpu()
+        self.total, self.squares = self.total + total.cpu(), self.squares + squares.cpu()
 
     @property
     def mean(self) -> torch.Tensor:
         """(channels,) float64."""
-        return self._total / self._count
+        return self.total / self.count
 
     @property
     def var(self) -> torch.Tensor:
         """(channels,) float64, of the whole population."""
-        return (self._squares / self._count - self.mean.square()).clamp_min(0)
+        return (self.squares / self.count - self.mean.square()).clamp_min(0)

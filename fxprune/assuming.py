@@ -8,8 +8,8 @@ from torch import nn
 
 from fxprune.calibrating import OUTPUTS, Calibration, Moments, layers_of
 from fxprune.coupling import Coupling
-from fxprune.gathering import Layer
 from fxprune.layers import channels_of
+from fxprune.sums import Layer
 
 
 def assume(coupling: Coupling) -> Calibration:

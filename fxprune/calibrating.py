@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
+from fxprune import sharing
+from fxprune.agreeing import check_network, check_request
 from fxprune.coupling import Coupling
 from fxprune.errors import ArtifactError, PlanError
-from fxprune.gathering import Gatherer, Layer, Lister, Sums
+from fxprune.gathering import Gatherer, Lister
+from fxprune.shares import Share
+from fxprune.sums import Layer, Sums, spreads_of_all, sums_of_all
 from fxprune.tasks import Task, evaluating, run_batch
 
 SCHEMA = 1
@@ -66,9 +71,9 @@ class Calibration:
         moments: weight -> what was seen at it.
         norms: running mean of a batch norm -> (2, channels) mean and variance of what it normalises, in float64.
         losses: task -> mean loss of the dense network.
-        samples: how many samples were read.
+        samples: how many samples were read, on all ranks.
         fingerprint: of the coupling it was gathered for.
-        batches: the data, for what is measured later on; not saved.
+        batches: the data of this rank, for what is measured later on; not saved.
         tasks: whose losses were differentiated; not saved.
         held_out: batches that were not read, for tolerances to be checked on; not saved.
     """
@@ -136,6 +141,7 @@ class Calibration:
         return Calibration(moments, norms, data["losses"], data["samples"], data["fingerprint"])
 
 
+@sharing.together("calibrate")
 def calibrate(
     coupling: Coupling,
     batches: Iterable[Any],
@@ -147,7 +153,8 @@ def calibrate(
 ) -> Calibration:
     """Run calibration batches through the dense network, forward and backward, and gather moments at every layer.
 
-    The network runs in eval mode, on the device it is on; it is not changed. The same data give the same result.
+    The network runs in eval mode, on the device it is on; it is not changed. The same data give the same result. With
+    several ranks, each passes its own batches, and all get what was gathered on those of all.
 
     Args:
         coupling: of the network.
@@ -161,30 +168,37 @@ def calibrate(
         progress: show a progress bar.
 
     Raises:
-        PlanError: no batches, a loss that does not depend on the network, or moments that do not fit.
+        PlanError: no batches, a loss that does not depend on the network, moments that do not fit, or ranks differ.
     """
-    batches = list(batches) if isinstance(batches, Iterator) else batches  # they are kept
+    check_request(tasks, max_bytes=max_bytes, positions=positions)
+    check_network(coupling)
     module = coupling.traced.module
     names = {id(p): name for name, p in [*module.named_parameters(), *module.named_buffers()]}
     layers, chosen = layers_of(coupling), tasks or {OUTPUTS: Task(_change)}
     thinned = _thinned(layers, max_bytes, len(chosen))
-    losses: dict[str, float] = {}
-    samples = 0
-    gatherer: Gatherer | None = None
-    with evaluating(module), _without_gradients(module):
-        for batch in tqdm(batches, desc="calibrate", disable=not progress):
-            if gatherer is None:
-                total = samples_in(batch) * len(batches) if isinstance(batches, Sized) else 0
-                gatherer = Gatherer(names, _positions(layers, positions, total), thinned)
-            gatherer.start_batch(samples_in(batch))
-            samples += gatherer.samples
-            for name, loss in _run(module, batch, chosen, gatherer).items():
-                losses[name] = losses.get(name, 0.0) + loss * gatherer.samples
-    if gatherer is None:
+    batches = list(batches) if isinstance(batches, Iterator) else batches  # they are kept
+    share = Share.of(batches)
+    rest = iter(share)
+    first = list(islice(rest, 1))
+    sizes = share.in_order("the first batches", map(samples_in, first))
+    if not sizes:
         raise PlanError("the calibration data has no batches. Pass a list or a DataLoader, not an exhausted iterator.")
+    gatherer = Gatherer(names, _positions(layers, positions, sizes[0] * (share.total or 0)), thinned)
+    found: list[tuple[int, dict[str, float]]] = []
+    count = None if share.total is None else len(share.places)
+    bar = tqdm(chain(first, rest), "calibrate", count, disable=not progress or sharing.rank() > 0)
+    with evaluating(module), _without_gradients(module):
+        for batch, place in zip(bar, share.places, strict=False):
+            gatherer.start_batch(samples_in(batch), place + 1)
+            found.append((gatherer.samples, _run(module, batch, chosen, gatherer)))
+    losses = dict.fromkeys(chosen, 0.0)
+    samples = 0
+    for size, each in share.in_order("losses", found):
+        samples += size
+        losses = {name: loss + each[name] * size for name, loss in losses.items()}
     return Calibration(
-        {name: _moments(sums, samples, list(losses)) for name, sums in gatherer.sums.items()},
-        {name: torch.stack([spread.mean, spread.var]) for name, spread in gatherer.spreads.items()},
+        {name: _moments(sums, samples, list(losses)) for name, sums in sums_of_all(gatherer.sums).items()},
+        {name: torch.stack([s.mean, s.var]) for name, s in spreads_of_all(gatherer.spreads).items()},
         {name: total / samples for name, total in losses.items()},
         samples,
         coupling.fingerprint,
@@ -215,19 +229,19 @@ def _without_gradients(module: torch.nn.Module) -> Iterator[None]:
             p.requires_grad_(wanted)
 
 
-def split(batches: Iterable[Any]) -> tuple[list[Any], list[Any]]:
-    """Return the batches to plan with, and every fourth, held out to check tolerances on.
+def split(batches: Iterable[Any]) -> tuple[Share, Share]:
+    """Return the batches to plan with, and every fourth of those of all ranks, held out to check tolerances on.
 
     Raises:
         PlanError: fewer than two batches.
     """
-    every = list(batches)
-    if len(every) < 2:
+    every = Share.of(batches if isinstance(batches, Share) else list(batches))
+    if (every.total or 0) < 2:
         raise PlanError(
-            f"tolerances are checked on data that are held out, and the calibration has {len(every)} batch. Pass two "
+            f"tolerances are checked on data that are held out, and the calibration has {every.total} batch. Pass two "
             "or more: the second and every fourth after it are held out."
         )
-    return [b for i, b in enumerate(every) if i % 4 != 1], every[1::4]
+    return every.where(lambda place: place % 4 != 1), every.where(lambda place: place % 4 == 1)
 
 
 def layers_of(coupling: Coupling) -> list[Layer]:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from fxprune import sharing
 from fxprune.accumulating import Spread
 from fxprune.calibrating import Calibration
 from fxprune.correcting import corrections
@@ -19,9 +20,11 @@ from fxprune.coupling import Coupling
 from fxprune.eliminating import DAMPING
 from fxprune.planning import keep_of
 from fxprune.plans import Plan
+from fxprune.sums import spreads_of_all
 from fxprune.tasks import evaluating, run_batch
 
 
+@sharing.together("compensate")
 def compensate(
     coupling: Coupling,
     plan: Plan,
@@ -40,7 +43,8 @@ def compensate(
         coupling: of the dense network, whose weights are read.
         plan: what stays.
         slim: from `rewrite(coupling, plan)`; changed in place.
-        calibration: of the dense network. If it has its batches, the statistics of batch norms are estimated again.
+        calibration: of the dense network. If it has its batches, the statistics of batch norms are estimated again,
+            on those of all ranks.
         damping: share of the mean diagonal that is added to H; as in planning.
 
     Returns:
@@ -86,17 +90,20 @@ def estimate_statistics(slim: nn.Module, norms: Mapping[str, Norm], batches: Ite
     Args:
         slim: in eval mode while the batches run.
         norms: running mean -> what the dense network's batch norm did to the data.
-        batches: calibration batches.
+        batches: calibration batches of this rank.
 
     Source: Jordan et al., REPAIR (2023), with batch norms in place of an affine map.
     """
-    estimator = _Estimator({id(b): norms[name] for name, b in slim.named_buffers() if name in norms})
+    buffers = dict(slim.named_buffers())
+    estimator = _Estimator({id(buffers[name]): (name, norm) for name, norm in norms.items() if name in buffers})
     with evaluating(slim), torch.no_grad(), estimator:
         for batch in batches:
             run_batch(slim, batch, {})
+    eps = {name: value for part in sharing.gather("batch norms", estimator.eps) for name, value in part.items()}
     with torch.no_grad():
-        for mean, var, norm, eps, spread in estimator.seen.values():
-            for target, value in zip((mean, var), norm.matched(spread.mean, spread.var, eps), strict=True):
+        for name, spread in spreads_of_all(estimator.spreads).items():
+            norm, targets = norms[name], (buffers[name], buffers[f"{name.removesuffix('mean')}var"])
+            for target, value in zip(targets, norm.matched(spread.mean, spread.var, eps[name]), strict=True):
                 _write(target, torch.where(norm.lives, value, target.double().cpu()))
 
 
@@ -126,9 +133,10 @@ class Norm:
 class _Estimator(TorchFunctionMode):
     """Lets batch norms normalise each batch by its own statistics, to the level and spread of the dense network."""
 
-    def __init__(self, norms: Mapping[int, Norm]) -> None:
+    def __init__(self, norms: Mapping[int, tuple[str, Norm]]) -> None:
         super().__init__()
-        self.seen: dict[int, tuple[torch.Tensor, torch.Tensor, Norm, float, Spread]] = {}
+        self.spreads: dict[str, Spread] = {}
+        self.eps: dict[str, float] = {}
         self._norms = norms
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -136,16 +144,18 @@ class _Estimator(TorchFunctionMode):
         if func is not F.batch_norm:
             return func(*args, **kwargs)
         given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
-        norm = self._norms.get(id(given.get("running_mean")))
-        if norm is None:
+        known = self._norms.get(id(given.get("running_mean")))
+        if known is None:
             return func(*args, **kwargs)
+        name, norm = known
         x, mean, var, eps = given["input"], given["running_mean"], given["running_var"], given.get("eps", 1e-5)
         own = Spread()
         own.add(x)
-        self.seen.setdefault(id(mean), (mean, var, norm, eps, Spread()))[-1].add(x)
+        self.spreads.setdefault(name, Spread()).add(x)
+        self.eps[name] = eps
         new = [
-            torch.where(norm.lives, value, known.double().cpu()).to(known)
-            for value, known in zip(norm.matched(own.mean, own.var, eps), (mean, var), strict=True)
+            torch.where(norm.lives, value, old.double().cpu()).to(old)
+            for value, old in zip(norm.matched(own.mean, own.var, eps), (mean, var), strict=True)
         ]
         return func(x, *new, given.get("weight"), given.get("bias"), False, 0.0, eps)
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx, nn
 from tqdm.auto import tqdm
 
+from fxprune import sharing
 from fxprune.budgets import Budget
 from fxprune.calibrating import Calibration
 from fxprune.cloning import submodule
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 BAR = "{desc:<8} {bar:20} {n}/{total} [{elapsed}]"
 
 
+@sharing.together("compile")
 def compile(
     model: nn.Module,
     example_inputs: Any,
@@ -57,7 +59,8 @@ def compile(
         budget: upper bounds, such as `Budget(macs=0.5)`.
         method: how channels are ranked, from `fxprune.methods`; by default `Joint()` with calibration, else
             `Magnitude()`.
-        calibration: batches `(inputs, targets)`, for methods that need data; an iterator is read into a list.
+        calibration: batches `(inputs, targets)`, for methods that need data; an iterator is read into a list. Under
+            `torchrun`, each rank passes its own, and all get the same network; see `plan`.
         tasks: name -> Task, for methods that need losses.
         constraints: what must stay whatever the method says.
         on_conflict: where the budget and the tolerances of tasks cannot both be met, "error" or "closest"; see `plan`.
@@ -79,7 +82,7 @@ def compile(
     check_request(budget, method, calibration, tasks, constraints)
     method = method or default_method(calibration)
     batches = list(calibration) if isinstance(calibration, Iterator) else calibration  # it is read more than once
-    with tqdm(total=5, desc="trace", disable=not progress, bar_format=BAR) as bar:
+    with tqdm(total=5, desc="trace", disable=not progress or sharing.rank() > 0, bar_format=BAR) as bar:
         traced = trace(model, example_inputs)
         _step(bar, "couple")
         coupling = couple(traced, unknown=unknown)

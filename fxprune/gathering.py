@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Container, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,49 +16,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fxprune.accumulating import Gram, Spread
+from fxprune.sums import Layer, Sums
 
 CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 """Function -> how many spatial dims it has."""
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """How a weight is used: as `blocks` linear maps side by side, each from `inputs` numbers to `outputs`.
-
-    Attributes:
-        name: of the weight.
-        blocks: groups of a grouped convolution, else 1.
-        inputs: channels that go into each.
-        outputs: channels that come out of each.
-        taps: kernel positions; a linear layer has one.
-        bias: name of the bias that is added, if one is.
-    """
-
-    name: str
-    blocks: int
-    inputs: int
-    outputs: int
-    taps: int
-    bias: str | None
-
-
-@dataclass(slots=True)
-class Sums:
-    """Sums over positions; every field is added to batch by batch.
-
-    Attributes:
-        layer: whose.
-        shared_taps: each tap of the kernel counts as a position of its own.
-        inputs: of what goes in, (blocks, positions, n), n = inputs * taps, or inputs where taps share a moment.
-        outputs: task -> of g, (blocks, positions, outputs), the gradient of one sample's loss at one position.
-        norm: running mean of the batch norm that what comes out goes straight into, if it does.
-    """
-
-    layer: Layer
-    shared_taps: bool
-    inputs: Gram = field(default_factory=Gram)
-    outputs: dict[str, Gram] = field(default_factory=dict)
-    norm: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +61,9 @@ class Gatherer(TorchFunctionMode):
         self._shares_taps = shares_taps
         self._batch = 0
 
-    def start_batch(self, samples: int) -> None:
-        """Begin a batch: other positions are read than in the last one, the same in every run."""
-        self._batch += 1
+    def start_batch(self, samples: int, number: int) -> None:
+        """Begin a batch: other positions are read than in others, the same in every run; `number` counts from 1."""
+        self._batch = number
         self.samples = samples
         self.anchor = torch.zeros((), requires_grad=True)
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from fxprune.atoms import FIXED
 from fxprune.coupling import Coupling
-from fxprune.gathering import Layer
+from fxprune.sums import Layer
 
 
 def channels_of(coupling: Coupling, layer: Layer) -> tuple[np.ndarray, np.ndarray]:

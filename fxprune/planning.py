@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fxprune import agreeing, sharing
 from fxprune.atoms import FIXED
 from fxprune.branches import costs_of
 from fxprune.budgets import Budget
@@ -24,6 +25,7 @@ from fxprune.plans import GroupWidth, Plan, frozen
 from fxprune.tasks import Task
 
 
+@sharing.together("plan")
 def plan(
     coupling: Coupling,
     budget: Budget,
@@ -36,6 +38,9 @@ def plan(
 ) -> Plan:
     """Choose what to keep.
 
+    Under `torchrun`, every rank asks the same and passes its own batches: rank r of n those that one process would read
+    at r, r + n, r + 2n, and so on. All get the plan that one process makes of all batches.
+
     Args:
         coupling: from `couple`.
         budget: upper bounds.
@@ -47,21 +52,18 @@ def plan(
             cheapest plan that was found within the tolerances.
 
     Raises:
-        PlanError: the budget cannot be met, a pattern matches nothing, the method lacks its data, or a task would get
-            worse than its tolerance.
+        PlanError: the budget cannot be met, a pattern matches nothing, the method lacks its data, a task would get
+            worse than its tolerance, or ranks differ.
     """
     check_request(budget, method, calibration, tasks, constraints)
     if on_conflict not in ("error", "closest"):
         raise PlanError(f"on_conflict={on_conflict!r} is neither 'error' nor 'closest'. Pass one of the two.")
+    method, constraints = method or default_method(calibration), constraints or Constraints()
+    agreeing.check_request(tasks, method=method, budget=budget, constraints=constraints, on_conflict=on_conflict)
+    agreeing.check_network(coupling)
     work = without_collector(_plan) if calibration is None else _plan
-    return work(
-        coupling,
-        budget,
-        method or default_method(calibration),
-        calibration,
-        tasks,
-        constraints or Constraints(),
-        closest=on_conflict == "closest",
+    return agreeing.check_plan(
+        work(coupling, budget, method, calibration, tasks, constraints, closest=on_conflict == "closest")
     )
 
 

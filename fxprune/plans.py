@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -63,6 +64,15 @@ class Plan:
     def empties(self) -> bool:
         """Whether some dims keep nothing: the branches that they are in are removed."""
         return any(not positions.size for positions in self.kept.values())
+
+    @property
+    def digest(self) -> str:
+        """A hash of what stays, and of which network: equal for equal plans, on every machine."""
+        digest = hashlib.sha256(self.fingerprint.encode())
+        for (name, dim), positions in sorted(self.kept.items(), key=lambda item: item[0]):
+            digest.update(f"{name}:{dim}:{positions.shape}".encode())
+            digest.update(positions.astype("<i8").tobytes())
+        return digest.hexdigest()
 
     def __str__(self) -> str:
         rows = [[i, g.name, g.kind, g.sites, g.before, g.after, g.share] for i, g in enumerate(self.groups)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,13 @@ import torch
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from fxprune import sharing
 from fxprune.calibrating import Calibration, samples_in
 from fxprune.correcting import Inverses, corrections
 from fxprune.coupling import Coupling
 from fxprune.paths import RemovalPath
 from fxprune.replaying import Replay, Replayer
+from fxprune.shares import Share
 from fxprune.tasks import evaluating, inputs_of
 
 SHARES = (0.25, 0.5, 0.75, 0.9)
@@ -40,10 +43,11 @@ class Probe:
             coupling: of the network.
             calibration: of it, with its batches. Without tasks, the squared change of the outputs, relative to their
                 size, is the loss.
-            samples: how many are measured on, if there are so many; all without it.
+            samples: how many are measured on, if there are so many: the first of all ranks, which each of them holds,
+                so that each can measure by itself. Without it, all samples are, and each rank measures on its own.
             damping: as for `compensate`.
             compensate: correct the weights that stay.
-            batches: to measure on, instead of the calibration's own.
+            batches: of this rank, to measure on, instead of the calibration's own.
         """
         self.coupling = coupling
         self._calibration = calibration
@@ -51,9 +55,12 @@ class Probe:
         self._damping = damping
         self._compensate = compensate
         self._module = coupling.traced.module
-        data = (calibration.batches or ()) if batches is None else batches
-        self._batches = list(data if samples is None else _first(data, samples))
         self._state = {name: tensor for name, tensor, _ in coupling.traced.state}
+        given = calibration.batches if batches is None else batches
+        share = Share.of(() if given is None else given)
+        device = next((t.device for t in self._state.values()), torch.device("cpu"))
+        self._batches = list(share if samples is None else _first(share, samples, device))
+        self._share = share if samples is None else None
         self._answers = [self._full({}, i) for i in range(len(self._batches))]
         self._slopes: list[list[list[torch.Tensor | None]]] = []
         self._replayer = Replayer(self._module)
@@ -109,10 +116,12 @@ class Probe:
     ) -> np.ndarray:
         """Return the mean over samples of a measure of the outputs of each batch."""
         values = {} if keep.all() else self._values(np.append(keep, True))
+        each = [(np.array(measure(i, run(values, i))), samples_in(b)) for i, b in enumerate(self._batches)]
+        if self._share is not None:
+            each = self._share.in_order("losses", each)
         total, count = np.zeros(len(self._tasks or [None])), 0
-        for i, batch in enumerate(self._batches):
-            samples = samples_in(batch)
-            total += np.array(measure(i, run(values, i))) * samples
+        for found, samples in each:
+            total += found * samples
             count += samples
         return total / max(count, 1)
 
@@ -164,18 +173,27 @@ class Probe:
         return values
 
 
-def _first(batches: Iterable[Any], samples: int) -> Iterator[Any]:
-    """Yield the first samples, the last batch cut to what is missing."""
-    for batch in batches:
-        size = samples_in(batch)
-        if size >= samples:
-            yield _cut(batch, size, samples)
-            return
-        yield batch
-        samples -= size
+def _first(share: Share, samples: int, device: torch.device) -> list[Any]:
+    """Return the first samples of all ranks, on each of them, the last batch cut to what is missing."""
+    sizes: list[int] = []
+    mine: list[Any] = []
+    for batch in share:
+        mine.append(batch)
+        sizes.append(samples_in(batch))
+        if sum(sizes) >= samples:
+            break
+    before, left = 0, {}
+    for place, size in share.in_order("sizes", zip(share.places, sizes, strict=False)):
+        left[place] = min(size, samples - before)
+        before += size
+    parts = zip(mine, sizes, [left[place] for place in share.places[: len(mine)]], strict=True)
+    return share.everywhere([_cut(batch, size, count) for batch, size, count in parts if count > 0], device)
 
 
 def _cut(batch: Any, size: int, samples: int) -> Any:
+    if samples == size:
+        return batch
+
     def cut(t: Any) -> Any:
         return t[:samples] if isinstance(t, torch.Tensor) and t.ndim and len(t) == size else t
 
@@ -198,11 +216,10 @@ def _change(outputs: Any, dense: Any) -> float:
 
 def measured(probe: Probe, paths: Sequence[RemovalPath], shares: Sequence[float] = SHARES) -> list[RemovalPath]:
     """Return the paths with errors scaled to what was measured after some of their steps, each group on its own."""
-    found = list(paths)
     places = [probe.place(_without(probe.coupling, path, len(path.choices))) for path in paths]
-    for i in sorted(range(len(found)), key=places.__getitem__):
-        found[i] = _measured(probe, paths[i], shares)
-    return found
+    order = sorted(range(len(places)), key=places.__getitem__)
+    found = sharing.spread("measured paths", lambda i: (i, _measured(probe, paths[i], shares)), order)
+    return [path for _, path in sorted(found, key=itemgetter(0))]
 
 
 def _without(coupling: Coupling, path: RemovalPath, steps: int) -> np.ndarray:

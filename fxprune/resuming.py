@@ -23,7 +23,7 @@ def write_state(path: str | Path, about: Mapping[str, Any], state: Mapping[str, 
         state: as JSON.
     """
     home = Path(path)
-    draft = home.with_name(f"{home.name}.{os.getpid()}.part")
+    draft = home.with_name(f"{home.name}.part")  # one that a kill has left behind is written over
     with open(draft, "w", encoding="utf-8") as file:
         json.dump({"schema": SCHEMA, "about": about, "state": state}, file)
         file.flush()

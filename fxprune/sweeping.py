@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
+from fxprune import agreeing, sharing
 from fxprune.budgets import Budget
 from fxprune.calibrating import Calibration
 from fxprune.choosing import Chooser, probe_of
@@ -66,6 +67,7 @@ class Sweep:
         return tabulate(rows, [*RESOURCES, *(f"{task} loss" for task in tasks)], colalign=["right"] * len(rows[0]))
 
 
+@sharing.together("sweep")
 def sweep(
     coupling: Coupling,
     budgets: Iterable[Budget],
@@ -75,7 +77,7 @@ def sweep(
     tasks: Mapping[str, Task] | None = None,
     constraints: Constraints | None = None,
 ) -> Sweep:
-    """Plan for many budgets; the data are read once.
+    """Plan for many budgets; the data are read once. Several ranks share the work as they do in `plan`.
 
     Args:
         coupling: from `couple`.
@@ -95,6 +97,8 @@ def sweep(
         check_request(budget, method, calibration, tasks, constraints)
     method, constraints = method or default_method(calibration), constraints or Constraints()
     data = list(calibration) if isinstance(calibration, Iterator) else calibration
+    agreeing.check_request(tasks, method=method, budgets=asked, constraints=constraints)
+    agreeing.check_network(coupling)
     bound = constrain(coupling, constraints)
     reads = isinstance(method, (PathMethod, SearchMethod))
     known = None
@@ -109,7 +113,7 @@ def sweep(
     points = []
     for budget in asked:
         keep = chooser.keep(budget.bounds(dense))
-        plan = plan_of(bound, keep, method=repr(method), budget=budget.to_dict())
+        plan = agreeing.check_plan(plan_of(bound, keep, method=repr(method), budget=budget.to_dict()))
         points.append(Point(plan, {} if probe is None else _rises(probe, keep, known)))
     return Sweep(tuple(points))
 

@@ -54,7 +54,8 @@ class PAGCP:
         compensate: the weights that stay are corrected, in the search and by `compile`; as published they are not.
         fast: measure about ten times less often, after one pass that gathers moments (not counted as a measurement).
         damping: of the correction and of `fast`; as of `Joint`.
-        checkpoint: a file that holds where the search is, written after every unit. Started again, it goes on.
+        checkpoint: a file that holds where the search is, written after every unit, by the first rank. Started again,
+            with as many ranks or others, the search goes on, and ends as it would have.
 
     Raises:
         PlanError: a setting that makes no sense.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fxprune import sharing
 from fxprune.allocating import allocate
 from fxprune.errors import PlanError
 from fxprune.paths import paths_by_score
@@ -64,9 +64,7 @@ class Search:
         paths = paths_by_score(self.coupling, np.ones(len(self.dense)))
         allocate(self.coupling, paths, "uniform", limits, self.bounds)  # raises where nothing meets the bounds
         self.data = problem.data(method, moments=method.fast or method.compensate)
-        self.probe = Probe(
-            self.coupling, self.data, samples=sys.maxsize, damping=method.damping, compensate=method.compensate
-        )
+        self.probe = Probe(self.coupling, self.data, damping=method.damping, compensate=method.compensate)
         self.tasks = list(self.data.tasks or {})
         for task, loss in zip(self.tasks, self.probe.dense, strict=True):
             if not (math.isfinite(loss) and loss > 0):
@@ -94,7 +92,7 @@ class Search:
     def _resumed(self) -> State:
         """Return where the search was when it was killed, or its start."""
         path = self.method.checkpoint
-        known = None if path is None else read_state(path, self.about)
+        known = None if path is None else sharing.from_first("the checkpoint", lambda: read_state(path, self.about))
         dense = tuple(map(float, self.probe.dense))
         if known is None:
             first, _ = self._tolerances(0)
@@ -110,7 +108,7 @@ class Search:
         return State(**known)
 
     def _noted(self, state: State) -> State:
-        if self.method.checkpoint is not None:
+        if self.method.checkpoint is not None and sharing.rank() == 0:
             dense = {"dense": [float(loss) for loss in self.probe.dense]}
             write_state(self.method.checkpoint, self.about, asdict(state) | dense)
         return state

@@ -69,7 +69,7 @@ def worse(coupling: fxprune.Coupling, plan: fxprune.Plan, data: list[Any]) -> di
 
 
 def test_every_fourth_batch_is_held_out() -> None:
-    used, held_out = split(range(10))
+    used, held_out = map(list, split(range(10)))
     assert (used, held_out) == ([0, 2, 3, 4, 6, 7, 8], [1, 5, 9])
     with pytest.raises(PlanError, match="the calibration has 1 batch"):
         split([0])

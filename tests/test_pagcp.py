@@ -1,11 +1,9 @@
-"""PAGCP is what a direct evaluation of its steps gives, meets budgets, and goes on where it was killed."""
+"""PAGCP is what a direct evaluation of its steps gives, and meets budgets."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from two_tasks import TASKS, asked, square, trained
 
 import fxprune
 from fxprune import Budget, Constraints, PlanError, Task, methods
-from fxprune.calibrating import calibrate
 from fxprune.methods import PAGCP, Problem
 from fxprune.planning import plan_of
 from fxprune.tolerating import decay
@@ -25,66 +23,6 @@ from fxprune.visiting import RATIOS, Search
 from fxprune.visits import Found
 
 torch.set_num_threads(1)
-
-
-class TwoTasks(nn.Module):
-    """A residual stem, a block, and two heads: the sign of each quadrant's mean, and the mean of squares."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(2, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
-        self.a, self.b = nn.Conv2d(12, 20, 3, padding=1, stride=2), nn.Conv2d(20, 12, 1)
-        self.c = nn.Conv2d(12, 12, 3, padding=1, stride=2)
-        self.wide = nn.Conv2d(12, 24, 3, padding=1)
-        self.signs, self.square = nn.Linear(96, 4), nn.Linear(24, 1)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.norm(self.stem(x)).relu()
-        x = (self.c(x) + self.b(self.a(x).relu())).relu()
-        x = self.wide(x).relu()
-        return self.signs(F.adaptive_avg_pool2d(x, 2).flatten(1)), self.square(x.mean((2, 3)))[:, 0]
-
-
-def batches(count: int, seed: int) -> list[Any]:
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for _ in range(count):
-        level = torch.randn(32, 2, 2, 2, generator=generator)
-        x = F.interpolate(level, scale_factor=4) + 0.5 * torch.randn(32, 2, 8, 8, generator=generator)
-        found.append((x, ((level.mean(1).flatten(1) > 0).float(), level.square().mean((1, 2, 3)))))
-    return found
-
-
-def signs(outputs: Any, batch: Any) -> Tensor:
-    return F.binary_cross_entropy_with_logits(outputs[0], batch[1][0])
-
-
-def square(outputs: Any, batch: Any) -> Tensor:
-    return F.mse_loss(outputs[1], batch[1][1])
-
-
-TASKS = {"signs": Task(signs), "square": Task(square)}
-
-
-@cache
-def trained() -> tuple[nn.Module, list[Any], fxprune.Coupling]:
-    torch.manual_seed(0)
-    model = TwoTasks()
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for batch in batches(150, 1):
-        optimizer.zero_grad()
-        outputs = model(batch[0])
-        (signs(outputs, batch) + square(outputs, batch)).backward()
-        optimizer.step()
-    data = batches(4, 2)
-    model.eval()
-    return model, data, fxprune.couple(fxprune.trace(model, data[0][0]))
-
-
-def asked(share: float = 0.5, **settings: Any) -> Problem:
-    _, data, coupling = trained()
-    bounds = Budget(macs=share).bounds(coupling.costs(np.ones(coupling.num_channels, dtype=bool)))
-    return replace(Problem(coupling, bounds, Constraints(), data, TASKS), **settings)
 
 
 def slim_losses(keep: np.ndarray) -> np.ndarray:
@@ -298,61 +236,6 @@ def test_the_fast_search_measures_less_and_plans_as_well() -> None:
     full, fast = (replace(method, fast=flag).search(asked(0.5)) for flag in (False, True))
     assert fast.evaluations * 6 <= full.evaluations
     assert slim_losses(fast.keep).sum() <= 1.1 * slim_losses(full.keep).sum()
-
-
-class KilledError(Exception):
-    """What stands for the end of the process."""
-
-
-@pytest.mark.parametrize("fast", [False, True])
-def test_a_killed_search_goes_on_and_ends_with_the_same_plan(fast: bool, tmp_path: Path) -> None:
-    method = PAGCP(initial_rate=0.1, global_tolerance=1.6, fast=fast)
-    wanted = method.search(asked(0.4))
-    generator = np.random.default_rng(0)
-    calls = wanted.evaluations * len(trained()[1])
-    for trial in range(4):
-        path = tmp_path / f"{trial}.json"
-        resumed, left, kills = None, 0, 0
-
-        def loss(outputs: Any, batch: Any) -> Tensor:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                raise KilledError
-            return signs(outputs, batch)
-
-        tasks = {"signs": Task(loss), "square": TASKS["square"]}
-        calibration = calibrate(trained()[2], trained()[1], TASKS)
-        while resumed is None:
-            left = int(generator.integers(5, max(calls // 2, 16))) if kills < 3 else -1
-            try:
-                resumed = replace(method, checkpoint=str(path)).search(
-                    asked(0.4, tasks=tasks, calibration=replace(calibration, tasks=tasks))
-                )
-            except KilledError:
-                kills += 1
-        assert kills
-        assert np.array_equal(resumed.keep, wanted.keep)
-        assert list(tmp_path.glob("*.part")) == []
-
-
-def test_checkpoints_of_other_searches_are_refused(tmp_path: Path) -> None:
-    path = str(tmp_path / "search.json")
-    method = PAGCP(initial_rate=0.1, global_tolerance=1.6, fast=True, checkpoint=path)
-    found = method.search(asked(0.7))
-    assert np.array_equal(method.search(asked(0.7)).keep, found.keep)
-    with pytest.raises(PlanError, match=r"its method is 'PAGCP\(.*topk=0\.8.*Delete it"):
-        replace(method, topk=0.5).search(asked(0.7))
-    with pytest.raises(PlanError, match="its budget is"):
-        method.search(asked(0.6))
-    with pytest.raises(PlanError, match="other weights or data"):
-        method.search(asked(0.7, calibration=batches(2, 5)))
-    other = fxprune.couple(fxprune.trace(nn.Conv2d(2, 4, 3), trained()[1][0][0]))
-    with pytest.raises(PlanError, match="its network is"):
-        method.search(asked(0.7, coupling=other, bounds={"macs": 1e12}, tasks={"x": Task(lambda o, b: o.std())}))
-    Path(path).write_text("{")
-    with pytest.raises(PlanError, match="cannot be read"):
-        method.search(asked(0.7))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from fxprune import sharing
 from fxprune.calibrating import Calibration, Moments
 from fxprune.coupling import Coupling
 from fxprune.criteria.magnitude import magnitude
@@ -50,7 +51,7 @@ def joint_paths(
     reader = Reader(coupling, calibration, scale, damping=damping, compensate=compensate)
     keep = np.ones(coupling.num_channels, dtype=bool) if keep is None else keep
     rest = magnitude(coupling)
-    return [_path(reader, group, keep, rest, damping) for group in coupling.groups()]
+    return sharing.spread("paths", lambda group: _path(reader, group, keep, rest, damping), coupling.groups())
 
 
 def _path(reader: Reader, group: Group, keep: np.ndarray, rest: np.ndarray, damping: float) -> RemovalPath:

@@ -11,6 +11,7 @@ import torch
 from fxprune.coupling import Coupling
 from fxprune.criteria import add_up, weight_sites
 from fxprune.errors import PlanError
+from fxprune.shares import Share
 from fxprune.tasks import Task, evaluating, run_batch
 
 
@@ -23,7 +24,7 @@ def taylor(coupling: Coupling, calibration: Iterable[Any] | None, tasks: Mapping
 
     Args:
         coupling: the coupled network.
-        calibration: batches `(inputs, targets)`.
+        calibration: batches `(inputs, targets)` of this rank; those of all count.
         tasks: name -> Task; its loss takes `(outputs, batch)`.
 
     Returns:
@@ -60,8 +61,8 @@ def _gradients(coupling: Coupling, calibration: Iterable[Any], tasks: Mapping[st
         for p in names.values():
             p.requires_grad_(True)
         with evaluating(module):
-            for batch in calibration:
-                for name, gradient in zip(names, _of_batch(module, batch, tasks, list(names.values())), strict=True):
+            for found in Share.of(calibration).every(lambda b: _of_batch(module, b, tasks, list(names.values()))):
+                for name, gradient in zip(names, found, strict=True):
                     if gradient is not None:
                         total[name] = total[name] + gradient if name in total else gradient
                 batches += 1

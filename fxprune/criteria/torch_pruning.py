@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from fxprune.coupling import Coupling
 from fxprune.criteria.magnitude import magnitude
 from fxprune.errors import PlanError
 from fxprune.grouping import Group
+from fxprune.shares import Share
 from fxprune.tasks import Task, run_batch
 
 
@@ -33,7 +34,7 @@ def torch_pruning_scores(
     Args:
         coupling: the coupled network.
         importance: such as `torch_pruning.importance.MagnitudeImportance()`.
-        calibration: batches, for importances that read gradients.
+        calibration: batches of this rank, for importances that read gradients; those of all count.
         tasks: name -> Task, likewise.
 
     Returns:
@@ -65,16 +66,22 @@ def _differentiate(
 ) -> None:
     network = torch.fx.GraphModule(model, coupling.traced.graph)
     network.eval()
+    weights = [p for p in model.parameters() if p.is_floating_point()]
     for p in model.parameters():
         p.requires_grad_(p.is_floating_point())
     gathers = hasattr(importance, "accumulate_grad")
     if gathers:
         importance.zero_grad()
+
+    def differentiate(batch: Any) -> Sequence[torch.Tensor | None]:
+        loss = torch.stack(list(run_batch(network, batch, tasks).values())).sum()
+        return torch.autograd.grad(loss, weights, allow_unused=True)
+
     with torch.inference_mode(False), torch.enable_grad():
-        for batch in calibration:
-            if gathers:
-                model.zero_grad()
-            torch.stack(list(run_batch(network, batch, tasks).values())).sum().backward()
+        for gradients in Share.of(calibration).every(differentiate):
+            for p, gradient in zip(weights, gradients, strict=True):
+                known = None if gathers else p.grad
+                p.grad = gradient if known is None or gradient is None else known + gradient
             if gathers:
                 importance.accumulate_grad(model)
 
