@@ -228,6 +228,7 @@ def _exchange(note: _Note) -> list[_Note]:
         ) from error
     finally:
         late.cancel()
+        late.join()  # a thread that is left when Python ends can take the process down
     return notes
 
 

@@ -42,9 +42,8 @@ def test_batches_have_the_places_that_one_process_gives_them(counts: tuple[int, 
     for chosen in (lambda place: True, lambda place: place % 4 != 1, lambda place: place % 4 == 1):
         parts = [share.where(chosen) for share in shares]
         wanted = [batch for place, batch in enumerate(order) if chosen(place)]
-        assert {place: batch for p in parts for place, batch in zip(p.places, p, strict=True)} == dict(
-            enumerate(wanted)
-        )
+        merged = {place: batch for p in parts for place, batch in zip(p.places, p, strict=True)}
+        assert merged == dict(enumerate(wanted))
         assert {p.total for p in parts} == {len(wanted)}
         assert all(bool(p) == bool(wanted) for p in parts)
 
