@@ -137,7 +137,7 @@ class Gatherer(TorchFunctionMode):
         """Run a function; read what goes into a layer, and listen to what comes out."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        call = _call_of(self._names, func, args, kwargs)
+        call = call_of(self._names, func, args, kwargs)
         if call is None:
             if func is F.batch_norm:
                 self._read_norm(args[0], self._names.get(id(args[1] if args[1:] else kwargs.get("running_mean"))))
@@ -192,7 +192,7 @@ class Gatherer(TorchFunctionMode):
         sums.outputs[self.task] = found if known is None else known.add_(found)
 
 
-def _call_of(names: Mapping[int, str], func: Any, args: Any, kwargs: Any) -> _Call | None:
+def call_of(names: Mapping[int, str], func: Any, args: Any, kwargs: Any) -> _Call | None:
     """Return how a function uses a weight; None where it does not, and for convolutions of single channels."""
     if func is not F.linear and func not in CONVOLUTIONS:
         return None
@@ -229,7 +229,7 @@ class Lister(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function; note the layer that it is."""
-        call = _call_of(self._names, func, args, kwargs or {})
+        call = call_of(self._names, func, args, kwargs or {})
         if call is not None:
             self.layers[call.layer.name] = call.layer
         return func(*args, **(kwargs or {}))

@@ -22,6 +22,7 @@ from fxprune.criteria.magnitude import magnitude
 from fxprune.criteria.random import random
 from fxprune.criteria.taylor import taylor
 from fxprune.criteria.torch_pruning import torch_pruning_scores
+from fxprune.discriminating import CATRO
 from fxprune.eliminating import DAMPING
 from fxprune.paths import RemovalPath
 from fxprune.probing import SHARES, Probe, measured
@@ -30,6 +31,7 @@ from fxprune.tasks import Task
 from fxprune.tolerating import PAGCP
 
 __all__ = [
+    "CATRO",
     "PAGCP",
     "BatchNormScale",
     "FromTorchPruning",
