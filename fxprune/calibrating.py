@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 from fxprune.coupling import Coupling
 from fxprune.errors import ArtifactError, PlanError
 from fxprune.gathering import Gatherer, Layer, Lister, Sums
-from fxprune.tasks import Task, evaluating, run_batch
+from fxprune.memberships import LabelReader
+from fxprune.tasks import Task, evaluating, of_wanted_classes, run_batch
 
 SCHEMA = 1
 """Version of the file of a calibration."""
@@ -43,6 +44,8 @@ class Moments:
         sensitivity: task -> (blocks, outputs, outputs) E over samples of the sum over positions of g g^T; g is the
             gradient of the sample's loss at the layer's output.
         norm: running mean of the batch norm that the output goes straight into, if it does.
+        between: (blocks, n, n) the part of `second` that the means of classes make: E over positions of m m^T, m the
+            mean of x in the class of the position; the mean over tasks. None where classes were not told apart.
     """
 
     layer: Layer
@@ -51,6 +54,7 @@ class Moments:
     mean: torch.Tensor
     sensitivity: Mapping[str, torch.Tensor]
     norm: str | None
+    between: torch.Tensor | None = None
 
     @property
     def absorbs(self) -> bool:
@@ -96,6 +100,7 @@ class Calibration:
         for name, m in self.moments.items():
             tensors[f"{name}|second"], tensors[f"{name}|mean"] = m.second.contiguous(), m.mean.contiguous()
             tensors |= {f"{name}|sensitivity|{task}": g.contiguous() for task, g in m.sensitivity.items()}
+            tensors |= {} if m.between is None else {f"{name}|between": m.between.contiguous()}
             about[name] = {"layer": asdict(m.layer), "shared_taps": m.shared_taps, "norm": m.norm}
         tensors |= {f"{name}|norm": value for name, value in self.norms.items()}
         head = {"losses": dict(self.losses), "samples": self.samples, "fingerprint": self.fingerprint}
@@ -129,6 +134,7 @@ class Calibration:
                 tensors[f"{name}|mean"],
                 {task: tensors[f"{name}|sensitivity|{task}"] for task in data["losses"]},
                 about["norm"],
+                tensors.get(f"{name}|between"),
             )
             for name, about in data["moments"].items()
         }
@@ -143,6 +149,7 @@ def calibrate(
     *,
     max_bytes: int = 4 << 30,
     positions: int | None = None,
+    by_class: bool = False,
     progress: bool = False,
 ) -> Calibration:
     """Run calibration batches through the dense network, forward and backward, and gather moments at every layer.
@@ -158,12 +165,16 @@ def calibrate(
             largest layers share one moment.
         positions: how many positions of each sample are read in a layer; by default as many as its moment needs, where
             the data have a length.
+        by_class: gather what the means of classes make of each moment too, as `Joint(within=...)` asks; labels are
+            those of the tasks, see `Task`.
         progress: show a progress bar.
 
     Raises:
         PlanError: no batches, a loss that does not depend on the network, or moments that do not fit.
     """
     batches = list(batches) if isinstance(batches, Iterator) else batches  # they are kept
+    batches = of_wanted_classes(batches, tasks)
+    labels = LabelReader(tasks) if by_class else None
     module = coupling.traced.module
     names = {id(p): name for name, p in [*module.named_parameters(), *module.named_buffers()]}
     layers, chosen = layers_of(coupling), tasks or {OUTPUTS: Task(_change)}
@@ -178,6 +189,7 @@ def calibrate(
                 gatherer = Gatherer(names, _positions(layers, positions, total), thinned)
             gatherer.start_batch(samples_in(batch))
             samples += gatherer.samples
+            gatherer.classes = {} if labels is None else labels.read(batch)
             for name, loss in _run(module, batch, chosen, gatherer).items():
                 losses[name] = losses.get(name, 0.0) + loss * gatherer.samples
     if gatherer is None:
@@ -312,4 +324,10 @@ def _moments(sums: Sums, samples: int, tasks: list[str]) -> Moments:
         (sums.total / sums.rows).cpu(),
         {task: sums.outputs.get(task, nothing).cpu() / samples for task in tasks},
         sums.norm,
+        _between(sums),
     )
+
+
+def _between(sums: Sums) -> torch.Tensor | None:
+    parts = [(t / n.clamp_min(1e-300)[:, None]).transpose(1, 2) @ t for t, n in sums.classes.values()]
+    return torch.stack(parts).mean(0).cpu() / sums.rows if parts else None

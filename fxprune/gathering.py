@@ -15,6 +15,8 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from fxprune.memberships import Memberships
+
 CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 """Function -> how many spatial dims it has."""
 
@@ -51,6 +53,7 @@ class Sums:
         total: (blocks, n) sum of x.
         outputs: task -> (blocks, outputs, outputs) sum of g g^T, g the gradient of one sample's loss at one position.
         norm: running mean of the batch norm that what comes out goes straight into, if it does.
+        classes: task -> sums of x and how many positions, by class: (blocks, classes, n) and (classes,).
     """
 
     layer: Layer
@@ -60,6 +63,7 @@ class Sums:
     total: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     norm: str | None = None
+    classes: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -106,6 +110,7 @@ class Gatherer(TorchFunctionMode):
         task: whose loss is being differentiated.
         anchor: a zero that requires a gradient, added to the first outputs: parameters need none.
         samples: how many the batch has.
+        classes: task -> the classes of the batch, if sums by class are wanted.
     """
 
     def __init__(self, names: Mapping[int, str], positions: Mapping[str, int], shares_taps: Container[str]) -> None:
@@ -122,6 +127,7 @@ class Gatherer(TorchFunctionMode):
         self.task = ""
         self.anchor = torch.zeros(())
         self.samples = 0
+        self.classes: Mapping[str, Memberships] = {}
         self._names = names
         self._positions = positions
         self._shares_taps = shares_taps
@@ -151,7 +157,12 @@ class Gatherer(TorchFunctionMode):
             sums = self.sums[layer.name] = Sums(layer, layer.name in self._shares_taps)
         is_conv = bool(call.kernel)
         places = self._places(layer.name, out, is_conv=is_conv)
-        _add_inputs(sums, _rows(call, x.detach(), places))
+        rows = _rows(call, x.detach(), places)
+        _add_inputs(sums, rows)
+        if out.shape[0] == self.samples:
+            sizes = (len(out), *(out.shape[2:] if is_conv else out.shape[1:-1]))
+            for task, members in self.classes.items():
+                _add_classes(sums, rows, task, members.at(places, sizes))
         if not out.requires_grad:
             out = out + self.anchor.to(out)
         scale = self.samples**2 * _positions_of(out, is_conv=is_conv) / max(len(places[0]), 1)
@@ -272,6 +283,20 @@ def _rows(call: _Call, x: torch.Tensor, places: tuple[torch.Tensor, ...]) -> tor
     patches = x.movedim(1, -1)[(first, *index)]  # (rows, *kernel, channels)
     patches = patches.reshape(len(patches), layer.taps, layer.blocks, layer.inputs)
     return patches.permute(2, 0, 3, 1)
+
+
+def _add_classes(sums: Sums, rows: torch.Tensor, task: str, shares: torch.Tensor) -> None:
+    """Add rows (blocks, rows, channels, taps) to the sums of their classes; `shares` is (rows, classes)."""
+    shares = (shares / shares.sum(1, keepdim=True).clamp_min(1)).to(rows)
+    rows = rows.sum(3) if sums.shared_taps else rows.flatten(2)
+    total = (shares.T @ rows).double()
+    count = shares.double().sum(0) * (sums.layer.taps if sums.shared_taps else 1)
+    if task in sums.classes:
+        before, counted = sums.classes[task]
+        more = len(count) - len(counted)
+        total[:, : len(counted)] += before
+        count += F.pad(counted, (0, more))
+    sums.classes[task] = total, count
 
 
 def _add_inputs(sums: Sums, rows: torch.Tensor) -> None:

@@ -41,7 +41,9 @@ def classes_of(coupling: Coupling, tasks: Mapping[str, Task] | None) -> Classes:
                 "dim 1. Pass classes that it has, or `output=` for another output."
             )
         if found.setdefault(names[id(logits)], classes) != classes:
-            raise PlanError(f"two tasks cut output {names[id(logits)]!r} down to different classes. Pass the same ones.")
+            raise PlanError(
+                f"two tasks cut output {names[id(logits)]!r} down to different classes. Pass the same ones."
+            )
     return found
 
 

@@ -15,6 +15,7 @@ from fxprune.costs import RESOURCES, CostChange
 from fxprune.coupling import Coupling
 from fxprune.covering import Coverage
 from fxprune.errors import FxPruneError
+from fxprune.opening import opened
 from fxprune.plans import GroupWidth, Plan, costs_table
 from fxprune.slimming import RECORD
 from fxprune.verifying import Verification
@@ -166,7 +167,7 @@ def make_report(
     coupling: Coupling, plan: Plan, verification: Verification | None, notes: tuple[str, ...] = ()
 ) -> Report:
     """Put a report together."""
-    traced = coupling.traced
+    traced, coupling = coupling.traced, opened(coupling, plan.classes)
     notes = (*traced.notes, *notes)
     return Report(plan, frozen_rows(coupling), verification, traced.frontend, coupling.coverage(), notes)
 

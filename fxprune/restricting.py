@@ -85,6 +85,9 @@ class Restriction:
             m,
             layer=replace(layer, blocks=len(blocks), inputs=len(columns[0]) // each, outputs=len(rows[0])),
             second=torch.stack([m.second[b][c[:, None], c] for b, c in zip(blocks, columns, strict=True)]),
+            between=None
+            if m.between is None
+            else torch.stack([m.between[b][c[:, None], c] for b, c in zip(blocks, columns, strict=True)]),
             mean=torch.stack([m.mean[b][c] for b, c in zip(blocks, columns, strict=True)]),
             sensitivity={
                 task: torch.stack([g[b][r[:, None], r] for b, r in zip(blocks, rows, strict=True)])

@@ -21,6 +21,7 @@ from fxprune.planning import check_request, plan_of
 from fxprune.plans import Plan
 from fxprune.probing import Probe
 from fxprune.problems import gathered
+from fxprune.restricting import restrict
 from fxprune.tasks import Task
 
 
@@ -95,9 +96,14 @@ def sweep(
         check_request(budget, method, calibration, tasks, constraints)
     method, constraints = method or default_method(calibration), constraints or Constraints()
     data = list(calibration) if isinstance(calibration, Iterator) else calibration
+    dense = coupling.costs(np.ones(coupling.num_channels, dtype=bool))
+    restriction = restrict(coupling, tasks)
+    coupling = coupling if restriction is None else restriction.part
     bound = constrain(coupling, constraints)
     reads = isinstance(method, (PathMethod, SearchMethod))
     known = None
+    if isinstance(data, Calibration) and restriction is not None:
+        data = restriction.cut(data)
     if isinstance(data, Calibration) or (data is not None and reads):
         known = gathered(coupling, method, data, tasks)
     elif data is not None:
@@ -105,12 +111,12 @@ def sweep(
     chooser = Chooser(bound, method, constraints, known if reads else data, tasks)
     batches = None if known is None else known.held_out or known.batches
     probe = None if known is None or batches is None else probe_of(bound, method, known, batches)
-    dense = bound.costs(np.ones(bound.num_channels, dtype=bool))
     points = []
     for budget in asked:
         keep = chooser.keep(budget.bounds(dense))
         plan = plan_of(bound, keep, method=repr(method), budget=budget.to_dict())
-        points.append(Point(plan, {} if probe is None else _rises(probe, keep, known)))
+        rises = {} if probe is None else _rises(probe, keep, known)
+        points.append(Point(plan if restriction is None else restriction.widened(plan), rises))
     return Sweep(tuple(points))
 
 
