@@ -71,6 +71,42 @@ class Gram:
         return second, first / count
 
 
+class ClassTotals:
+    """Sums of rows by class, and how many rows each class has, in float64.
+
+    Attributes:
+        total: (blocks, classes, n).
+        count: (classes,).
+    """
+
+    def __init__(self) -> None:
+        self.total = torch.zeros(1, 0, 0, dtype=torch.float64)
+        self.count = torch.zeros(0, dtype=torch.float64)
+
+    def add(self, rows: torch.Tensor, shares: torch.Tensor) -> None:
+        """Add rows (blocks, rows, n), of which `shares` (rows, classes) says what classes each is of."""
+        shares = (shares / shares.sum(1, keepdim=True).clamp_min(1)).to(rows.device, torch.float64)
+        total, count = shares.T @ rows.double(), shares.sum(0)
+        known = len(self.count)
+        if known:
+            total[:, :known] += self.total
+            count[:known] += self.count
+        self.total, self.count = total, count
+
+    def at(self, places: list[int], classes: int) -> ClassTotals:
+        """Return the sums with each class at another place, among so many."""
+        blocks, known, n = self.total.shape
+        found = ClassTotals()
+        found.total, found.count = self.total.new_zeros(blocks, classes, n), self.count.new_zeros(classes)
+        found.total[:, places[:known]], found.count[places[:known]] = self.total, self.count
+        return found
+
+    def second(self) -> torch.Tensor:
+        """Return the sum over rows of m m^T, m the mean of the row's class: (blocks, n, n)."""
+        means = self.total / self.count.clamp_min(1e-300)[:, None]
+        return means.transpose(1, 2) @ self.total
+
+
 class Spread:
     """Sums over the values of every channel that a batch norm reads: how many, their sum, and that of squares."""
 

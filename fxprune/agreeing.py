@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 
 import torch
 
@@ -33,13 +34,13 @@ def check_network(coupling: Coupling) -> None:
 
 
 def check_request(tasks: Mapping[str, Task] | None, **settings: object) -> None:
-    """Check that all ranks are asked the same, as far as it prints: tasks by name and tolerance.
+    """Check that all ranks are asked the same, as far as it prints: of tasks all but the loss.
 
     Raises:
         PlanError: they are not: what differs.
     """
     if sharing.size() > 1:
-        what = settings | {"tasks": {name: task.tolerance for name, task in (tasks or {}).items()}}
+        what = settings | {"tasks": {name: _settings(task) for name, task in (tasks or {}).items()}}
         facts = {name: re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value)) for name, value in what.items()}
         sharing.same("the request", facts, "Pass the same on every rank; only the batches differ.")
 
@@ -58,6 +59,10 @@ def check_plan(plan: Plan) -> Plan:
             "of one's own that reads batches must add up over ranks what it finds.",
         )
     return plan
+
+
+def _settings(task: Task) -> dict[str, object]:
+    return {f.name: getattr(task, f.name) for f in fields(task) if f.name != "loss"}
 
 
 def _hash(tensor: torch.Tensor) -> str:

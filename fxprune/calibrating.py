@@ -22,9 +22,10 @@ from fxprune.agreeing import check_network, check_request
 from fxprune.coupling import Coupling
 from fxprune.errors import ArtifactError, PlanError
 from fxprune.gathering import Gatherer, Lister
+from fxprune.memberships import LabelReader
 from fxprune.shares import Share
-from fxprune.sums import Layer, Sums, spreads_of_all, sums_of_all
-from fxprune.tasks import Task, evaluating, run_batch
+from fxprune.sums import Layer, Sums, renumber, spreads_of_all, sums_of_all
+from fxprune.tasks import Task, evaluating, of_wanted_classes, run_batch
 
 SCHEMA = 1
 """Version of the file of a calibration."""
@@ -48,6 +49,8 @@ class Moments:
         sensitivity: task -> (blocks, outputs, outputs) E over samples of the sum over positions of g g^T; g is the
             gradient of the sample's loss at the layer's output.
         norm: running mean of the batch norm that the output goes straight into, if it does.
+        between: (blocks, n, n) the part of `second` that the means of classes make: E over positions of m m^T, m the
+            mean of x in the class of the position; the mean over tasks. None where classes were not told apart.
     """
 
     layer: Layer
@@ -56,6 +59,7 @@ class Moments:
     mean: torch.Tensor
     sensitivity: Mapping[str, torch.Tensor]
     norm: str | None
+    between: torch.Tensor | None = None
 
     @property
     def absorbs(self) -> bool:
@@ -101,6 +105,7 @@ class Calibration:
         for name, m in self.moments.items():
             tensors[f"{name}|second"], tensors[f"{name}|mean"] = m.second.contiguous(), m.mean.contiguous()
             tensors |= {f"{name}|sensitivity|{task}": g.contiguous() for task, g in m.sensitivity.items()}
+            tensors |= {} if m.between is None else {f"{name}|between": m.between.contiguous()}
             about[name] = {"layer": asdict(m.layer), "shared_taps": m.shared_taps, "norm": m.norm}
         tensors |= {f"{name}|norm": value for name, value in self.norms.items()}
         head = {"losses": dict(self.losses), "samples": self.samples, "fingerprint": self.fingerprint}
@@ -134,6 +139,7 @@ class Calibration:
                 tensors[f"{name}|mean"],
                 {task: tensors[f"{name}|sensitivity|{task}"] for task in data["losses"]},
                 about["norm"],
+                tensors.get(f"{name}|between"),
             )
             for name, about in data["moments"].items()
         }
@@ -149,6 +155,7 @@ def calibrate(
     *,
     max_bytes: int = 4 << 30,
     positions: int | None = None,
+    by_class: bool = False,
     progress: bool = False,
 ) -> Calibration:
     """Run calibration batches through the dense network, forward and backward, and gather moments at every layer.
@@ -165,18 +172,21 @@ def calibrate(
             taps of all kernels would take more, those of the largest layers share one moment.
         positions: how many positions of each sample are read in a layer; by default as many as its moment needs, where
             the data have a length.
+        by_class: gather what the means of classes make of each moment too, as `Joint(within=...)` asks; labels are
+            those of the tasks, see `Task`.
         progress: show a progress bar.
 
     Raises:
         PlanError: no batches, a loss that does not depend on the network, moments that do not fit, or ranks differ.
     """
-    check_request(tasks, max_bytes=max_bytes, positions=positions)
+    check_request(tasks, max_bytes=max_bytes, positions=positions, by_class=by_class)
     check_network(coupling)
     module = coupling.traced.module
     names = {id(p): name for name, p in [*module.named_parameters(), *module.named_buffers()]}
     layers, chosen = layers_of(coupling), tasks or {OUTPUTS: Task(_change)}
     thinned = _thinned(layers, max_bytes, len(chosen))
     batches = list(batches) if isinstance(batches, Iterator) else batches  # they are kept
+    batches = of_wanted_classes(batches, tasks)
     share = Share.of(batches)
     rest = iter(share)
     first = list(islice(rest, 1))
@@ -184,18 +194,22 @@ def calibrate(
     if not sizes:
         raise PlanError("the calibration data has no batches. Pass a list or a DataLoader, not an exhausted iterator.")
     gatherer = Gatherer(names, _positions(layers, positions, sizes[0] * (share.total or 0)), thinned)
+    labels = LabelReader(tasks) if by_class else None
     found: list[tuple[int, dict[str, float]]] = []
     count = None if share.total is None else len(share.places)
     bar = tqdm(chain(first, rest), "calibrate", count, disable=not progress or sharing.rank() > 0)
     with evaluating(module), _without_gradients(module):
         for batch, place in zip(bar, share.places, strict=False):
             gatherer.start_batch(samples_in(batch), place + 1)
+            gatherer.classes = {} if labels is None else labels.read(batch)
             found.append((gatherer.samples, _run(module, batch, chosen, gatherer)))
     losses = dict.fromkeys(chosen, 0.0)
     samples = 0
     for size, each in share.in_order("losses", found):
         samples += size
         losses = {name: loss + each[name] * size for name, loss in losses.items()}
+    if labels is not None:
+        renumber(gatherer.sums, labels.numbers)
     return Calibration(
         {name: _moments(sums, samples, list(losses)) for name, sums in sums_of_all(gatherer.sums).items()},
         {name: torch.stack([s.mean, s.var]) for name, s in spreads_of_all(gatherer.spreads).items()},
@@ -322,4 +336,9 @@ def _moments(sums: Sums, samples: int, tasks: list[str]) -> Moments:
     second, mean = sums.inputs.mean(sums.inputs.rows)
     seen = {task: gram.mean(samples)[0].cpu() for task, gram in sums.outputs.items()}
     sensitivity = {task: seen.get(task, nothing) for task in tasks}
-    return Moments(layer, sums.shared_taps, second.cpu(), mean.cpu(), sensitivity, sums.norm)
+    return Moments(layer, sums.shared_taps, second.cpu(), mean.cpu(), sensitivity, sums.norm, _between(sums))
+
+
+def _between(sums: Sums) -> torch.Tensor | None:
+    parts = [totals.second().cpu() for totals in sums.classes.values()]
+    return torch.stack(parts).mean(0) / sums.inputs.rows if parts else None

@@ -18,6 +18,7 @@ from fxprune.calibrating import Calibration
 from fxprune.correcting import corrections
 from fxprune.coupling import Coupling
 from fxprune.eliminating import DAMPING
+from fxprune.opening import opened
 from fxprune.planning import keep_of
 from fxprune.plans import Plan
 from fxprune.sums import spreads_of_all
@@ -50,6 +51,7 @@ def compensate(
     Returns:
         The weights that were corrected.
     """
+    coupling = opened(coupling, plan.classes)
     keep = np.append(keep_of(coupling, plan), True)
     state = {name: tensor for name, tensor, _ in coupling.traced.state}
     there = dict(slim.named_parameters()) | dict(slim.named_buffers())

@@ -15,7 +15,8 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fxprune.accumulating import Gram, Spread
+from fxprune.accumulating import ClassTotals, Gram, Spread
+from fxprune.memberships import Memberships
 from fxprune.sums import Layer, Sums
 
 CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
@@ -40,6 +41,7 @@ class Gatherer(TorchFunctionMode):
         task: whose loss is being differentiated.
         anchor: a zero that requires a gradient, added to the first outputs: parameters need none.
         samples: how many the batch has.
+        classes: task -> the classes of the batch, if sums by class are wanted.
     """
 
     def __init__(self, names: Mapping[int, str], positions: Mapping[str, int], shares_taps: Container[str]) -> None:
@@ -56,6 +58,7 @@ class Gatherer(TorchFunctionMode):
         self.task = ""
         self.anchor = torch.zeros(())
         self.samples = 0
+        self.classes: Mapping[str, Memberships] = {}
         self._names = names
         self._positions = positions
         self._shares_taps = shares_taps
@@ -71,7 +74,7 @@ class Gatherer(TorchFunctionMode):
         """Run a function; read what goes into a layer, and listen to what comes out."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        call = _call_of(self._names, func, args, kwargs)
+        call = call_of(self._names, func, args, kwargs)
         if call is None:
             if func is F.batch_norm:
                 self._read_norm(args[0], self._names.get(id(args[1] if args[1:] else kwargs.get("running_mean"))))
@@ -86,7 +89,13 @@ class Gatherer(TorchFunctionMode):
         is_conv = bool(call.kernel)
         places = self._places(layer.name, out, is_conv=is_conv)
         rows = _rows(call, x.detach(), places)
-        sums.inputs.add(rows.transpose(2, 3).flatten(1, 2) if sums.shared_taps else rows.flatten(2))
+        read = rows.transpose(2, 3).flatten(1, 2) if sums.shared_taps else rows.flatten(2)
+        sums.inputs.add(read)
+        if out.shape[0] == self.samples:
+            sizes = (len(out), *(out.shape[2:] if is_conv else out.shape[1:-1]))
+            for task, members in self.classes.items():
+                shares = members.at(places, sizes).repeat_interleave(layer.taps if sums.shared_taps else 1, 0)
+                sums.classes.setdefault(task, ClassTotals()).add(read, shares)
         if not out.requires_grad:
             out = out + self.anchor.to(out)
         scale = self.samples**2 * _positions_of(out, is_conv=is_conv) / max(len(places[0]), 1)
@@ -125,7 +134,7 @@ class Gatherer(TorchFunctionMode):
         sums.outputs.setdefault(self.task, Gram()).add(rows * scale**0.5)
 
 
-def _call_of(names: Mapping[int, str], func: Any, args: Any, kwargs: Any) -> _Call | None:
+def call_of(names: Mapping[int, str], func: Any, args: Any, kwargs: Any) -> _Call | None:
     """Return how a function uses a weight; None where it does not, and for convolutions of single channels."""
     if func is not F.linear and func not in CONVOLUTIONS:
         return None
@@ -162,7 +171,7 @@ class Lister(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function; note the layer that it is."""
-        call = _call_of(self._names, func, args, kwargs or {})
+        call = call_of(self._names, func, args, kwargs or {})
         if call is not None:
             self.layers[call.layer.name] = call.layer
         return func(*args, **(kwargs or {}))

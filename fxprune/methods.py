@@ -17,12 +17,15 @@ import numpy as np
 from fxprune.calibrating import Calibration
 from fxprune.coupling import Coupling
 from fxprune.criteria.batch_norm import batch_norm_scale
+from fxprune.criteria.class_aware import weigh_classes
 from fxprune.criteria.joint import joint_paths
 from fxprune.criteria.magnitude import magnitude
 from fxprune.criteria.random import random
 from fxprune.criteria.taylor import taylor
 from fxprune.criteria.torch_pruning import torch_pruning_scores
+from fxprune.discriminating import CATRO
 from fxprune.eliminating import DAMPING
+from fxprune.errors import PlanError
 from fxprune.paths import RemovalPath
 from fxprune.probing import SHARES, Probe, measured
 from fxprune.problems import Problem
@@ -30,6 +33,7 @@ from fxprune.tasks import Task
 from fxprune.tolerating import PAGCP
 
 __all__ = [
+    "CATRO",
     "PAGCP",
     "BatchNormScale",
     "FromTorchPruning",
@@ -121,6 +125,9 @@ class Joint:
         scope: "optimal", or as of other methods.
         compensate: `compile` corrects the weights that stay; see `fxprune.compensate`.
         rounds: how often to plan.
+        within: weight of what varies within classes, from 0 to 1, where the means of classes have weight 1: what tells
+            classes apart is kept, and of channels that tell the same, one. At 1, classes make no difference; below,
+            some task needs labels, see `Task`.
         damping: added to moments before they are inverted, as a share of their mean diagonal.
         samples: how many losses are measured on, at every width that is measured; 0 for no measurement. By default as
             many as make all measurements together cost six passes over the calibration data, from 16 to 256.
@@ -129,14 +136,20 @@ class Joint:
     scope: Scope = "optimal"
     compensate: bool = True
     rounds: int = 1
+    within: float = 1.0
     damping: float = DAMPING
     samples: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.within, (int, float)) or not 0 <= self.within <= 1:
+            raise PlanError(f"Joint(within={self.within!r}) is no weight. Pass a number from 0 to 1.")
 
     def paths(
         self, coupling: Coupling, calibration: Calibration, keep: np.ndarray | None = None
     ) -> Sequence[RemovalPath]:
         """Return the removal path of every group."""
-        paths = joint_paths(coupling, calibration, keep=keep, damping=self.damping, compensate=self.compensate)
+        seen = weigh_classes(calibration, self.within)
+        paths = joint_paths(coupling, seen, keep=keep, damping=self.damping, compensate=self.compensate)
         if self.samples == 0 or calibration.batches is None:
             return paths
         share = 6 * calibration.samples // (len(SHARES) * max(len(paths), 1))

@@ -77,10 +77,18 @@ def _plan(
     *,
     closest: bool,
 ) -> Plan:
+    from fxprune.restricting import restrict  # it rewrites, and rewriting reads plans
+
+    restriction = restrict(coupling, tasks)
+    dense = coupling.costs(np.ones(coupling.num_channels, dtype=bool))
+    if restriction is not None:
+        coupling = restriction.part
+        calibration = restriction.cut(calibration) if isinstance(calibration, Calibration) else calibration
     bound = constrain(coupling, constraints)
     chooser = Chooser(bound, method, constraints, calibration, tasks)
-    keep = chooser.keep(budget.bounds(bound.costs(np.ones(bound.num_channels, dtype=bool))), closest=closest)
-    return plan_of(bound, keep, method=repr(method), budget=budget.to_dict())
+    keep = chooser.keep(budget.bounds(dense), closest=closest)
+    chosen = plan_of(bound, keep, method=repr(method), budget=budget.to_dict())
+    return chosen if restriction is None else restriction.widened(chosen)
 
 
 def check_request(

@@ -48,6 +48,7 @@ class Plan:
         method: how the plan was made.
         budget: what was asked.
         fingerprint: of the coupling it was made for.
+        classes: output -> the classes that its rows (dim 1) stand for, in order, where a task asked for these alone.
     """
 
     kept: Mapping[tuple[str, int], np.ndarray]
@@ -59,6 +60,7 @@ class Plan:
     fingerprint: str = ""
     keep: np.ndarray | None = field(default=None, repr=False, compare=False)
     """(channels,) which stay, on the coupling of this fingerprint; None for a plan that was read."""
+    classes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def empties(self) -> bool:
@@ -111,6 +113,7 @@ class Plan:
             "schema": SCHEMA, "fingerprint": self.fingerprint, "method": self.method, "budget": dict(self.budget),
             "costs": {"before": self.costs.before.to_dict(), "after": self.costs.after.to_dict()},
             "groups": [asdict(g) for g in self.groups], "sites": sites,
+            "classes": {output: list(rows) for output, rows in self.classes.items()},
         }  # fmt: skip
         return json.dumps(data)
 
@@ -140,6 +143,7 @@ class Plan:
                 CostChange(*(Costs(**_typed(data["costs"][k], COSTS, f"costs.{k}")) for k in ("before", "after"))),
                 tuple(GroupWidth(**_typed(g, GROUP, f"groups[{i}]")) for i, g in enumerate(data["groups"])),
                 **_typed({k: data[k] for k in HEAD}, HEAD, "the plan"),
+                classes=_classes_of(data.get("classes", {})),
             )
         except (KeyError, TypeError) as error:
             raise ArtifactError(
@@ -171,6 +175,15 @@ def _site_of(site: Any) -> tuple[str, int]:
     if site["dim"] < 0 or site["size"] < 1:
         raise ArtifactError(_damaged(f"{site['name']!r} has dim {site['dim']} of size {site['size']}"))
     return site["name"], site["dim"]
+
+
+def _classes_of(classes: Any) -> dict[str, tuple[int, ...]]:
+    """Return what the rows of outputs stand for: ascending whole numbers, for each output by its name."""
+    for name, rows in _typed(classes, {}, "classes").items():
+        fits = isinstance(rows, list) and rows and all(type(row) is int and row >= 0 for row in rows)
+        if not fits or sorted(set(rows)) != rows:
+            raise ArtifactError(_damaged(f"output {name!r}: expected ascending classes, found {rows!r:.60}"))
+    return {name: tuple(rows) for name, rows in classes.items()}
 
 
 def _positions_of(site: Mapping[str, Any]) -> np.ndarray:

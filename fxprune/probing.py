@@ -129,7 +129,7 @@ class Probe:
         if not self._tasks:
             return [_change(outputs, self._answers[i])]
         with torch.no_grad():
-            return [float(task.loss(outputs, self._batches[i])) for task in self._tasks.values()]
+            return [float(task(outputs, self._batches[i])) for task in self._tasks.values()]
 
     def _slopes_of(self, i: int) -> list[list[torch.Tensor | None]]:
         """Return the gradients of each task's loss in the outputs of a batch."""
@@ -139,7 +139,7 @@ class Probe:
         found = []
         with torch.inference_mode(False), torch.enable_grad():
             for task in (self._tasks or {}).values():
-                loss, values = task.loss(outputs, self._batches[i]), [t for t in leaves if _is_value(t)]
+                loss, values = task(outputs, self._batches[i]), [t for t in leaves if _is_value(t)]
                 found.append(list(torch.autograd.grad(loss, values, allow_unused=True)))
         return found
 

@@ -88,10 +88,11 @@ def gathered(
     if calibration is None and not tasks:
         return assume(coupling)
     batches = needed(method, calibration)
+    by_class = getattr(method, "within", 1.0) != 1.0
     if all(task.tolerance is None for task in (tasks or {}).values()):
-        return calibrate(coupling, batches, tasks)
+        return calibrate(coupling, batches, tasks, by_class=by_class)
     used, held_out = split(batches)
-    return replace(calibrate(coupling, used, tasks), held_out=held_out)
+    return replace(calibrate(coupling, used, tasks, by_class=by_class), held_out=held_out)
 
 
 def needed(method: object, calibration: Iterable[Any] | None) -> Iterable[Any]:

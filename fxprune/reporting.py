@@ -15,6 +15,7 @@ from fxprune.costs import RESOURCES, CostChange
 from fxprune.coupling import Coupling
 from fxprune.covering import Coverage
 from fxprune.errors import FxPruneError
+from fxprune.opening import opened
 from fxprune.plans import GroupWidth, Plan, costs_table
 from fxprune.slimming import RECORD
 from fxprune.verifying import Verification
@@ -70,6 +71,11 @@ class Report:
         """What was asked."""
         return self.plan.budget
 
+    @property
+    def classes(self) -> Mapping[str, tuple[int, ...]]:
+        """Output -> the classes that its rows stand for, in order, where tasks asked for these alone."""
+        return self.plan.classes
+
     def __str__(self) -> str:
         asked = ", ".join(f"{name}={value:g}" for name, value in self.budget.items())
         parts = [
@@ -83,7 +89,11 @@ class Report:
                 3,
                 "what could not go:\n" + tabulate(self._frozen_rows(), headers=["channels", "node", "reason", "line"]),
             )
+        parts += [f"output {name!r} answers for classes {', '.join(map(str, rows))}" for name, rows in self._rows()]
         return "\n\n".join([*parts, *(f"note: {note}" for note in self.notes)])
+
+    def _rows(self) -> list[tuple[str, tuple[int, ...]]]:
+        return list(self.classes.items())
 
     def _groups_line(self) -> str:
         before, after = sum(g.before for g in self.groups), sum(g.after for g in self.groups)
@@ -123,6 +133,7 @@ class Report:
             "frozen": [asdict(f) for f in self.frozen],
             "verification": self.verification.to_dict() if self.verification else None,
             "coverage": self.coverage.to_dict(),
+            "classes": {name: list(rows) for name, rows in self.classes.items()},
             "notes": list(self.notes),
         }
 
@@ -156,7 +167,7 @@ def make_report(
     coupling: Coupling, plan: Plan, verification: Verification | None, notes: tuple[str, ...] = ()
 ) -> Report:
     """Put a report together."""
-    traced = coupling.traced
+    traced, coupling = coupling.traced, opened(coupling, plan.classes)
     notes = (*traced.notes, *notes)
     return Report(plan, frozen_rows(coupling), verification, traced.frontend, coupling.coverage(), notes)
 

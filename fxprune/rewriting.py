@@ -22,6 +22,7 @@ from fxprune.errors import RewriteError
 from fxprune.expecting import Expected, answer
 from fxprune.labels import Labels, Shape
 from fxprune.literals import FIXERS, plain_name
+from fxprune.opening import opened
 from fxprune.pausing import without_collector
 from fxprune.planning import keep_of
 from fxprune.plans import Plan
@@ -49,6 +50,7 @@ def rewrite(coupling: Coupling, plan: Plan) -> fx.GraphModule:
         ArtifactError: the plan does not fit this network.
         RewriteError: the graph holds sizes that cannot be rewritten; its `nodes` say where and why.
     """
+    coupling = opened(coupling, plan.classes)
     keep = keep_of(coupling, plan)
     return build_without(coupling, keep, build) if plan.empties else build(coupling, keep)
 

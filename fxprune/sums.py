@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from fxprune import sharing
-from fxprune.accumulating import Gram, Spread
+from fxprune.accumulating import ClassTotals, Gram, Spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,7 @@ class Sums:
         inputs: of what goes in, (blocks, positions, n), n = inputs * taps, or inputs where taps share a moment.
         outputs: task -> of g, (blocks, positions, outputs), the gradient of one sample's loss at one position.
         norm: running mean of the batch norm that what comes out goes straight into, if it does.
+        classes: task -> of what goes in, by class; empty where classes are not told apart.
     """
 
     layer: Layer
@@ -49,6 +50,25 @@ class Sums:
     inputs: Gram = field(default_factory=Gram)
     outputs: dict[str, Gram] = field(default_factory=dict)
     norm: str | None = None
+    classes: dict[str, ClassTotals] = field(default_factory=dict)
+
+
+def renumber(mine: Mapping[str, Sums], numbers: Mapping[str, Sequence[int]]) -> None:
+    """Number classes in place as all ranks do, where each has numbered them as they occurred to it.
+
+    Args:
+        mine: the sums of this rank.
+        numbers: task -> the classes in the order of their numbers here.
+    """
+    if sharing.size() == 1:
+        return
+    parts = sharing.gather("classes", {task: list(classes) for task, classes in numbers.items()})
+    for task, classes in numbers.items():
+        of_all = list(dict.fromkeys(c for part in parts for c in part.get(task, [])))
+        places = [of_all.index(c) for c in classes]
+        for sums in mine.values():
+            if task in sums.classes:
+                sums.classes[task] = sums.classes[task].at(places, len(of_all))
 
 
 def sums_of_all(mine: Mapping[str, Sums]) -> dict[str, Sums]:
@@ -59,6 +79,8 @@ def sums_of_all(mine: Mapping[str, Sums]) -> dict[str, Sums]:
     for name, sums in mine.items():
         for task, gram in {None: sums.inputs, **sums.outputs}.items():
             tensors |= {(name, task, i): t for i, t in enumerate(gram.sums)}
+        for task, totals in sums.classes.items():
+            tensors |= {(name, task, 2): totals.total, (name, task, 3): totals.count}
     about = {name: (s.layer, s.shared_taps, s.inputs.rows, s.norm) for name, s in mine.items()}
     found: dict[str, Sums] = {}
     for part in sharing.gather("layers", about):
@@ -69,6 +91,9 @@ def sums_of_all(mine: Mapping[str, Sums]) -> dict[str, Sums]:
         if which == 0:
             gram = found[name].inputs if task is None else found[name].outputs.setdefault(task, Gram())
             gram.sums = summed[name, task, 0], summed[name, task, 1]
+        elif which == 2 and task is not None:
+            totals = found[name].classes.setdefault(task, ClassTotals())
+            totals.total, totals.count = summed[name, task, 2], summed[name, task, 3]
     return found
 
 

@@ -22,6 +22,7 @@ from fxprune.planning import check_request, plan_of
 from fxprune.plans import Plan
 from fxprune.probing import Probe
 from fxprune.problems import gathered
+from fxprune.restricting import restrict
 from fxprune.tasks import Task
 
 
@@ -99,9 +100,14 @@ def sweep(
     data = list(calibration) if isinstance(calibration, Iterator) else calibration
     agreeing.check_request(tasks, method=method, budgets=asked, constraints=constraints)
     agreeing.check_network(coupling)
+    dense = coupling.costs(np.ones(coupling.num_channels, dtype=bool))
+    restriction = restrict(coupling, tasks)
+    coupling = coupling if restriction is None else restriction.part
     bound = constrain(coupling, constraints)
     reads = isinstance(method, (PathMethod, SearchMethod))
     known = None
+    if isinstance(data, Calibration) and restriction is not None:
+        data = restriction.cut(data)
     if isinstance(data, Calibration) or (data is not None and reads):
         known = gathered(coupling, method, data, tasks)
     elif data is not None:
@@ -109,12 +115,12 @@ def sweep(
     chooser = Chooser(bound, method, constraints, known if reads else data, tasks)
     batches = None if known is None else known.held_out or known.batches
     probe = None if known is None or batches is None else probe_of(bound, method, known, batches)
-    dense = bound.costs(np.ones(bound.num_channels, dtype=bool))
     points = []
     for budget in asked:
         keep = chooser.keep(budget.bounds(dense))
         plan = agreeing.check_plan(plan_of(bound, keep, method=repr(method), budget=budget.to_dict()))
-        points.append(Point(plan, {} if probe is None else _rises(probe, keep, known)))
+        rises = {} if probe is None else _rises(probe, keep, known)
+        points.append(Point(plan if restriction is None else restriction.widened(plan), rises))
     return Sweep(tuple(points))
 
 

@@ -143,7 +143,7 @@ def run_in(mode: InFloat64, module: nn.Module, args: Any, kwargs: Mapping[str, A
         torch.backends.cudnn.enabled = cudnn
 
 
-def _named_outputs(value: Any) -> dict[str, torch.Tensor]:
+def named_outputs(value: Any) -> dict[str, torch.Tensor]:
     """Return output name -> tensor: keys of dicts, fields of dataclasses, positions of tuples."""
     if isinstance(value, torch.Tensor):
         return {"output": value}
@@ -155,7 +155,7 @@ def _named_outputs(value: Any) -> dict[str, torch.Tensor]:
         items = dict(enumerate(value)) if isinstance(value, (tuple, list)) else {}
     found = {}
     for key, item in items.items():
-        for name, t in _named_outputs(item).items():
+        for name, t in named_outputs(item).items():
             found[str(key) if name == "output" else f"{key}.{name}"] = t
     return found
 
@@ -201,13 +201,16 @@ def _verify(coupling: Coupling, plan: Plan, slim: fx.GraphModule) -> Verificatio
     original = traced.module if traced.one_path and traced.model.training else traced.model
     reference, plain = AbsentIsNaN(), InFloat64()
     try:
-        masked = _named_outputs(run_in(reference, masked_copy(original, plan), traced.args, traced.kwargs))
-        found = _named_outputs(run_in(plain, double_copy(slim, slim.meta.get(EXACT)), traced.args, traced.kwargs))
+        masked = named_outputs(run_in(reference, masked_copy(original, plan), traced.args, traced.kwargs))
+        found = named_outputs(run_in(plain, double_copy(slim, slim.meta.get(EXACT)), traced.args, traced.kwargs))
     except Exception as error:
         raise VerificationError(
             f"the networks do not run in float64 on the example inputs: {type(error).__name__}: {error}. Check that "
             "`model(*example_inputs)` runs, or pass `verify=False`."
         ) from error
+    for name, rows in plan.classes.items():
+        if name in masked:
+            masked[name] = masked[name].index_select(1, torch.tensor(rows, device=masked[name].device))
     names = list(dict.fromkeys([*masked, *found]))
     both = masked.keys() & found.keys()
     errors = {n: relative_error(found[n], masked[n]) if n in both else float("inf") for n in names}

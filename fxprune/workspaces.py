@@ -103,6 +103,10 @@ class Convolving:
     restrided: bool
 
 
+def _per_dim(padding: Sequence[int], space: Sequence[int]) -> list[int]:
+    return list(padding) * len(space) if len(padding) == 1 else list(padding)
+
+
 def convolving(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -144,7 +148,7 @@ def convolving(
         strided=max(stride) > 1,
         dilated=max(dilation) > 1,
         padded=max(padding) > 0,
-        outside=any(p > n for p, n in zip(padding * len(space) if len(padding) == 1 else padding, space, strict=True)),
+        outside=any(p > n for p, n in zip(_per_dim(padding, space), space, strict=True)),
         transposed=transposed,
         biased=bias is not None,
         channels_last=channels_last,

@@ -58,6 +58,11 @@ def data(count: int) -> list[Tensor]:
     return [torch.randn(4 + i % 3, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(count)]
 
 
+def labelled(batches: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return the batches with classes, which occur in another order on each rank."""
+    return [(x, (x.mean((1, 2, 3)) * 100).long() % 3) for x in batches]
+
+
 def error_of(name: str) -> Callable[[Any, Any], Tensor]:
     return lambda outputs, batch: (outputs[name] - batch.mean()).square().mean()
 
@@ -86,13 +91,21 @@ def results(batches: list[Tensor]) -> dict[str, Any]:
             "tasks": tasks(),
         },
     }
+    pairs: dict[str, Any] = {
+        "calibration": labelled(batches),
+        "tasks": {"seg": Task(lambda outputs, _: outputs["seg"].square().mean())},
+    }
+    jobs["joint, aware of classes"] = {"method": methods.Joint(within=0.2), **pairs}
+    jobs["catro"] = {"method": methods.CATRO(), **pairs}
     plans = {name: fxprune.plan(coupling, BUDGET, **asked).digest for name, asked in jobs.items()}
     calibration = fxprune.calibrate(coupling, batches, tasks())
+    by_class = fxprune.calibrate(coupling, pairs["calibration"], pairs["tasks"], by_class=True)
     curve = fxprune.sweep(coupling, [Budget(macs=0.7), BUDGET], calibration=batches, tasks=tasks())
     slim = fxprune.compile(model, example, BUDGET, progress=False, **guarded)
     return {
         "plans": plans,
         "moments": {n: (m.second, m.mean, *m.sensitivity.values()) for n, m in calibration.moments.items()},
+        "between": {n: (m.between,) for n, m in by_class.moments.items()},
         "norms": dict(calibration.norms),
         "told": (dict(calibration.losses), calibration.samples),
         "curve": [(point.plan.digest, point.rises) for point in curve],
@@ -111,9 +124,10 @@ def test_ranks_find_what_one_process_finds(ranks: int, count: int) -> None:
         for name in ("plans", "told", "curve"):
             assert found[name] == wanted[name]
         assert list(found["moments"]) == list(wanted["moments"])
-        for name, moments in wanted["moments"].items():
-            for mine, theirs in zip(moments, found["moments"][name], strict=True):
-                assert (mine - theirs).norm() <= 1e-12 * mine.norm()
+        for kind in ("moments", "between"):
+            for name, moments in wanted[kind].items():
+                for mine, theirs in zip(moments, found[kind][name], strict=True):
+                    assert (mine - theirs).norm() <= 1e-12 * mine.norm()
         for name in ("norms", "weights"):
             assert found[name].keys() == wanted[name].keys()
             for key, value in wanted[name].items():
