@@ -124,7 +124,9 @@ class _Kept:
         return before
 
 
-def backward(dictionaries: Sequence[Dictionary], cells: Sequence[np.ndarray], takes: Sequence[int]) -> Approximation:
+def backward(
+    dictionaries: Sequence[Dictionary], cells: Sequence[np.ndarray], takes: Sequence[int], steps: int | None = None
+) -> Approximation:
     """Let choices go, at every step those without which the error rises least.
 
     Where vectors depend on each other linearly, those that depend most on others go first, at no cost.
@@ -133,13 +135,15 @@ def backward(dictionaries: Sequence[Dictionary], cells: Sequence[np.ndarray], ta
         dictionaries: in each, a choice that goes takes its vectors along.
         cells: arrays of choices, numbered from 0; of each cell some go at every step.
         takes: how many.
+        steps: after how many steps to stop; as many as there are without it.
     """
     states = [_Kept(d) for d in dictionaries]
     count = 1 + max([int(c.max(initial=-1)) for c in (*cells, *(d.choice for d in dictionaries))], default=-1)
     left = [np.sort(cell) for cell in cells]
     order: list[np.ndarray] = []
     errors: list[float] = []
-    for _ in range(_steps(cells, takes)):
+    most = _steps(cells, takes)
+    for _ in range(most if steps is None else min(steps, most)):
         rise = np.zeros(count)
         for state in states:
             state.rises(rise)

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from fxprune.budgets import Budget
 from fxprune.calibrating import Calibration
 from fxprune.cloning import submodule
-from fxprune.compensating import compensate
+from fxprune.compensating import compensate, take_over
 from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling, couple
 from fxprune.errors import PlanError, RewriteError
@@ -99,7 +99,9 @@ def compile(
         bar.update()
         _step(bar, "verify")
         verification = verify_slim(coupling, chosen, slim) if verify else None
-        if isinstance(known, Calibration) and corrects(method):
+        if chosen.weights is not None:
+            take_over(chosen, slim)
+        elif isinstance(known, Calibration) and corrects(method):
             compensate(coupling, chosen, slim, known, damping=damping_of(method))
         _step(bar, "done")
     notes = tuple(f"node {node!r} was frozen: {reason}" for node, reason in freeze.items())

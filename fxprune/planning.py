@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,8 @@ def _plan(
     bound = constrain(coupling, constraints)
     chooser = Chooser(bound, method, constraints, calibration, tasks)
     keep = chooser.keep(budget.bounds(bound.costs(np.ones(bound.num_channels, dtype=bool))), closest=closest)
-    return plan_of(bound, keep, method=repr(method), budget=budget.to_dict())
+    made = plan_of(bound, keep, method=repr(method), budget=budget.to_dict())
+    return replace(made, weights=chooser.weights(keep))
 
 
 def check_request(

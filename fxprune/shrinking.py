@@ -145,7 +145,7 @@ class Shrinker:
         """Return the parameters and buffers that may change when `channels` (channels,) bool go."""
         gone = np.append(channels, False)
         found = {s.name for s in self.coupling.sites if s.is_parameter and gone[s.channels].any()}
-        for name, (m, inputs, _) in self._layers.items():
+        for m, inputs, _ in self._layers.values():
             holder = m.layer.bias or m.norm
             if gone[inputs].any() and holder is not None:
                 found.add(holder)
@@ -178,6 +178,20 @@ class Shrinker:
                 value = self.state[holder] + (sign * shift).to(self.state[holder])
                 values[holder] = _masked(value, lost)
         return Shrunk(keep, values, layers)
+
+    def take_over(self, state: Mapping[str, torch.Tensor], keep: np.ndarray) -> dict[str, torch.Tensor]:
+        """Go on from other weights; return them, zero where channels have gone.
+
+        Args:
+            state: all parameters and buffers, of the dense shapes.
+            keep: (channels,) what is left.
+        """
+        stays, values = np.append(keep, True), dict(state)
+        for site in self.coupling.sites:
+            if site.is_parameter and not stays[site.channels].all():
+                values[site.name] = _masked(values[site.name], ~stays[site.channels])
+        self.state, self._first = values, {}
+        return values
 
     def _start(self, name: str, m: Moments) -> Shrinking:
         """Return a layer that has all its inputs so far."""

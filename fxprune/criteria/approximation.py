@@ -57,25 +57,44 @@ class Approximator:
                 raise PlanError('the activations need moments. Pass `calibration=batches`, or `on="filters"`.')
             self._read = list(_second_moments(coupling, calibration))
 
-    def path(self, group: Group, keep: np.ndarray, values: Mapping[str, torch.Tensor] | None = None) -> RemovalPath:
+    def path(self, group: Group, keep: np.ndarray) -> RemovalPath:
         """Return the removal path of what is left of a group; errors are shares of its squared size.
 
         Args:
             group: the group.
             keep: (channels,) what is left of the network.
-            values: parameters that have changed.
         """
         choices, choice_of, cells = self._choices(group, keep)
-        dictionaries = self.dictionaries(group, keep, values)
+        dictionaries = self.dictionaries(group, keep)
         if self._search == "backward":
             found = backward(dictionaries, cells, group.takes)
             return RemovalPath(group.index, choices[found.order], found.errors[:, None], group.takes)
-        free = np.concatenate(cells)
-        ranks = np.full(len(keep), np.inf)
-        ranks[choices[forward(dictionaries, free)]] = -np.arange(len(free))
-        order = group.path(ranks)
+        order = group.path(self._ranks(choices, cells, dictionaries, len(keep)))
         errors = errors_along(dictionaries, choice_of[order])
         return RemovalPath(group.index, order, errors[:, None], group.takes)
+
+    def next(self, group: Group, keep: np.ndarray, values: Mapping[str, torch.Tensor], steps: int) -> np.ndarray:
+        """Return (steps, choices per step) the beginning of that path, on weights that may have changed.
+
+        Args:
+            group: the group.
+            keep: (channels,) what is left of the network.
+            values: parameters that have changed.
+            steps: how many steps at most.
+        """
+        choices, _, cells = self._choices(group, keep)
+        dictionaries = self.dictionaries(group, keep, values)
+        if self._search == "backward":
+            return choices[backward(dictionaries, cells, group.takes, steps).order]
+        return group.path(self._ranks(choices, cells, dictionaries, len(keep)))[:steps]
+
+    def _ranks(
+        self, choices: np.ndarray, cells: list[np.ndarray], dictionaries: list[Dictionary], count: int
+    ) -> np.ndarray:
+        """Return (channels,) scores by which what orthogonal matching pursuit takes in last goes first."""
+        free, ranks = np.concatenate(cells), np.full(count, np.inf)
+        ranks[choices[forward(dictionaries, free)]] = -np.arange(len(free))
+        return ranks
 
     def dictionaries(
         self, group: Group, keep: np.ndarray, values: Mapping[str, torch.Tensor] | None = None
