@@ -17,8 +17,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fxprune.eliminating import damped_inverse
-
 RANK = 1e-10
 """Eigenvalues below this share of the largest are taken for zero: the vectors depend on each other linearly."""
 
@@ -74,20 +72,34 @@ class _Kept:
         self.gram = dictionary.gram / dictionary.total
         self.choice = dictionary.choice
         self.place = np.arange(len(self.choice))
-        values, vectors = torch.linalg.eigh(self.gram)
-        values = values.clamp_min(0)
-        self.ridge = RANK * float(values[-1]) if values[0] <= RANK * values[-1] else 0.0
-        if self.ridge:
-            self.inverse = vectors @ ((values + self.ridge).reciprocal()[:, None] * vectors.T)
-            self.lam = vectors @ ((values / (values + self.ridge))[:, None] * vectors.T)
-        else:
-            self._invert()
+        self._start()
 
-    def _invert(self) -> None:
+    def _start(self) -> None:
+        """Invert what is left; where vectors depend on each other, with a ridge that tells by how much."""
         at = torch.from_numpy(self.place)
         inside = self.gram[at[:, None], at]
-        self.inverse = damped_inverse(inside, 0.0)
-        self.lam = self.inverse @ self.gram[at]
+        values, basis = torch.linalg.eigh(inside)
+        values = values.clamp_min(0)
+        least, most = (float(values[0]), float(values[-1])) if len(values) else (1.0, 1.0)
+        self.ridge = max(RANK * most, 1e-30) if least <= RANK * most else 0.0
+        self.inverse = basis @ ((values + self.ridge).reciprocal()[:, None] * basis.T)
+        if self.ridge:
+            inner = basis @ ((values / (values + self.ridge))[:, None] * basis.T)
+            others = np.setdiff1d(np.arange(self.gram.shape[1]), self.place)
+            self.lam = self.inverse.new_zeros(len(at), self.gram.shape[1])
+            self.lam[:, at] = inner
+            self.lam[:, others] = self.inverse @ self.gram[at[:, None], torch.from_numpy(others)]
+        else:
+            self.lam = self.inverse @ self.gram[at]
+
+    @property
+    def _broken(self) -> bool:
+        """Whether what is left has become independent, or rounding has eaten up the inverse."""
+        diagonal = self.inverse.diagonal()
+        if self.ridge and float(diagonal.sum()) * self.ridge < 0.5:
+            return True
+        bound = self.gram.diagonal()[torch.from_numpy(self.place)] + self.ridge
+        return bool((diagonal * bound < 1 - 1e-6).any())  # no inverse has less on its diagonal
 
     def rises(self, total: np.ndarray) -> None:
         """Add to `total` (choices,) by how much the error rises if a choice goes next."""
@@ -118,9 +130,8 @@ class _Kept:
         self.inverse = self.inverse[k[:, None], k] - across.T @ across
         self.lam = self.lam[k] - across.T @ left
         self.choice, self.place = self.choice[~flags], self.place[~flags]
-        if self.ridge and float(self.inverse.diagonal().sum()) * self.ridge < 0.5:  # what is left is independent
-            self.ridge = 0.0
-            self._invert()
+        if self._broken:
+            self._start()
         return before
 
 
@@ -164,7 +175,7 @@ class _Explained:
         scale = torch.where(scale > 0, scale, 1.0)
         self.rest = dictionary.gram / scale[:, None] / scale
         self.choice = dictionary.choice
-        self._targets = torch.from_numpy(np.ones(len(diagonal), dtype=bool) if targets is None else targets)
+        self._targets = None if targets is None else torch.from_numpy(targets)
         self._floor = RANK * float(self.rest.diagonal().max()) if len(diagonal) else 0.0
         self.take(-1)
 
@@ -179,7 +190,8 @@ class _Explained:
     def answers(self, total: np.ndarray) -> None:
         """Add to `total` (choices,) how much of what is not explained is along the vectors of each choice."""
         here = self.choice >= 0
-        np.add.at(total, self.choice[here], self.rest[:, self._targets].abs().sum(1).numpy()[here])
+        rest = self.rest if self._targets is None else self.rest[:, self._targets]
+        np.add.at(total, self.choice[here], torch.linalg.vector_norm(rest, 1, dim=1).numpy()[here])
 
     @property
     def error(self) -> float:
