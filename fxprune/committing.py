@@ -47,6 +47,9 @@ class HBGS:
         on: what is approximated: "filters" as published, or "activations".
         remember: errors are remembered; without, every group is measured in every round.
         compensate: weights are corrected, in the search and by `compile`.
+        decompose: `compile` makes two of each convolution with a kernel, as the paper does on its output side; see
+            `fxprune.decomposing`. Only what lies between the two goes, and the second makes up for it. (On the input
+            side, least squares in the layer that reads it leave nothing for a 1x1 convolution to do: there is none.)
         damping: of the correction; as of `Joint`.
         tune: trains the network between rounds, such as by distillation; see `Tune`. `compile` then takes over the
             weights that it has found, and corrects no others.
@@ -64,6 +67,7 @@ class HBGS:
     on: Source = "filters"
     remember: bool = True
     compensate: bool = True
+    decompose: bool = False
     damping: float = DAMPING
     tune: Tune | None = None
     checkpoint: str | None = field(default=None, repr=False)
@@ -73,6 +77,7 @@ class HBGS:
 
     def choose(self, problem: Problem) -> np.ndarray | Choice:
         """Return (channels,) bool, what to keep; with `tune`, the weights too."""
+        _check_pairs(self, problem)
         found = self.search(problem)
         return found.keep if found.weights is None else Choice(found.keep, found.weights)
 
@@ -98,7 +103,8 @@ class HBGTS:
     on a group's weights is run. `search` says how much was run.
 
     Attributes:
-        filters_per_round: as of `HBGS`, like `backward`, `on`, `compensate`, `damping`, `tune` and `checkpoint`.
+        filters_per_round: as of `HBGS`, like `backward`, `on`, `compensate`, `decompose`, `damping`, `tune` and
+            `checkpoint`.
         judge: "outputs", or "loss", for which tasks are needed.
         beam: how many networks are carried on from round to round, those with the least error; 1 as published.
         remember: see above; without, every offer is measured in every round, as published.
@@ -116,6 +122,7 @@ class HBGTS:
     beam: int = 1
     remember: bool = True
     compensate: bool = True
+    decompose: bool = False
     damping: float = DAMPING
     tune: Tune | None = None
     checkpoint: str | None = field(default=None, repr=False)
@@ -131,6 +138,7 @@ class HBGTS:
 
     def choose(self, problem: Problem) -> np.ndarray | Choice:
         """Return (channels,) bool, what to keep; with `tune`, the weights too."""
+        _check_pairs(self, problem)
         found = self.search(problem)
         return found.keep if found.weights is None else Choice(found.keep, found.weights)
 
@@ -143,11 +151,18 @@ class HBGTS:
         return Offering(problem, self, judge=self.judge, beam=self.beam).run()
 
 
+def _check_pairs(method: HBGS | HBGTS, problem: Problem) -> None:
+    if method.decompose and not hasattr(problem.coupling, "pairs"):
+        raise PlanError(f"{method} adds layers, which a plan alone cannot. Pass it to `fxprune.compile`.")
+
+
 def _check(method: HBGS | HBGTS) -> None:
     name = type(method).__name__
     if not method.filters_per_round >= 1:
         raise PlanError(f"{name}(filters_per_round={method.filters_per_round!r}) makes no sense. Pass 1 or more.")
     if method.on not in ("filters", "activations"):
         raise PlanError(f'{name}(on={method.on!r}) makes no sense. Pass "filters" or "activations".')
+    if method.decompose and not (method.compensate and method.tune is None):
+        raise PlanError(f"{name}(decompose=True) needs `compensate=True`, and no `tune`.")
     if method.tune is not None and method.checkpoint is not None:
         raise PlanError(f"{name} does not write down weights that were tuned. Pass `tune` or `checkpoint`, not both.")
