@@ -113,8 +113,9 @@ class Replay:
         found: dict[str, Any] = {}
         with self._quiet():
             runner = _Replayer(self._root, self._graph, values, self._names)
-            runner.args_iter = iter(self._inputs(self._graph, self.batches[i]))
-            inputs = {n.name: next(runner.args_iter) for n in self._nodes if n.op == "placeholder"}
+            given = self._inputs(self._graph, self.batches[i])
+            places = [n.name for n in self._nodes if n.op == "placeholder"]
+            inputs = dict(zip(places, given if self.sharing else _copy(given), strict=True))
             for n, done in self._plans[key]:
                 for source in n.all_input_nodes:
                     if source not in runner.env:
@@ -125,7 +126,8 @@ class Replay:
                     runner.env[n] = runner.run_apart(n, self._writes.get(n.name, ()))
                 if n.name in wanted:
                     value = runner.env[n]
-                    found[n.name] = self._graph.process_outputs(value) if n.op == "output" else value
+                    value = self._graph.process_outputs(value) if n.op == "output" else value
+                    found[n.name] = value if self.sharing else _copy(value)
                 for last in done:
                     runner.env.pop(last, None)
         if count:
@@ -145,7 +147,7 @@ class Replay:
                 continue
             needed.add(n)
             stack += n.all_input_nodes
-        nodes = [n for n in self._nodes if n in needed]
+        nodes = [n for n in self._nodes if n in needed or not self.sharing]  # what writes may return nothing
         last = {source: n for n in nodes for source in [n, *n.all_input_nodes]}
         return [(n, [source for source in [n, *n.all_input_nodes] if last[source] is n]) for n in nodes]
 
