@@ -185,7 +185,7 @@ class _Explained:
             pivot = float(self.rest[at, at])
             if pivot > self._floor:
                 row = self.rest[at].clone()
-                self.rest -= row[:, None] * (row / pivot)
+                self.rest.addr_(row, row, alpha=-1 / pivot)
 
     def answers(self, total: np.ndarray) -> None:
         """Add to `total` (choices,) how much of what is not explained is along the vectors of each choice."""

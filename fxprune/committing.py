@@ -97,10 +97,11 @@ class HBGTS:
     As `HBGS`, but an offer is judged by the end of the network: by `|out - out0| / |out0|`, or by the rise of the
     tasks' losses. (The paper speaks of the final classification error; its code compares the last features.)
 
-    The published search runs the network once for every group in every round. Here, what an offer adds to the error is
-    remembered until a neighbour of its group has changed; the offer that would be committed is measured again if other
-    groups have changed since. And all offers of a round start from activations that are remembered: only what depends
-    on a group's weights is run. `search` says how much was run.
+    The published search runs the network once for every group in every round. Here, what an offer adds to the error (to
+    its square, for outputs) is remembered, and taken for a bound on what the group's next offer adds: only the offer
+    that would be committed is made and measured again, where anything has changed since. And all offers of a round
+    start from activations that are remembered: only what depends on a group's weights is run. `search` says how much
+    was run.
 
     Attributes:
         filters_per_round: as of `HBGS`, like `backward`, `on`, `compensate`, `decompose`, `damping`, `tune` and

@@ -108,6 +108,7 @@ class Paired(Coupling):
 def candidates(traced: Traced) -> tuple[str, ...]:
     """Return the convolutions that can be pairs: all but the first with a kernel, of one group, called once."""
     calls = [n for n in traced.graph.nodes if n.op == "call_module"]
+    module: Any
     weights = [id(t) for _, t in traced.root.named_parameters(remove_duplicate=False)]
     found = []
     for n in calls:
@@ -134,7 +135,7 @@ def decompose(traced: Traced, names: Iterable[str]) -> Traced:
     home = nn.Module()
     root.add_module(HOME, home)
     for n in [n for n in graph.nodes if n.op == "call_module" and n.target in names]:
-        module = submodule(root, str(n.target))
+        module: Any = submodule(root, str(n.target))
         after = _identity(module)
         module.bias = None
         _place(home, str(n.target)).add_module("after", after)
@@ -147,10 +148,12 @@ def decompose(traced: Traced, names: Iterable[str]) -> Traced:
     return replace(traced, model=model, root=root, graph=graph, state=taking_part(root, graph)[0])
 
 
-def _identity(conv: Any) -> nn.Module:
+def _identity(conv: Any) -> Any:
     """Return a 1x1 convolution that returns what it is given, plus the bias of `conv`."""
     width = conv.out_channels
-    after = type(conv)(width, width, 1, bias=conv.bias is not None, device=conv.weight.device, dtype=conv.weight.dtype)
+    after: Any = type(conv)(
+        width, width, 1, bias=conv.bias is not None, device=conv.weight.device, dtype=conv.weight.dtype
+    )
     weight = torch.eye(width).reshape(after.weight.shape).to(after.weight)
     after.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
     if conv.bias is not None:
@@ -182,7 +185,8 @@ def pair_up(traced: Traced, constraints: Constraints, *, unknown: str) -> Paired
     ledger = coupling.record.ledger.copy()
     record = coupling.record
     convs = {n.name: str(n.target) for n in coupling.traced.graph.nodes if n.op == "call_module" and n.target in names}
-    inner = np.concatenate([np.ravel(record.nodes[n][0].labels[1]) for n in convs])
+    made = [record.nodes[n][0].labels[1] for n in convs]
+    inner = np.concatenate([ids.ravel() for ids in made if ids is not None])
     held = [(n, t.labels) for n, found in record.nodes.items() if n not in convs for t in found]
     held += [(record.named_at[name], labels) for name, (_, labels, _, _) in record.issued.items()]
     for node, labels in held:
@@ -198,7 +202,8 @@ def pair_up(traced: Traced, constraints: Constraints, *, unknown: str) -> Paired
 def _pair(coupling: Coupling, node: str, name: str) -> Pair:
     channels = coupling.to_channels(coupling.record.nodes[node][0].labels)[1]
     assert channels is not None
-    conv, shape = submodule(coupling.traced.root, name), coupling.record.nodes[node][0].shape
+    conv: Any = submodule(coupling.traced.root, name)
+    shape = coupling.record.nodes[node][0].shape
     width, positions = conv.out_channels, shape[0] * int(np.prod(shape[2:]))
     filters = conv.weight[0].numel()
     bias = width if submodule(coupling.traced.root, f"{HOME}.{name}.after").bias is not None else 0

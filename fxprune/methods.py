@@ -103,7 +103,8 @@ class SearchMethod(Protocol):
     """What `plan` asks of a method that searches by itself.
 
     If it has an attribute `compensate` that is true, `compile` gathers moments once, gives them as calibration, and
-    corrects the weights that stay.
+    corrects the weights that stay. If it has an attribute `decompose` that is true, it is given a network of pairs; see
+    `fxprune.decomposing`.
     """
 
     def choose(self, problem: Problem) -> np.ndarray | Choice:

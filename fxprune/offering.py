@@ -38,9 +38,9 @@ class Offer:
 
     Attributes:
         group: its index.
-        choices: that would go.
+        choices: that would go; none where its neighbours have changed, and it has to say again.
         error: of the network without them, or of its layers.
-        rise: by how much that is more than the error of the network at the time.
+        rise: by how much that is more than the error of the network at the time: of squares, where these add up.
         round: in which it was measured.
     """
 
@@ -120,6 +120,7 @@ class Offering:
         moments = self.data.moments if method.compensate else {}
         self.shrinker = Shrinker(self.coupling, moments, method.damping)
         self._layerwise = judge == "layers"
+        self._power = 2 if judge == "outputs" else 1
         self._beam = beam
         self._touched = [self.shrinker.touched(self._members(group)) for group in self.coupling.groups()]
         batches = self.data.batches or ()
@@ -201,7 +202,7 @@ class Offering:
         offers = dict(branch.offers)
 
         def expected(offer: Offer) -> float:
-            return offer.error if self._layerwise else branch.error + offer.rise
+            return offer.error if self._layerwise else branch.error**self._power + offer.rise
 
         while True:
             known = sorted((o for o in offers.values() if o is not None), key=lambda o: (expected(o), o.group))
@@ -209,13 +210,19 @@ class Offering:
             if not stale:
                 return known[: self._beam]
             for offer in stale:
-                offers[offer.group] = self._measured(branch, offer.group, offer.choices, number)
+                group = self.coupling.groups()[offer.group]
+                offers[offer.group] = (
+                    self._measured(branch, offer.group, offer.choices, number)
+                    if offer.choices
+                    else self._offer(branch, group, number)
+                )
 
     def _offer(self, branch: Branch, group: Group, number: int) -> Offer | None:
         """Return what a group offers; None where its limits, or a balance, let nothing go."""
         wanted = max(self.method.filters_per_round // sum(group.takes), 1)
         keep = branch.now.keep
-        limits = self.units.candidates(group, keep).allowed
+        rest = np.where(keep & ~self.coupling.is_frozen, 0.0, np.inf)
+        limits = self.units.candidates(group, keep, group.path(rest)).allowed
         larger = limits[limits >= wanted]
         count = int(larger[0] if len(larger) else limits[-1])
         if not count:
@@ -230,18 +237,26 @@ class Offering:
         error = self.judge.error(group, trial.keep, trial.values)
         self.evaluations += 1
         error = error if math.isfinite(error) else math.inf
-        return Offer(group, choices, error, error - branch.error, number)
+        return Offer(group, choices, error, error**self._power - branch.error**self._power, number)
 
     def _after(self, branch: Branch, offer: Offer) -> np.ndarray:
         return self.units.without(branch.now.keep, np.array(offer.choices))
 
     def _committed(self, branch: Branch, offer: Offer) -> Branch:
-        """Return the network without what an offer takes; forget what its neighbours have offered."""
+        """Return the network without what an offer takes.
+
+        What its neighbours have offered is forgotten; of the rise of the network's error, it is taken for a bound.
+        """
         now = self.shrinker.without(branch.now, self._after(branch, offer))
         if self.method.tune is not None:
             now = self._tuned(now)
         mine = self._touched[offer.group]
-        offers = {i: o for i, o in branch.offers.items() if mine.isdisjoint(self._touched[i])}
+        offers: dict[int, Offer | None] = {}
+        for i, known in branch.offers.items():
+            if mine.isdisjoint(self._touched[i]):
+                offers[i] = known
+            elif not self._layerwise and known is not None:
+                offers[i] = replace(offer if i == offer.group else known, choices=(), round=-1)
         tuned = self.method.tune is not None
         return Branch(now, offer.error, {} if tuned else offers, self._noted(branch, offer))
 

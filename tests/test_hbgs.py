@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ MAKERS = {"stem": ["stem"], "a": ["a"], "c": ["b", "c"], "wide": ["wide"]}
 READERS = {"stem": ["a", "c"], "a": ["b"], "c": ["wide"], "wide": ["signs", "square"]}
 
 
+@cache
 def calibrated() -> Calibration:
     _, data, coupling = trained()
     return calibrate(coupling, data, TASKS)
@@ -137,19 +139,23 @@ def brute_force(judge: Any, rounds: int, count: int) -> list[tuple[int, float]]:
     ids=["layers", "outputs", "loss"],
 )
 def test_commits_are_what_rewritten_networks_say(method: Any, judge: Any) -> None:
-    found = method.search(asked(0.7, calibration=calibrated()))
-    assert len(found.commits) >= 6
+    found = method.search(asked(0.8, calibration=calibrated()))
+    assert len(found.commits) >= 4
     wanted = brute_force(judge, len(found.commits), 2)
     assert [group for group, _, _ in found.commits] == [group for group, _ in wanted]
     assert [error for *_, error in found.commits] == pytest.approx([error for _, error in wanted], rel=1e-3)
 
 
-def test_what_is_remembered_saves_measurements_and_hardly_changes_the_error() -> None:
-    every, lazy = (HBGTS(filters_per_round=2, remember=flag).search(asked(0.4)) for flag in (False, True))
+def test_what_is_remembered_saves_measurements() -> None:
+    method = HBGTS(filters_per_round=2, backward=True)
+    every, lazy = (
+        replace(method, remember=flag).search(asked(0.5, calibration=calibrated())) for flag in (False, True)
+    )
     assert every.evaluations == every.published
-    assert lazy.evaluations < 0.85 * lazy.published
-    assert lazy.forwards < lazy.evaluations
-    assert lazy.error <= 1.1 * every.error
+    assert every.forwards < 0.7 * every.evaluations  # what lies before a group is not run
+    assert lazy.evaluations < 0.75 * lazy.published
+    assert lazy.forwards < 0.7 * lazy.evaluations
+    assert np.array_equal(lazy.keep, every.keep)  # here; it is a bound that need not hold
 
 
 def test_a_wider_beam_ends_with_no_larger_error() -> None:

@@ -19,8 +19,8 @@ NAMES = {
     "FxPruneError", "TraceError", "CouplingError", "PlanError", "RewriteError", "VerificationError", "ArtifactError",
 }  # fmt: skip
 METHODS = {
-    "BatchNormScale", "FromTorchPruning", "Joint", "Magnitude", "Method", "PAGCP", "PathMethod", "Problem", "Random",
-    "SearchMethod", "Taylor",
+    "BatchNormScale", "Choice", "FilterBackward", "FilterOMP", "FromTorchPruning", "HBGS", "HBGTS", "Joint",
+    "Magnitude", "Method", "PAGCP", "PathMethod", "Problem", "Random", "SearchMethod", "Taylor",
 }  # fmt: skip
 KEYWORD_ONLY = {
     "compile": ["method", "calibration", "tasks", "constraints", "on_conflict", "verify", "unknown", "progress"],
