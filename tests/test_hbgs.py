@@ -140,7 +140,7 @@ def brute_force(judge: Any, rounds: int, count: int) -> list[tuple[int, float]]:
 )
 def test_commits_are_what_rewritten_networks_say(method: Any, judge: Any) -> None:
     found = method.search(asked(0.8, calibration=calibrated()))
-    assert len(found.commits) >= 4
+    assert len(found.commits) >= 3
     wanted = brute_force(judge, len(found.commits), 2)
     assert [group for group, _, _ in found.commits] == [group for group, _ in wanted]
     assert [error for *_, error in found.commits] == pytest.approx([error for _, error in wanted], rel=1e-3)
