@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from fxprune.allocating import allocate
 from fxprune.branches import costs_of
@@ -17,7 +18,7 @@ from fxprune.guarding import Guard
 from fxprune.methods import AnyMethod, Method, PathMethod, SearchMethod, corrects, damping_of
 from fxprune.paths import RemovalPath, paths_by_score
 from fxprune.probing import Probe
-from fxprune.problems import Problem, gathered, needed
+from fxprune.problems import Choice, Problem, gathered, needed
 from fxprune.tasks import Task
 
 
@@ -64,6 +65,7 @@ class Chooser:
             if isinstance(self._data, Calibration):
                 raise PlanError(f"{method} reads batches, not a Calibration. Pass a list of batches or a DataLoader.")
             self._paths = paths_by_score(coupling, _scores(coupling, method, self._data, tasks))
+        self._weights: dict[bytes, Mapping[str, torch.Tensor]] = {}
         self._guard = None if found is None else _guard(coupling, method, found)
 
     def keep(self, bounds: Mapping[str, float], *, closest: bool = False) -> np.ndarray:
@@ -80,10 +82,18 @@ class Chooser:
             return self._choose(bounds, np.ones(1))
         return self._guard.choose(self._choose, self.coupling.costs, bounds, closest=closest)
 
+    def weights(self, keep: np.ndarray) -> Mapping[str, torch.Tensor] | None:
+        """Return the weights that the method has trained for a choice; None where it has trained none."""
+        return self._weights.get(keep.tobytes())
+
     def _choose(self, bounds: Mapping[str, float], weights: np.ndarray) -> np.ndarray:
         method, constraints = self._method, self._constraints
         if isinstance(method, SearchMethod):
-            return _chosen(method, Problem(self.coupling, bounds, constraints, self._data, self._tasks))
+            found = method.choose(Problem(self.coupling, bounds, constraints, self._data, self._tasks))
+            keep = _checked(method, found.keep if isinstance(found, Choice) else found, self.coupling, bounds)
+            if isinstance(found, Choice):
+                self._weights[keep.tobytes()] = found.weights
+            return keep
         paths = self._paths
         if isinstance(method, PathMethod):
             assert isinstance(self._data, Calibration)
@@ -111,16 +121,16 @@ def probe_of(coupling: Coupling, method: AnyMethod, calibration: Calibration, ba
     return Probe(coupling, calibration, damping=damping_of(method), compensate=corrects(method), batches=batches)
 
 
-def _chosen(method: SearchMethod, problem: Problem) -> np.ndarray:
+def _checked(method: SearchMethod, found: Any, coupling: Coupling, bounds: Mapping[str, float]) -> np.ndarray:
     """Return what a method keeps, checked."""
-    keep, coupling = np.asarray(method.choose(problem)), problem.coupling
+    keep = np.asarray(found)
     if keep.shape != (coupling.num_channels,) or keep.dtype != np.bool_:
         raise PlanError(
             f"{method} returned {keep.dtype} of shape {keep.shape}, expected bool of shape ({coupling.num_channels},). "
             "Return for each channel whether it stays."
         )
     costs = costs_of(coupling, keep)
-    for name, bound in problem.bounds.items():
+    for name, bound in bounds.items():
         if getattr(costs, name) > bound:
             raise PlanError(
                 f"{method} returned channels that cost {getattr(costs, name):,} {name}, at most {bound:,.0f} were "

@@ -68,6 +68,15 @@ def compensate(
     return tuple(corrected)
 
 
+def take_over(plan: Plan, slim: nn.Module) -> None:
+    """Give a slim network, in place, the weights that the method has trained while it searched."""
+    there = dict(slim.named_parameters()) | dict(slim.named_buffers())
+    with torch.no_grad():
+        for name, value in (plan.weights or {}).items():
+            if name in there:
+                _write(there[name], plan.cut(name, value))
+
+
 def _norms(coupling: Coupling, plan: Plan, calibration: Calibration) -> dict[str, Norm]:
     """Return what the dense network's batch norms did to the data, in the channels that stay."""
     state = {name: tensor for name, tensor, _ in coupling.traced.state}

@@ -14,9 +14,10 @@ from fxprune import sharing
 from fxprune.budgets import Budget
 from fxprune.calibrating import Calibration
 from fxprune.cloning import submodule
-from fxprune.compensating import compensate
+from fxprune.compensating import compensate, take_over
 from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling, couple
+from fxprune.decomposing import plan_decomposed
 from fxprune.errors import PlanError, RewriteError
 from fxprune.methods import AnyMethod, PathMethod, corrects, damping_of, default_method
 from fxprune.planning import check_request, plan
@@ -87,7 +88,8 @@ def compile(
         _step(bar, "couple")
         coupling = couple(traced, unknown=unknown)
         _step(bar, "plan")
-        reads = corrects(method) or isinstance(method, PathMethod)
+        decomposes = getattr(method, "decompose", False)
+        reads = not decomposes and (corrects(method) or isinstance(method, PathMethod))
         known = gathered(coupling, method, batches, tasks) if reads else batches
         choose = partial(
             plan,
@@ -98,16 +100,27 @@ def compile(
             constraints=constraints,
             on_conflict=on_conflict,
         )
-        coupling, chosen, slim, freeze = _plan_and_rewrite(coupling, unknown, choose)
+        names: tuple[str, ...] = ()
+        if decomposes:
+            found = plan_decomposed(
+                coupling, budget, method, batches, tasks, constraints or Constraints(), unknown=unknown
+            )
+            names, known, freeze = found.names, found.calibration, {}
+            coupling, chosen = found.coupling, found.plan
+            slim = rewrite(coupling, chosen)
+        else:
+            coupling, chosen, slim, freeze = _plan_and_rewrite(coupling, unknown, choose)
         bar.update()
         _step(bar, "verify")
         verification = verify_slim(coupling, chosen, slim) if verify else None
-        if isinstance(known, Calibration) and corrects(method):
+        if chosen.weights is not None:
+            take_over(chosen, slim)
+        elif isinstance(known, Calibration) and corrects(method):
             compensate(coupling, chosen, slim, known, damping=damping_of(method))
         _step(bar, "done")
     notes = tuple(f"node {node!r} was frozen: {reason}" for node, reason in freeze.items())
     report = make_report(coupling, chosen, verification, notes)
-    slim.meta[RECORD] = Compiled(report, describe_inputs(traced.args, traced.kwargs), freeze)
+    slim.meta[RECORD] = Compiled(report, describe_inputs(traced.args, traced.kwargs), freeze, names)
     return slim
 
 

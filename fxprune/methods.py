@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from fxprune.calibrating import Calibration
+from fxprune.committing import HBGS, HBGTS
 from fxprune.coupling import Coupling
+from fxprune.criteria.approximation import Approximator, Source
 from fxprune.criteria.batch_norm import batch_norm_scale
 from fxprune.criteria.class_aware import weigh_classes
 from fxprune.criteria.joint import joint_paths
@@ -28,14 +30,19 @@ from fxprune.eliminating import DAMPING
 from fxprune.errors import PlanError
 from fxprune.paths import RemovalPath
 from fxprune.probing import SHARES, Probe, measured
-from fxprune.problems import Problem
+from fxprune.problems import Choice, Problem
 from fxprune.tasks import Task
 from fxprune.tolerating import PAGCP
 
 __all__ = [
     "CATRO",
+    "HBGS",
+    "HBGTS",
     "PAGCP",
     "BatchNormScale",
+    "Choice",
+    "FilterBackward",
+    "FilterOMP",
     "FromTorchPruning",
     "Joint",
     "Magnitude",
@@ -100,11 +107,15 @@ class SearchMethod(Protocol):
     """What `plan` asks of a method that searches by itself.
 
     If it has an attribute `compensate` that is true, `compile` gathers moments once, gives them as calibration, and
-    corrects the weights that stay.
+    corrects the weights that stay. If it has an attribute `decompose` that is true, it is given a network of pairs; see
+    `fxprune.decomposing`.
     """
 
-    def choose(self, problem: Problem) -> np.ndarray:
-        """Return (channels,) bool, what to keep: within the bounds, and what `coupling.violation` accepts."""
+    def choose(self, problem: Problem) -> np.ndarray | Choice:
+        """Return (channels,) bool, what to keep: within the bounds, and what `coupling.violation` accepts.
+
+        A method that has trained the network as well returns a `Choice`.
+        """
         ...
 
 
@@ -156,6 +167,62 @@ class Joint:
         samples = min(max(share, 16), 256) if self.samples is None else self.samples
         probe = Probe(coupling, calibration, samples=samples, damping=self.damping, compensate=self.compensate)
         return measured(probe, paths)
+
+
+@dataclass(frozen=True, slots=True)
+class FilterOMP:
+    """Rank channels by orthogonal matching pursuit: what linear combinations of the others give goes first.
+
+    See `fxprune.criteria.approximation`, and `HBGS`, whose criterion it is. Filters are normalised in the search;
+    errors and coefficients are those of the filters as they are.
+
+    Attributes:
+        on: "filters" as published, for which no data are needed, or "activations", for which calibration is.
+        scope: "uniform", "global" or "optimal": errors are shares of each group's squared size.
+        compensate: `compile` corrects the weights that stay.
+
+    Source: Purohit et al. (TMLR 2024), algorithm FP-OMP.
+    """
+
+    on: Source = "filters"
+    scope: Scope = "uniform"
+    compensate: bool = True
+    rounds: ClassVar[int] = 1
+
+    def paths(
+        self, coupling: Coupling, calibration: Calibration, keep: np.ndarray | None = None
+    ) -> Sequence[RemovalPath]:
+        """Return the removal path of every group."""
+        return _approximated(Approximator(coupling, calibration, on=self.on, search="omp"))
+
+
+@dataclass(frozen=True, slots=True)
+class FilterBackward:
+    """Rank channels by backward elimination: that goes next whose removal raises the error of approximation least.
+
+    As `FilterOMP`, with the exact error `|Lam[k]|^2 / G[k, k]` of each removal; one path gives every width.
+
+    Attributes:
+        on: as of `FilterOMP`, like `scope` and `compensate`.
+
+    Source: Purohit et al. (TMLR 2024), algorithm FP-Backward.
+    """
+
+    on: Source = "filters"
+    scope: Scope = "uniform"
+    compensate: bool = True
+    rounds: ClassVar[int] = 1
+
+    def paths(
+        self, coupling: Coupling, calibration: Calibration, keep: np.ndarray | None = None
+    ) -> Sequence[RemovalPath]:
+        """Return the removal path of every group."""
+        return _approximated(Approximator(coupling, calibration, on=self.on, search="backward"))
+
+
+def _approximated(approximator: Approximator) -> list[RemovalPath]:
+    every = np.ones(approximator.coupling.num_channels, dtype=bool)
+    return [approximator.path(group, every) for group in approximator.coupling.groups()]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,7 @@ def _plan(
     chooser = Chooser(bound, method, constraints, calibration, tasks)
     keep = chooser.keep(budget.bounds(dense), closest=closest)
     chosen = plan_of(bound, keep, method=repr(method), budget=budget.to_dict())
+    chosen = replace(chosen, weights=chooser.weights(keep))
     return chosen if restriction is None else restriction.widened(chosen)
 
 

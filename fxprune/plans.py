@@ -61,6 +61,8 @@ class Plan:
     keep: np.ndarray | None = field(default=None, repr=False, compare=False)
     """(channels,) which stay, on the coupling of this fingerprint; None for a plan that was read."""
     classes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    weights: Mapping[str, torch.Tensor] | None = field(default=None, repr=False, compare=False)
+    """What the method has trained, of the dense shapes, for `compile` to take over; None for a plan that was read."""
 
     @property
     def empties(self) -> bool:

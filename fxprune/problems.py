@@ -6,12 +6,28 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import torch
+
 from fxprune.assuming import assume
 from fxprune.calibrating import Calibration, calibrate, split
 from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling
 from fxprune.errors import PlanError
 from fxprune.tasks import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a method that searches by itself may return, where it has trained the network as well.
+
+    Attributes:
+        keep: (channels,) bool, what to keep.
+        weights: parameters and buffers after training, of the dense shapes; `compile` takes them over.
+    """
+
+    keep: np.ndarray
+    weights: Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +48,13 @@ class Problem:
     calibration: Iterable[Any] | Calibration | None = None
     tasks: Mapping[str, Task] | None = None
 
-    def data(self, method: object, *, moments: bool = False) -> Calibration:
+    def data(self, method: object, *, moments: bool = False, losses: bool = True) -> Calibration:
         """Return batches and tasks to measure losses on, as a calibration; without moments unless they are wanted.
 
         Args:
             method: who asks, for the message.
             moments: what was gathered at every layer is wanted too.
+            losses: tasks are needed; without it, the batches will do.
 
         Raises:
             PlanError: there are no batches or no tasks.
@@ -49,7 +66,7 @@ class Problem:
                 f"{name} needs calibration batches: pass `calibration=[(inputs, targets), ...]`, or use "
                 "`methods.Magnitude()`."
             )
-        if not (self.tasks or (given.tasks if isinstance(given, Calibration) else None)):
+        if losses and not (self.tasks or (given.tasks if isinstance(given, Calibration) else None)):
             raise PlanError(f"{name} needs tasks: pass `tasks={{'name': fxprune.Task(loss)}}`.")
         if not isinstance(given, Calibration):
             batches = list(given) if isinstance(given, Iterator) else given
@@ -58,11 +75,11 @@ class Problem:
             return Calibration.of_batches(self.coupling, batches, self.tasks)
         if given.batches is None:
             raise PlanError(
-                f"{name} measures losses, and a calibration that was loaded has no batches. Pass "
+                f"{name} measures on batches, and a calibration that was loaded has none. Pass "
                 "`calibration=[(inputs, targets), ...]`, or `dataclasses.replace(calibration, batches=batches)`."
             )
         known = given if self.tasks is None else replace(given, tasks=self.tasks)
-        if moments and list(known.losses) != list(known.tasks or {}):
+        if moments and losses and list(known.losses) != list(known.tasks or {}):
             raise PlanError(
                 f"{name} has tasks {list(known.tasks or {})}, and the calibration is of {list(known.losses)}. "
                 "Calibrate with the same tasks, or pass batches."

@@ -149,6 +149,7 @@ class Compiled:
     report: Report
     inputs: Any
     freeze: Mapping[str, str] = field(default_factory=dict)
+    decomposed: tuple[str, ...] = ()
 
 
 def frozen_rows(coupling: Coupling) -> tuple[FrozenRow, ...]:

@@ -52,6 +52,7 @@ class Restriction:
                 kept[key] = positions
             else:
                 raise PlanError(f"{key[0]!r} would lose classes and channels row by row. Pass `slice_outputs=False`.")
+        weights = {name: self._whole(name, value) for name, value in (plan.weights or {}).items()}
         return replace(
             plan,
             kept=kept,
@@ -60,7 +61,15 @@ class Restriction:
             fingerprint=self.whole.fingerprint,
             keep=None,
             classes=dict(self.classes),
+            weights=None if plan.weights is None else weights,
         )
+
+    def _whole(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of the part as one of the whole network: rows that went are as they were."""
+        dense = next(t for n, t, _ in self.whole.traced.state if n == name).detach().clone()
+        places = self.rows.cut(name, torch.arange(dense.numel()).reshape(dense.shape)).to(dense.device)
+        dense.view(-1)[places.reshape(-1)] = value.to(dense).reshape(-1)
+        return dense
 
     def cut(self, calibration: Calibration) -> Calibration:
         """Return a calibration of the whole network as one of the part."""

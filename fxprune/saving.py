@@ -13,6 +13,7 @@ from safetensors.torch import load_model, save_model
 from torch import fx, nn
 
 from fxprune.coupling import couple
+from fxprune.decomposing import candidates, decompose
 from fxprune.errors import ArtifactError
 from fxprune.plans import Plan
 from fxprune.reporting import Compiled, compiled, make_report
@@ -85,6 +86,7 @@ def save(slim: nn.Module, path: str | os.PathLike[str]) -> None:
         raise ArtifactError(f"{folder} is a file. Pass the path of a folder.")
     folder.mkdir(parents=True, exist_ok=True)
     data = {"plan": json.loads(record.report.plan.to_json()), "inputs": record.inputs, "freeze": dict(record.freeze)}
+    data |= {"decomposed": list(record.decomposed)} if record.decomposed else {}
     save_model(slim, str(folder / WEIGHTS))
     (folder / PLAN).write_text(json.dumps(data))
 
@@ -107,6 +109,13 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, example_inputs: Any 
         example_inputs = _examples(data["inputs"], folder / PLAN)
     traced = trace(model, example_inputs)
     _check_nodes(traced, data["freeze"], folder / PLAN)
+    names = tuple(data.get("decomposed", ()))
+    if not set(names) <= set(candidates(traced)):
+        raise ArtifactError(
+            f"{folder / PLAN} decomposes convolutions that {type(model).__name__} does not have: "
+            f"{sorted(set(names) - set(candidates(traced)))}. Use the model class that was compiled."
+        )
+    traced = decompose(traced, names)
     coupling = couple(traced, freeze=data["freeze"])
     slim = rewrite(coupling, plan)
     weights = folder / WEIGHTS
@@ -116,7 +125,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, example_inputs: Any 
     except (SafetensorError, RuntimeError, OSError) as error:
         raise ArtifactError(f"{weights} does not fit or is damaged: {error}. Save the network again.") from error
     report = make_report(coupling, plan, None, ("loaded from a file",))
-    slim.meta[RECORD] = Compiled(report, data["inputs"], data["freeze"])
+    slim.meta[RECORD] = Compiled(report, data["inputs"], data["freeze"], names)
     return slim
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fxprune.constraining import Constraints
-from fxprune.coupling import Coupling
+from fxprune.coupling import Coupling, Site
 from fxprune.criteria import weight_sites
 from fxprune.grouping import Group
 
@@ -54,14 +54,7 @@ class Units:
         self._dims: dict[str, list[tuple[int, np.ndarray]]] = {}
         for site in coupling.sites:
             self._dims.setdefault(site.name, []).append((site.dim, site.channels))
-        second = _transposed(coupling)
-        makers = [s for s in coupling.sites if s.is_parameter and s.channels.ndim > 1 and s.dim == (s.name in second)]
-        others = weight_sites(coupling)
-        self._sites = []
-        for group in coupling.groups():
-            channels = coupling.members.of(np.concatenate(group.cells))[0]
-            made = [s for s in makers if np.isin(s.channels, channels).any()]
-            self._sites.append(made or [s for s in others if np.isin(s.channels, channels).any()])
+        self._sites = makers_of(coupling)
 
     def score(self, group: Group, keep: np.ndarray) -> np.ndarray:
         """Return (channels,) scores of a group's choices; infinite where one may not go, or has gone.
@@ -122,6 +115,22 @@ class Units:
         keep = keep.copy()
         keep[self.coupling.members.of(choices.ravel())[0]] = False
         return self.coupling.settle(keep)
+
+
+def makers_of(coupling: Coupling) -> list[list[Site]]:
+    """Return, for every group, where the weights that make its channels have them.
+
+    Of channels that no weight makes, all weights that have them count.
+    """
+    second = _transposed(coupling)
+    makers = [s for s in coupling.sites if s.is_parameter and s.channels.ndim > 1 and s.dim == (s.name in second)]
+    others = weight_sites(coupling)
+    found = []
+    for group in coupling.groups():
+        channels = coupling.members.of(np.concatenate(group.cells))[0]
+        made = [s for s in makers if np.isin(s.channels, channels).any()]
+        found.append(made or [s for s in others if np.isin(s.channels, channels).any()])
+    return found
 
 
 def _transposed(coupling: Coupling) -> set[str]:

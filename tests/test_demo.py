@@ -207,8 +207,23 @@ def test_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
 def test_code_of_the_page_on_methods_runs(tmp_path, monkeypatch, capsys):
     page = Path(__file__).parents[1] / "docs" / "methods.md"
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     monkeypatch.chdir(tmp_path)
     exec("\n".join(blocks), {"__name__": "__main__"})
     assert (tmp_path / "calibration.safetensors").exists()
     assert "outputs loss" in capsys.readouterr().out
+
+
+def test_distilling_brings_a_student_nearer_to_its_teacher() -> None:
+    torch.manual_seed(1)
+    student, teacher = demo.SceneNet(), demo.SceneNet().eval()
+    known = {name: t.clone() for name, t in teacher.state_dict().items()}
+    some = scenes.make_splits(128, 8, 8, 0).train
+    with torch.no_grad():
+        answers = teacher(some.images)
+        assert float(training.distillation_loss(answers, answers)) == pytest.approx(0, abs=1e-6)
+        before = training.distillation_loss(student.eval()(some.images), answers)
+    training.distill(student, teacher, some, 2, 3e-3, progress=False, weight=10.0)
+    with torch.no_grad():
+        assert training.distillation_loss(student(some.images), answers) < 0.8 * before
+    assert all(torch.equal(t, known[name]) for name, t in teacher.state_dict().items())

@@ -19,14 +19,14 @@ NAMES = {
     "FxPruneError", "TraceError", "CouplingError", "PlanError", "RewriteError", "VerificationError", "ArtifactError",
 }  # fmt: skip
 METHODS = {
-    "BatchNormScale", "FromTorchPruning", "Joint", "Magnitude", "Method", "PAGCP", "PathMethod", "Problem", "Random",
-    "SearchMethod", "Taylor",
+    "BatchNormScale", "CATRO", "Choice", "FilterBackward", "FilterOMP", "FromTorchPruning", "HBGS", "HBGTS", "Joint",
+    "Magnitude", "Method", "PAGCP", "PathMethod", "Problem", "Random", "SearchMethod", "Taylor",
 }  # fmt: skip
 KEYWORD_ONLY = {
     "compile": ["method", "calibration", "tasks", "constraints", "on_conflict", "verify", "unknown", "progress"],
     "couple": ["unknown", "freeze"],
     "plan": ["method", "calibration", "tasks", "constraints", "on_conflict"],
-    "calibrate": ["max_bytes", "positions", "progress"],
+    "calibrate": ["max_bytes", "positions", "by_class", "progress"],
     "compensate": ["damping"],
     "sweep": ["method", "calibration", "tasks", "constraints"],
     "load": ["example_inputs"],

@@ -8,10 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
+from torch.nn.functional import (
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    log_softmax,
+    logsigmoid,
+    mse_loss,
+)
 from tqdm import tqdm
 
 from fxprune.examples.scenes import Batch, Scenes
+from fxprune.tasks import evaluating
 
 Outputs = Mapping[str, Tensor]
 
@@ -99,6 +106,21 @@ def train(
 
     Leaves the model in evaluation mode, its weights in channels-last order: a quarter faster on a CPU.
     """
+    _train(model, scenes, epochs, learning_rate, seed, progress, batch_size, label, None)
+
+
+def _train(
+    model: nn.Module,
+    scenes: Scenes,
+    epochs: int,
+    learning_rate: float,
+    seed: int,
+    progress: bool,
+    batch_size: int,
+    label: str,
+    extra: Callable[[Outputs, Batch], Tensor] | None,
+) -> None:
+    """Train as `train` says, on another loss `(outputs, batch) -> scalar` besides, where there is one."""
     model.to(memory_format=torch.channels_last)
     steps = epochs * -(-len(scenes) // batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.02)
@@ -109,6 +131,7 @@ def train(
             for batch in scenes.batches(batch_size, shuffle_seed=seed * 1_000 + epoch):
                 outputs = model(batch[0])
                 loss = torch.stack([task_loss(outputs, batch) for task_loss in losses.values()]).sum()
+                loss = loss if extra is None else loss + extra(outputs, batch)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -116,6 +139,52 @@ def train(
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
                 bar.update()
     model.eval()
+
+
+def distillation_loss(student: Outputs, teacher: Outputs, temperature: float = 2.0) -> Tensor:
+    """Sum, over the tasks, how far the student's answers are from the teacher's.
+
+    For segmentation and presence: the Kullback-Leibler divergence of the student's distribution from the teacher's,
+    both of logits over `temperature`, mean over pixels or digits, times its square, which keeps gradients in size. For
+    depth: the mean squared error as a share of the variance of the teacher's depth.
+
+    Source: Hinton et al. (2015). HBGS uses it without the square, at a temperature of 2.
+    """
+    soft = [log_softmax(o["segmentation"] / temperature, 1) for o in (student, teacher)]
+    pixels = (soft[1].exp() * (soft[1] - soft[0])).sum(1).mean()
+    yes = [torch.stack([logsigmoid(o["presence"] / temperature), logsigmoid(-o["presence"] / temperature)]) for o in
+           (student, teacher)]  # fmt: skip
+    digits = (yes[1].exp() * (yes[1] - yes[0])).sum(0).mean()
+    depth = mse_loss(student["depth"], teacher["depth"]) / teacher["depth"].var()
+    return temperature**2 * (pixels + digits) + depth
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module,
+    scenes: Scenes,
+    epochs: int,
+    learning_rate: float,
+    seed: int = 0,
+    progress: bool = True,
+    weight: float = 1.0,
+    label: str = "distilling",
+) -> None:
+    """Train `student` in place on the sum of the three losses and, times `weight`, its distance from the teacher.
+
+    As `train`; the teacher is not changed, and may be the network that the student was pruned from. As `tune` of
+    `fxprune.methods.HBGS`: `lambda student, teacher: distill(student, teacher, scenes, 1, 1e-3)`.
+    """
+    with evaluating(teacher):
+        _train(
+            student, scenes, epochs, learning_rate, seed, progress, 64, label,
+            lambda outputs, batch: weight * distillation_loss(outputs, _answer(teacher, batch[0])),
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def _answer(teacher: nn.Module, images: Tensor) -> Outputs:
+    return teacher(images)
 
 
 @torch.no_grad()
