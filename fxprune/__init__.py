@@ -25,6 +25,7 @@ from fxprune.plans import Plan
 from fxprune.reporting import Report, report
 from fxprune.rewriting import rewrite
 from fxprune.saving import load, save
+from fxprune.selecting import select_tasks
 from fxprune.sweeping import Sweep, sweep
 from fxprune.tasks import Task
 from fxprune.traced import Traced
@@ -62,6 +63,7 @@ __all__ = [
     "report",
     "rewrite",
     "save",
+    "select_tasks",
     "sweep",
     "trace",
     "transfer",

@@ -13,10 +13,11 @@ from safetensors.torch import load_model, save_model
 from torch import fx, nn
 
 from fxprune.coupling import couple
-from fxprune.errors import ArtifactError
+from fxprune.errors import ArtifactError, PlanError
 from fxprune.plans import Plan
 from fxprune.reporting import Compiled, compiled, make_report
 from fxprune.rewriting import rewrite
+from fxprune.selecting import select_tasks
 from fxprune.slimming import RECORD
 from fxprune.traced import Traced
 from fxprune.tracing import trace
@@ -84,13 +85,18 @@ def save(slim: nn.Module, path: str | os.PathLike[str]) -> None:
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{folder} is a file. Pass the path of a folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    data = {"plan": json.loads(record.report.plan.to_json()), "inputs": record.inputs, "freeze": dict(record.freeze)}
+    data = {
+        "plan": json.loads(record.report.plan.to_json()), "inputs": record.inputs, "freeze": dict(record.freeze),
+        "tasks": record.tasks,
+    }  # fmt: skip
     save_model(slim, str(folder / WEIGHTS))
     (folder / PLAN).write_text(json.dumps(data))
 
 
 def load(path: str | os.PathLike[str], model: nn.Module, *, example_inputs: Any = None) -> fx.GraphModule:
     """Load a slim network: cut a fresh model of the class the same way and fill it with the saved weights.
+
+    What was saved of some tasks (see `select_tasks`) is loaded as the network of these.
 
     Args:
         path: the folder that `save` wrote.
@@ -109,15 +115,27 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, example_inputs: Any 
     _check_nodes(traced, data["freeze"], folder / PLAN)
     coupling = couple(traced, freeze=data["freeze"])
     slim = rewrite(coupling, plan)
+    record = Compiled(make_report(coupling, plan, None, ("loaded from a file",)), data["inputs"], data["freeze"])
+    slim.meta[RECORD] = record
+    if data.get("tasks") is not None:
+        slim = _of_tasks(slim, data["tasks"], folder / PLAN)
     weights = folder / WEIGHTS
     try:
         _check_dtypes(slim, weights)
         load_model(slim, str(weights))
     except (SafetensorError, RuntimeError, OSError) as error:
         raise ArtifactError(f"{weights} does not fit or is damaged: {error}. Save the network again.") from error
-    report = make_report(coupling, plan, None, ("loaded from a file",))
-    slim.meta[RECORD] = Compiled(report, data["inputs"], data["freeze"])
     return slim
+
+
+def _of_tasks(slim: fx.GraphModule, tasks: Any, path: Path) -> fx.GraphModule:
+    """Select the tasks that a file names."""
+    if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
+        raise ArtifactError(f"{path}: 'tasks': expected names of tasks, found {tasks!r:.60}. Save the network again.")
+    try:
+        return select_tasks(slim, tasks)
+    except PlanError as error:
+        raise ArtifactError(f"{path} is of some tasks: {error} Use the model class that was compiled.") from error
 
 
 def _check_nodes(traced: Traced, freeze: Any, path: Path) -> None:
