@@ -7,6 +7,7 @@ and heads, chooses what stays, and emits a slimmer `GraphModule` that is proved 
 from fxprune import methods
 from fxprune.budgets import Budget
 from fxprune.calibrating import Calibration, calibrate
+from fxprune.combining import CombinationCosts, combination_costs
 from fxprune.compensating import compensate
 from fxprune.compiling import compile
 from fxprune.constraining import Constraints
@@ -39,6 +40,7 @@ __all__ = [
     "ArtifactError",
     "Budget",
     "Calibration",
+    "CombinationCosts",
     "Constraints",
     "Coupling",
     "CouplingError",
@@ -54,6 +56,7 @@ __all__ = [
     "Verification",
     "VerificationError",
     "calibrate",
+    "combination_costs",
     "compensate",
     "compile",
     "couple",

@@ -27,7 +27,7 @@ GONE = _Gone()
 def parts_of(value: Any) -> dict[str, Any] | None:
     """Return name -> part: keys of a dict, fields of a dataclass, positions of a tuple or list; None for a leaf.
 
-    A node of a graph that makes a dataclass counts as one.
+    A node of a graph that makes a dataclass or a named tuple counts as one.
     """
     if isinstance(value, torch.Tensor):
         return None
@@ -43,11 +43,16 @@ def parts_of(value: Any) -> dict[str, Any] | None:
 
 
 def _fields(node: fx.Node) -> dict[str, Any] | None:
-    """Return the fields of the dataclass that a node makes; None where it makes none."""
+    """Return the parts of the dataclass or named tuple that a node makes; None where it makes none."""
     kind = node.target
-    if node.op != "call_function" or not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
+    if node.op != "call_function" or not isinstance(kind, type):
         return None
-    names = [field.name for field in dataclasses.fields(kind)]
+    if dataclasses.is_dataclass(kind):
+        names = [field.name for field in dataclasses.fields(kind)]
+    elif hasattr(kind, "_fields"):
+        names = [str(i) for i in range(len(node.args))]
+    else:
+        return None
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
@@ -144,7 +149,7 @@ def selected(value: Any, tasks: Collection[str], graph: fx.Graph, path: Path = (
     Args:
         value: containers of nodes of the graph.
         tasks: names, as `checked_tasks` returns them.
-        graph: is given a new node for every dataclass that it makes.
+        graph: is given a new node for every dataclass or named tuple that it makes.
         path: where `value` is.
     """
     if named(path) in tasks:
@@ -159,7 +164,9 @@ def _rebuilt(value: Any, left: Mapping[str, Any], graph: fx.Graph) -> Any:
     filled = {name: None if part is GONE else part for name, part in left.items()}
     if isinstance(value, fx.Node):
         with graph.inserting_after(value):
-            return graph.call_function(value.target, (), filled)  # pyright: ignore[reportArgumentType]
+            if dataclasses.is_dataclass(value.target):
+                return graph.call_function(value.target, (), filled)  # pyright: ignore[reportArgumentType]
+            return graph.call_function(value.target, tuple(filled.values()))  # pyright: ignore[reportArgumentType]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.replace(value, **filled)
     if isinstance(value, dict):

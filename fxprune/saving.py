@@ -53,8 +53,16 @@ def _example(description: dict[str, Any]) -> Any:
     return description["value"]
 
 
-def _examples(inputs: Any, path: Path) -> Any:
-    """Make example inputs from their description."""
+def examples(inputs: Any, where: str = "") -> Any:
+    """Make example inputs from their description: a tuple of positional ones or a dict of keyword ones.
+
+    Args:
+        inputs: from `describe_inputs`.
+        where: what an error begins with.
+
+    Raises:
+        ArtifactError: there is no description, or it is damaged.
+    """
     if inputs is None:
         raise ArtifactError(
             "the example inputs of this network could not be saved. Pass `example_inputs=` as to `compile`."
@@ -64,7 +72,7 @@ def _examples(inputs: Any, path: Path) -> Any:
         return args or {k: _example(v) for k, v in inputs["kwargs"].items()}
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ArtifactError(
-            f"{path}: the description of the example inputs is damaged ({type(error).__name__}: {error}). Pass "
+            f"{where}the description of the example inputs is damaged ({type(error).__name__}: {error}). Pass "
             "`example_inputs=` as to `compile`."
         ) from error
 
@@ -110,7 +118,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, example_inputs: Any 
     data = _read_plan(folder / PLAN)
     plan = Plan.from_json(json.dumps(data["plan"]))
     if example_inputs is None:
-        example_inputs = _examples(data["inputs"], folder / PLAN)
+        example_inputs = examples(data["inputs"], f"{folder / PLAN}: ")
     traced = trace(model, example_inputs)
     _check_nodes(traced, data["freeze"], folder / PLAN)
     coupling = couple(traced, freeze=data["freeze"])

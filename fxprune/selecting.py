@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import fx, nn
 
-from fxprune.cloning import Cloner, named_part, named_state
+from fxprune.cloning import Cloner
 from fxprune.errors import TraceError
 from fxprune.living import Living
 from fxprune.outputs import checked_tasks, parts_of, returned, selected, set_returned
@@ -17,7 +16,7 @@ from fxprune.pausing import without_collector
 from fxprune.reporting import Compiled
 from fxprune.slicing import copied_like
 from fxprune.slimming import EXACT, RECORD, SlimModule, only_used
-from fxprune.traced import Traced, copied
+from fxprune.traced import Traced, copied, used_state
 
 
 @without_collector
@@ -25,8 +24,8 @@ def select_tasks(network: nn.Module | Traced, tasks: Iterable[str | int], *, sha
     """Return the network of some tasks: what the others need alone is gone from it.
 
     Tasks are outputs, and are called as in a verification: by the key of a dict, the field of a dataclass or the
-    position in a tuple, `aux.0` for the first of what `aux` holds, and `aux` for all of it. A dict loses the other keys;
-    in a tuple, list or dataclass None takes the place of the others, so that every output keeps its name.
+    position in a tuple, `aux.0` for the first of what `aux` holds, and `aux` for all of it. A dict loses the other
+    keys; in a tuple, list or dataclass None takes the place of the others, so that every output keeps its name.
 
     The outputs of the tasks are the same to the bit, parameters keep their names, and inputs that are no longer needed
     stay in the signature. In train mode, random numbers are drawn for what is left only, and a batch norm that several
@@ -55,8 +54,11 @@ def select_tasks(network: nn.Module | Traced, tasks: Iterable[str | int], *, sha
     root, graph = graph_of(network)
     names = checked_tasks(returned(graph), tasks)
     graph = of_tasks(root, graph, names)
-    held = {} if share else {id(t): copied_like(t, t.detach().clone()) for t in _state(root, graph)}
-    module = SlimModule(only_used(root, graph, Cloner(root, held)), graph)
+    state = [t for _, t, _ in used_state(root, graph)]
+    held = {id(t): t if share else copied_like(t, t.detach().clone()) for t in state}
+    holder = only_used(root, graph, Cloner(root, held))
+    _drop_hooks_of_export(holder)
+    module = SlimModule(holder, graph)
     module.meta.update(_meta(getattr(network, "meta", {}), module, names))
     return module
 
@@ -96,14 +98,12 @@ def _nodes_in(value: Any) -> list[fx.Node]:
     return [n for part in (parts_of(value) or {}).values() for n in _nodes_in(part)]
 
 
-def _state(root: nn.Module, graph: fx.Graph) -> Iterable[torch.Tensor]:
-    """Return the parameters, buffers and constants that a graph uses."""
-    for target in dict.fromkeys(str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")):
-        found = named_part(root, target)
-        if isinstance(found, torch.Tensor):
-            yield found
-        elif isinstance(found, nn.Module):
-            yield from (t for _, t, _ in named_state(found))
+def _drop_hooks_of_export(module: nn.Module) -> None:
+    """Take off the hooks by which `torch.export` checks inputs: they ask for attributes of its own module."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if getattr(hook, "__module__", "").startswith("torch.export."):
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _meta(meta: dict[str, Any], module: nn.Module, tasks: tuple[str, ...]) -> dict[str, Any]:
