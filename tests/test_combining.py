@@ -35,7 +35,7 @@ def slim_multitask() -> torch.fx.GraphModule:
 
 
 def macs_by_torch(module: nn.Module, *inputs: Tensor) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter:
         module(*(x.clone() for x in inputs))
     return counter.get_total_flops() // 2
 
