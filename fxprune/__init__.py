@@ -7,6 +7,7 @@ and heads, chooses what stays, and emits a slimmer `GraphModule` that is proved 
 from fxprune import methods
 from fxprune.budgets import Budget
 from fxprune.calibrating import Calibration, calibrate
+from fxprune.combining import CombinationCosts, combination_costs
 from fxprune.compensating import compensate
 from fxprune.compiling import compile
 from fxprune.constraining import Constraints
@@ -25,6 +26,7 @@ from fxprune.plans import Plan
 from fxprune.reporting import Report, report
 from fxprune.rewriting import rewrite
 from fxprune.saving import load, save
+from fxprune.selecting import select_tasks
 from fxprune.sweeping import Sweep, sweep
 from fxprune.tasks import Task
 from fxprune.traced import Traced
@@ -38,6 +40,7 @@ __all__ = [
     "ArtifactError",
     "Budget",
     "Calibration",
+    "CombinationCosts",
     "Constraints",
     "Coupling",
     "CouplingError",
@@ -53,6 +56,7 @@ __all__ = [
     "Verification",
     "VerificationError",
     "calibrate",
+    "combination_costs",
     "compensate",
     "compile",
     "couple",
@@ -62,6 +66,7 @@ __all__ = [
     "report",
     "rewrite",
     "save",
+    "select_tasks",
     "sweep",
     "trace",
     "transfer",

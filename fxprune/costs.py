@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from fxprune.cloning import State
 from fxprune.closing import distinct, owner, spans
 from fxprune.labels import Extent, extents
 from fxprune.records import Interpretation, Term
@@ -244,6 +245,13 @@ class CostModel:
         after = np.where(changed[at] == wanted, fresh[at], sizes[indices[term]]).prod(axis=1)
         delta = factors[term] * (after - sizes[indices[term]].prod(axis=1))
         return self._macs(sizes) + np.bincount(which, delta, count)
+
+
+def unlabelled(record: Interpretation, state: Iterable[State]) -> tuple[int, int]:
+    """Return elements of parameters, and bytes of parameters and buffers, that carry no labels."""
+    rest = [(t, is_parameter) for name, t, is_parameter in state if name not in record.issued]
+    elements = sum(t.numel() for t, is_parameter in rest if is_parameter)
+    return elements, sum(t.numel() * t.element_size() for t, _ in rest)
 
 
 _Products = tuple[np.ndarray, np.ndarray]

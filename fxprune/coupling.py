@@ -14,7 +14,7 @@ from fxprune import explaining
 from fxprune.atoms import FIXED
 from fxprune.channels import Frozen, Site, find_frozen, find_products, find_rows, find_sites
 from fxprune.closing import Classes, close, mixed, owner
-from fxprune.costs import CostModel
+from fxprune.costs import CostModel, unlabelled
 from fxprune.covering import Coverage, cover
 from fxprune.errors import CouplingError, TraceError
 from fxprune.grouping import Group, Members, Products, Rows, find_groups
@@ -134,10 +134,7 @@ class Coupling:
     @cached_property
     def costs(self) -> CostModel:
         """Costs as a function of the kept channels."""
-        labelled = self.record.issued
-        rest = [(t, p) for name, t, p in self.traced.state if name not in labelled]
-        elements = sum(t.numel() for t, is_parameter in rest if is_parameter)
-        return CostModel(self.record, self.channels, (elements, sum(t.numel() * t.element_size() for t, _ in rest)))
+        return CostModel(self.record, self.channels, unlabelled(self.record, self.traced.state))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -258,7 +255,7 @@ def couple(traced: Traced, *, unknown: str = "freeze", freeze: Mapping[str, str]
     """
     if unknown not in ("freeze", "error"):
         raise CouplingError(f"unknown={unknown!r} is neither 'freeze' nor 'error'. Pass one of the two.")
-    record = _interpreted(traced)
+    record = interpreted(traced)
     if record.unknown and unknown == "error":
         lines = [f"  {op} at node {node!r}{traced.where(node)}" for node, op in dict.fromkeys(record.unknown)]
         raise CouplingError(
@@ -270,7 +267,12 @@ def couple(traced: Traced, *, unknown: str = "freeze", freeze: Mapping[str, str]
     return close_record(traced, record)
 
 
-def _interpreted(traced: Traced) -> Interpretation:
+def interpreted(traced: Traced) -> Interpretation:
+    """Run a traced network on labels.
+
+    Raises:
+        TraceError: it does not run on the example inputs.
+    """
     try:
         return interpret(traced.root, traced.state, traced.graph, traced.args, traced.kwargs)
     except InterpretationError as error:

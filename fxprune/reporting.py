@@ -144,12 +144,20 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """What travels with a slim network: its report, plan included, and how to trace the original again."""
+    """What travels with a slim network: its report, plan included, and how to trace the original again.
+
+    Attributes:
+        report: of the compilation.
+        inputs: a description of the example inputs; None where there is none.
+        freeze: node -> reason; nodes whose sizes could not be rewritten.
+        tasks: names of the tasks that were selected; None for all of them.
+    """
 
     report: Report
     inputs: Any
     freeze: Mapping[str, str] = field(default_factory=dict)
     decomposed: tuple[str, ...] = ()
+    tasks: tuple[str, ...] | None = None
 
 
 def frozen_rows(coupling: Coupling) -> tuple[FrozenRow, ...]:

@@ -14,10 +14,11 @@ from torch import fx, nn
 
 from fxprune.coupling import couple
 from fxprune.decomposing import candidates, decompose
-from fxprune.errors import ArtifactError
+from fxprune.errors import ArtifactError, PlanError
 from fxprune.plans import Plan
 from fxprune.reporting import Compiled, compiled, make_report
 from fxprune.rewriting import rewrite
+from fxprune.selecting import select_tasks
 from fxprune.slimming import RECORD
 from fxprune.traced import Traced
 from fxprune.tracing import trace
@@ -53,8 +54,16 @@ def _example(description: dict[str, Any]) -> Any:
     return description["value"]
 
 
-def _examples(inputs: Any, path: Path) -> Any:
-    """Make example inputs from their description."""
+def examples(inputs: Any, where: str = "") -> Any:
+    """Make example inputs from their description: a tuple of positional ones or a dict of keyword ones.
+
+    Args:
+        inputs: from `describe_inputs`.
+        where: what an error begins with.
+
+    Raises:
+        ArtifactError: there is no description, or it is damaged.
+    """
     if inputs is None:
         raise ArtifactError(
             "the example inputs of this network could not be saved. Pass `example_inputs=` as to `compile`."
@@ -64,7 +73,7 @@ def _examples(inputs: Any, path: Path) -> Any:
         return args or {k: _example(v) for k, v in inputs["kwargs"].items()}
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ArtifactError(
-            f"{path}: the description of the example inputs is damaged ({type(error).__name__}: {error}). Pass "
+            f"{where}the description of the example inputs is damaged ({type(error).__name__}: {error}). Pass "
             "`example_inputs=` as to `compile`."
         ) from error
 
@@ -85,7 +94,10 @@ def save(slim: nn.Module, path: str | os.PathLike[str]) -> None:
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{folder} is a file. Pass the path of a folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    data = {"plan": json.loads(record.report.plan.to_json()), "inputs": record.inputs, "freeze": dict(record.freeze)}
+    data = {
+        "plan": json.loads(record.report.plan.to_json()), "inputs": record.inputs, "freeze": dict(record.freeze),
+        "tasks": record.tasks,
+    }  # fmt: skip
     data |= {"decomposed": list(record.decomposed)} if record.decomposed else {}
     save_model(slim, str(folder / WEIGHTS))
     (folder / PLAN).write_text(json.dumps(data))
@@ -93,6 +105,8 @@ def save(slim: nn.Module, path: str | os.PathLike[str]) -> None:
 
 def load(path: str | os.PathLike[str], model: nn.Module, *, example_inputs: Any = None) -> fx.GraphModule:
     """Load a slim network: cut a fresh model of the class the same way and fill it with the saved weights.
+
+    What was saved of some tasks (see `select_tasks`) is loaded as the network of these.
 
     Args:
         path: the folder that `save` wrote.
@@ -106,7 +120,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, example_inputs: Any 
     data = _read_plan(folder / PLAN)
     plan = Plan.from_json(json.dumps(data["plan"]))
     if example_inputs is None:
-        example_inputs = _examples(data["inputs"], folder / PLAN)
+        example_inputs = examples(data["inputs"], f"{folder / PLAN}: ")
     traced = trace(model, example_inputs)
     _check_nodes(traced, data["freeze"], folder / PLAN)
     names = tuple(data.get("decomposed", ()))
@@ -118,15 +132,27 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, example_inputs: Any 
     traced = decompose(traced, names)
     coupling = couple(traced, freeze=data["freeze"])
     slim = rewrite(coupling, plan)
+    report = make_report(coupling, plan, None, ("loaded from a file",))
+    slim.meta[RECORD] = Compiled(report, data["inputs"], data["freeze"], names)
+    if data.get("tasks") is not None:
+        slim = _of_tasks(slim, data["tasks"], folder / PLAN)
     weights = folder / WEIGHTS
     try:
         _check_dtypes(slim, weights)
         load_model(slim, str(weights))
     except (SafetensorError, RuntimeError, OSError) as error:
         raise ArtifactError(f"{weights} does not fit or is damaged: {error}. Save the network again.") from error
-    report = make_report(coupling, plan, None, ("loaded from a file",))
-    slim.meta[RECORD] = Compiled(report, data["inputs"], data["freeze"], names)
     return slim
+
+
+def _of_tasks(slim: fx.GraphModule, tasks: Any, path: Path) -> fx.GraphModule:
+    """Select the tasks that a file names."""
+    if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
+        raise ArtifactError(f"{path}: 'tasks': expected names of tasks, found {tasks!r:.60}. Save the network again.")
+    try:
+        return select_tasks(slim, tasks)
+    except PlanError as error:
+        raise ArtifactError(f"{path} is of some tasks: {error} Use the model class that was compiled.") from error
 
 
 def _check_nodes(traced: Traced, freeze: Any, path: Path) -> None:

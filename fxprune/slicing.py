@@ -78,7 +78,11 @@ def kept_size(ids: np.ndarray, dim: int, keep: np.ndarray) -> int:
 
 def sliced_like(value: torch.Tensor, labels: Labels | None, kept: Kept) -> torch.Tensor:
     """Return a sliced copy of a parameter or buffer that is a parameter where the original is."""
-    result = value.detach().clone() if labels is None else slice_tensor(value, labels, kept)
+    return copied_like(value, value.detach().clone() if labels is None else slice_tensor(value, labels, kept))
+
+
+def copied_like(value: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    """Return a copy of (a part of) a parameter or buffer: a parameter if that is one, with the attributes of it."""
     if isinstance(value, torch.nn.Parameter):
         result = torch.nn.Parameter(result, requires_grad=value.requires_grad)
     for key, attribute in vars(value).items():

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from fxprune.cloning import State, named_state
+from fxprune.cloning import State, named_part, named_state
 
 TRAINING = "fxprune_training"
 """Name of the submodule that answers whether the network is in training mode."""
@@ -91,6 +92,19 @@ def taking_part(root: nn.Module, graph: fx.Graph) -> tuple[tuple[State, ...], li
         elif item[2]:
             unused.append(item[0])
     return tuple(used), unused
+
+
+def used_state(root: nn.Module, graph: fx.Graph) -> tuple[State, ...]:
+    """Return the parameters, buffers and constants that a graph uses, shared ones once, by the name it uses them by."""
+    found: dict[int, State] = {}
+    for target in dict.fromkeys(str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")):
+        part = named_part(root, target)
+        if isinstance(part, torch.Tensor):
+            found.setdefault(id(part), (target, part, isinstance(part, nn.Parameter)))
+        elif isinstance(part, nn.Module):
+            for name, t, is_parameter in named_state(part):
+                found.setdefault(id(t), (f"{target}.{name}", t, is_parameter))
+    return tuple(found.values())
 
 
 def left_out(unused: list[str]) -> list[str]:

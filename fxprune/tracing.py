@@ -149,7 +149,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Traced:
     Raises:
         TraceError: no example inputs, inputs that do not fit the signature, or neither front end can trace the model.
     """
-    args, kwargs = _inputs(model, example_inputs)
+    args, kwargs = checked_inputs(model, example_inputs)
     first = None
     for through in (True, False):
         try:
@@ -172,7 +172,12 @@ def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]
 
 
-def _inputs(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def checked_inputs(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return example inputs as positional and keyword arguments of a model's forward.
+
+    Raises:
+        TraceError: they hold no tensor, or do not fit the signature.
+    """
     if not isinstance(model, nn.Module):
         raise TraceError(f"the model is a {type(model).__name__}, not a torch.nn.Module. Pass the module itself.")
     if is_packed(example_inputs):

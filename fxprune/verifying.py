@@ -22,6 +22,7 @@ from fxprune.cloning import clone, named_state
 from fxprune.coupling import Coupling
 from fxprune.errors import VerificationError
 from fxprune.masking import NO_INPUT, AbsentIsNaN, InFloat64
+from fxprune.outputs import parts_of
 from fxprune.plans import Plan
 from fxprune.slimming import EXACT
 from fxprune.values import bind, tensors_in
@@ -147,14 +148,8 @@ def named_outputs(value: Any) -> dict[str, torch.Tensor]:
     """Return output name -> tensor: keys of dicts, fields of dataclasses, positions of tuples."""
     if isinstance(value, torch.Tensor):
         return {"output": value}
-    if hasattr(value, "__dataclass_fields__"):
-        items = {k: getattr(value, k) for k in value.__dataclass_fields__}
-    elif isinstance(value, dict):
-        items = value
-    else:
-        items = dict(enumerate(value)) if isinstance(value, (tuple, list)) else {}
     found = {}
-    for key, item in items.items():
+    for key, item in (parts_of(value) or {}).items():
         for name, t in named_outputs(item).items():
             found[str(key) if name == "output" else f"{key}.{name}"] = t
     return found
