@@ -271,11 +271,12 @@ def _trace_once(
     modules = list(modules_in(root))
     make_traceable(m for _, m in modules)
     tracer = make(training)
+    tracer.submodule_paths = {m: name for name, m in modules}
     modes = [(vars(m), m.training) for _, m in modules]
     for attributes, mode in modes:
         if mode == model.training:
             attributes["training"] = tracer.flag
-    with _through_wrapped() if through else nullcontext(), watched(m for _, m in modules):
+    with _through_wrapped() if through else nullcontext(), watched((m for _, m in modules), tracer._autowrap_function_ids):
         graph = tracer.trace(root)
     _restore_buffers(modules, model, copies)
     written = {id(t) for t, version in seen if t._version != version}
