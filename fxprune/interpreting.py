@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from fxprune import labels as algebra
 from fxprune.calling import call_of, call_of_function, is_identity, plain_calls
 from fxprune.cloning import State, submodule
+from fxprune.following import follow
 from fxprune.labelling import NO_BUFFER, Labelling
 from fxprune.records import Interpretation, Labelled
 from fxprune.running import MetaRunner
@@ -27,6 +28,9 @@ _PLAIN = {
 }  # fmt: skip
 """Functions that make no ATen call on anything but tensors."""
 
+
+_OWN = ("torch.nn.", "fxprune.")
+"""Where classes of modules are at home that are no user's."""
 
 _SHAPE_KEEPING = POINTWISE | {torch.ops.aten.native_batch_norm, torch.ops.aten.empty}
 """Ops whose result has the shape of what goes in, whatever that is; a batch norm asks for empty memory too."""
@@ -47,6 +51,8 @@ class GraphRunner(MetaRunner):
         super().__init__(root, graph)
         self.mode = mode
         self._plain_calls = plain_calls()
+        self._unfollowed: set[type[torch.nn.Module]] = set()
+        """Classes of modules of which one was to be run, as others will probably be."""
 
     def run_all(self, values: Iterable[Any]) -> None:
         """Run all nodes; `values` are those of the placeholders."""
@@ -78,11 +84,26 @@ class GraphRunner(MetaRunner):
                 self._read(operands[0])
                 return operands[0]
             call = call_of(module, operands[0])
+            if call is None and not type(module).__module__.startswith(_OWN):
+                return self._follow(n, module, operands[0])
         if call is None:
             return None
         if len(operands) == 1 and call[0].overloadpacket in POINTWISE:
             self.mode.record.keeps_shape.add(n.name)
         return self.mode.call(*call)
+
+    def _follow(self, n: fx.Node, module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+        """Return the result of a module of the user's that makes common calls only; None where it has to be run."""
+        found = None if type(module) in self._unfollowed else follow(module, x)
+        if found is None:
+            self._unfollowed.add(type(module))
+            return None
+        value, made = found
+        for (func, args), out in made:
+            self.mode.enter(func, args, out)
+        if all(func.overloadpacket in _SHAPE_KEEPING for (func, _), _ in made):
+            self.mode.record.keeps_shape.add(n.name)
+        return value
 
     def _read(self, value: Any) -> None:
         """Note that the memory of a value was needed up to now."""

@@ -276,7 +276,10 @@ def _trace_once(
     for attributes, mode in modes:
         if mode == model.training:
             attributes["training"] = tracer.flag
-    with _through_wrapped() if through else nullcontext(), watched((m for _, m in modules), tracer._autowrap_function_ids):
+    with (
+        _through_wrapped() if through else nullcontext(),
+        watched((m for _, m in modules), tracer._autowrap_function_ids),
+    ):
         graph = tracer.trace(root)
     _restore_buffers(modules, model, copies)
     written = {id(t) for t, version in seen if t._version != version}

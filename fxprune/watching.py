@@ -16,7 +16,10 @@ class _Trace(threading.local):
     """What the symbolic trace of a thread has for `torch.nn.Module`: its `__call__` and its `__getattr__`."""
 
     def __init__(self) -> None:
-        self.methods: dict[str, Callable[..., Any]] = {"__call__": nn.Module.__call__, "__getattr__": nn.Module.__getattr__}
+        self.methods: dict[str, Callable[..., Any]] = {
+            "__call__": nn.Module.__call__,
+            "__getattr__": nn.Module.__getattr__,
+        }
 
 
 _trace = _Trace()
