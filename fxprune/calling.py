@@ -170,19 +170,29 @@ def layer_norm(module: Any, x: torch.Tensor) -> Call | None:
 
 
 def function_batch_norm(
-    x: torch.Tensor,
-    mean: torch.Tensor | None,
-    var: torch.Tensor | None,
+    input: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Call | None:
-    """x: (b, c, *space), all others: (c,). With running statistics."""
-    if training or mean is None or var is None or x.ndim < 2 or x.shape[1] != len(mean) or mean.dtype != x.dtype:
+    """input: (b, c, *space), all others: (c,). With running statistics."""
+    if training or running_mean is None or running_var is None or momentum is None:
         return None
-    return aten.native_batch_norm.default, (x, weight, bias, mean, var, False, momentum, eps)
+    if input.ndim < 2 or input.shape[1] != len(running_mean) or running_mean.dtype != input.dtype:
+        return None
+    state = weight, bias, running_mean, running_var
+    return aten.native_batch_norm.default, (input, *state, False, momentum, eps)
+
+
+def mean(x: torch.Tensor, dim: Any = (), keepdim: bool = False, **others: Any) -> Call | None:
+    """x: any shape; some dims, which are named, disappear."""
+    dims = [dim] if isinstance(dim, int) else dim
+    plain = isinstance(dims, (tuple, list)) and dims and all(type(d) is int for d in dims) and not others
+    return (aten.mean.dim, (x, list(dims), bool(keepdim))) if plain else None
 
 
 _ACTIVATIONS = {
@@ -200,6 +210,8 @@ def call_of_torch_function(function: Any, args: tuple[Any, ...], kwargs: dict[st
         return None
     if function is F.batch_norm:
         return function_batch_norm(*args, **kwargs)
+    if function in (torch.mean, torch.Tensor.mean):
+        return mean(*args, **kwargs)
     if function in _ACTIVATIONS and len(args) == 1 and kwargs.keys() <= {"inplace"}:
         return _ACTIVATIONS[function][bool(kwargs.get("inplace"))], args
     return None if kwargs else call_of_function(function, list(args))

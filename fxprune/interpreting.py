@@ -13,7 +13,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxprune import labels as algebra
-from fxprune.calling import call_of, call_of_function, is_identity, plain_calls
+from fxprune.calling import call_of, call_of_torch_function, is_identity, plain_calls
 from fxprune.cloning import State, submodule
 from fxprune.following import follow
 from fxprune.labelling import NO_BUFFER, Labelling
@@ -71,14 +71,15 @@ class GraphRunner(MetaRunner):
 
     def _call(self, n: fx.Node) -> torch.Tensor | None:
         """Return the result of a common layer or operator without running it; None where it has to be run."""
-        if n.op not in ("call_module", "call_function", "call_method") or n.kwargs:
+        if n.op not in ("call_module", "call_function", "call_method"):
             return None
-        operands = [self.env[a] if isinstance(a, fx.Node) else None for a in n.args]
+        operands = [self.env[a] if isinstance(a, fx.Node) else a for a in n.args]
         call = None
         if n.op != "call_module":
             function = getattr(torch.Tensor, str(n.target), None) if n.op == "call_method" else n.target
-            call = call_of_function(function, operands)
-        elif self._plain_calls and len(operands) == 1 and isinstance(operands[0], torch.Tensor):
+            kwargs = {key: self.env[a] if isinstance(a, fx.Node) else a for key, a in n.kwargs.items()}
+            call = call_of_torch_function(function, tuple(operands), kwargs)
+        elif self._plain_calls and len(operands) == 1 and not n.kwargs and isinstance(operands[0], torch.Tensor):
             module = submodule(self.module, str(n.target))
             if is_identity(module):
                 self._read(operands[0])

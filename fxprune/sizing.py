@@ -224,7 +224,7 @@ class SizedTracer(fx.Tracer):
         self._module = root
         try:
             for name in _FACTORIES:
-                setattr(torch, name, self._recorded(plain[name]))
+                setattr(torch, name, _recorded(plain[name]))
             torch.autocast = self._left_out(plain["autocast"])
             return super().trace(type(root).forward, concrete_args)  # of a module, torch would visit all that is in it
         finally:
@@ -246,14 +246,6 @@ class SizedTracer(fx.Tracer):
                         self.tensor_attrs.setdefault(value, f"{path}.{key}" if path else key)
         return super().create_arg(a)
 
-    def _recorded(self, function: Any) -> Any:
-        @functools.wraps(function)
-        def record(*args: Any, **kwargs: Any) -> Any:
-            symbolic = any(isinstance(a, fx.Proxy) for a in pytree.tree_leaves((args, kwargs)))
-            return self.create_proxy("call_function", function, args, kwargs) if symbolic else function(*args, **kwargs)
-
-        return record
-
     def _left_out(self, autocast: Any) -> Any:
         @functools.wraps(autocast, updated=())
         def note(*args: Any, **kwargs: Any) -> Any:
@@ -261,6 +253,20 @@ class SizedTracer(fx.Tracer):
             return nullcontext()
 
         return note
+
+
+@functools.cache
+def _recorded(function: Any) -> Any:
+    """Return a function that is recorded where symbolic values are among its arguments."""
+
+    @functools.wraps(function)
+    def record(*args: Any, **kwargs: Any) -> Any:
+        symbol = next((a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, fx.Proxy)), None)
+        if symbol is None:
+            return function(*args, **kwargs)
+        return symbol.tracer.create_proxy("call_function", function, args, kwargs)
+
+    return record
 
 
 class _Sizes(MetaRunner):
