@@ -65,8 +65,10 @@ def steps_of(group: Group, path: RemovalPath, scope: str, constraints: Constrain
             keys[-1] += relative[-1]
     else:
         keys = relative[stops]
-    total = np.zeros((len(stops), path.errors.shape[1]))
-    np.add.at(total, step, path.errors[: len(choices)])
+    total = path.errors[: len(choices)]
+    if constraints.multiple_of > 1:
+        total = np.zeros((len(stops), total.shape[1]))
+        np.add.at(total, step, path.errors[: len(choices)])
     return Steps(group.index, choices.ravel(), np.repeat(step, per_step), keys, total)
 
 
@@ -205,7 +207,8 @@ def steps_of_all(coupling: Coupling, paths: Sequence[RemovalPath], scope: str, c
     price = _prices(coupling, paths)
 
     def bundled() -> list[Steps]:
-        return [steps_of(groups[path.group], path.without(held), scope, constraints) for path in paths]
+        left = [path.without(held) for path in paths] if held.any() else paths
+        return [steps_of(groups[path.group], path, scope, constraints) for path in left]
 
     while True:
         steps = bundled()

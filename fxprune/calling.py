@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 aten = torch.ops.aten
 
@@ -102,25 +103,10 @@ def batch_norm(module: Any, x: torch.Tensor) -> Call | None:
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     mean, var = module._buffers.get("running_mean"), module._buffers.get("running_var")
     rank = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}[type(module)]
-    if (
-        module.training
-        or mean is None
-        or var is None
-        or x.ndim not in rank
-        or x.shape[1] != len(mean)
-        or mean.dtype != x.dtype
-    ):
+    momentum = 0.0 if module.momentum is None else module.momentum
+    if module.training or x.ndim not in rank:
         return None
-    return aten.native_batch_norm.default, (
-        x,
-        weight,
-        bias,
-        mean,
-        var,
-        False,
-        0.0 if module.momentum is None else module.momentum,
-        module.eps,
-    )
+    return function_batch_norm(x, mean, var, weight, bias, False, momentum, module.eps)
 
 
 @calls(nn.ReLU)
@@ -181,6 +167,54 @@ def layer_norm(module: Any, x: torch.Tensor) -> Call | None:
     if x.shape[-len(sizes) :] != sizes or (weight is not None and weight.dtype != x.dtype):
         return None
     return aten.native_layer_norm.default, (x, sizes, weight, bias, module.eps)
+
+
+def function_batch_norm(
+    input: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Call | None:
+    """input: (b, c, *space), all others: (c,). With running statistics."""
+    if training or running_mean is None or running_var is None or momentum is None:
+        return None
+    if input.ndim < 2 or input.shape[1] != len(running_mean) or running_mean.dtype != input.dtype:
+        return None
+    state = weight, bias, running_mean, running_var
+    return aten.native_batch_norm.default, (input, *state, False, momentum, eps)
+
+
+def mean(x: torch.Tensor, dim: Any = (), keepdim: bool = False, **others: Any) -> Call | None:
+    """x: any shape; some dims, which are named, disappear."""
+    dims = [dim] if isinstance(dim, int) else dim
+    plain = isinstance(dims, (tuple, list)) and dims and all(type(d) is int for d in dims) and not others
+    return (aten.mean.dim, (x, list(dims), bool(keepdim))) if plain else None
+
+
+_ACTIVATIONS = {
+    F.relu: (aten.relu.default, aten.relu_.default),
+    F.hardswish: (aten.hardswish.default, aten.hardswish_.default),
+    F.hardsigmoid: (aten.hardsigmoid.default, aten.hardsigmoid_.default),
+    F.silu: (aten.silu.default, aten.silu_.default),
+}
+"""Activations of `torch.nn.functional`, and what they call: not in place and in place."""
+
+
+def call_of_torch_function(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    """Return the only ATen call of a function on floating tensors; None where only running it tells."""
+    if not args or not isinstance(args[0], torch.Tensor) or not args[0].is_floating_point():
+        return None
+    if function is F.batch_norm:
+        return function_batch_norm(*args, **kwargs)
+    if function in (torch.mean, torch.Tensor.mean):
+        return mean(*args, **kwargs)
+    if function in _ACTIVATIONS and len(args) == 1 and kwargs.keys() <= {"inplace"}:
+        return _ACTIVATIONS[function][bool(kwargs.get("inplace"))], args
+    return None if kwargs else call_of_function(function, list(args))
 
 
 def is_identity(module: nn.Module) -> bool:

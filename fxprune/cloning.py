@@ -59,6 +59,14 @@ def named_part(module: nn.Module, name: str) -> Any:
     return getattr(holder, key)
 
 
+def plain_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors that are plain attributes of a module by name."""
+    attributes = vars(module)
+    if torch.Tensor not in map(type, attributes.values()):
+        return {}
+    return {key: value for key, value in attributes.items() if type(value) is torch.Tensor}
+
+
 def named_state(module: nn.Module) -> Iterator[State]:
     """Yield (name, tensor, is a parameter) of every parameter, buffer and plain tensor attribute, shared ones once."""
     seen: set[int] = set()
@@ -68,8 +76,7 @@ def named_state(module: nn.Module) -> Iterator[State]:
         own = [(k, v, True) for k, v in parameters.items()] if parameters else []
         if buffers:
             own += [(k, v, False) for k, v in buffers.items()]
-        if torch.Tensor in map(type, attributes.values()):
-            own += [(k, v, False) for k, v in attributes.items() if type(v) is torch.Tensor]
+        own += [(k, v, False) for k, v in plain_tensors(child).items()]
         for key, value, is_parameter in own:
             if value is not None and id(value) not in seen:
                 seen.add(id(value))
@@ -114,7 +121,7 @@ class Cloner:
         state.update(vars(module))
         for key, value in vars(module).items():
             kind = type(value)
-            if kind in _ATOMIC:
+            if kind in _ATOMIC or (kind is tuple and _ATOMIC.issuperset(map(type, value))):
                 continue
             if kind in _TABLES and not value:
                 state[key] = kind()

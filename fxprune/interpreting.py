@@ -13,8 +13,9 @@ from torch.utils import _pytree as pytree
 
 from fxprune import labels as algebra
 from fxprune.attending import Attending
-from fxprune.calling import call_of, call_of_function, is_identity, plain_calls
+from fxprune.calling import call_of, call_of_torch_function, is_identity, plain_calls
 from fxprune.cloning import State, submodule
+from fxprune.following import follow
 from fxprune.labelling import NO_BUFFER, Labelling
 from fxprune.records import Interpretation, Labelled
 from fxprune.running import MetaRunner
@@ -27,6 +28,9 @@ _PLAIN = {
 }  # fmt: skip
 """Functions that make no ATen call on anything but tensors."""
 
+
+_OWN = ("torch.nn.", "fxprune.")
+"""Where classes of modules are at home that are no user's."""
 
 _SHAPE_KEEPING = POINTWISE | {torch.ops.aten.native_batch_norm, torch.ops.aten.empty}
 """Ops whose result has the shape of what goes in, whatever that is; a batch norm asks for empty memory too."""
@@ -48,6 +52,8 @@ class GraphRunner(MetaRunner):
         self.mode = mode
         self._attending = Attending(mode)
         self._plain_calls = plain_calls()
+        self._unfollowed: set[type[torch.nn.Module]] = set()
+        """Classes of modules of which one was to be run, as others will probably be."""
 
     def run_all(self, values: Iterable[Any]) -> None:
         """Run all nodes; `values` are those of the placeholders."""
@@ -69,24 +75,40 @@ class GraphRunner(MetaRunner):
 
     def _call(self, n: fx.Node) -> torch.Tensor | None:
         """Return the result of a common layer or operator without running it; None where it has to be run."""
-        if n.op not in ("call_module", "call_function", "call_method") or n.kwargs:
+        if n.op not in ("call_module", "call_function", "call_method"):
             return None
-        operands = [self.env[a] if isinstance(a, fx.Node) else None for a in n.args]
+        operands = [self.env[a] if isinstance(a, fx.Node) else a for a in n.args]
         call = None
         if n.op != "call_module":
             function = getattr(torch.Tensor, str(n.target), None) if n.op == "call_method" else n.target
-            call = call_of_function(function, operands)
-        elif self._plain_calls and len(operands) == 1 and isinstance(operands[0], torch.Tensor):
+            kwargs = {key: self.env[a] if isinstance(a, fx.Node) else a for key, a in n.kwargs.items()}
+            call = call_of_torch_function(function, tuple(operands), kwargs)
+        elif self._plain_calls and len(operands) == 1 and not n.kwargs and isinstance(operands[0], torch.Tensor):
             module = submodule(self.module, str(n.target))
             if is_identity(module):
                 self._read(operands[0])
                 return operands[0]
             call = call_of(module, operands[0])
+            if call is None and not type(module).__module__.startswith(_OWN):
+                return self._follow(n, module, operands[0])
         if call is None:
             return None
         if len(operands) == 1 and call[0].overloadpacket in POINTWISE:
             self.mode.record.keeps_shape.add(n.name)
         return self.mode.call(*call)
+
+    def _follow(self, n: fx.Node, module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+        """Return the result of a module of the user's that makes common calls only; None where it has to be run."""
+        found = None if type(module) in self._unfollowed else follow(module, x)
+        if found is None:
+            self._unfollowed.add(type(module))
+            return None
+        value, made = found
+        for (func, args), out in made:
+            self.mode.enter(func, args, out)
+        if all(func.overloadpacket in _SHAPE_KEEPING for (func, _), _ in made):
+            self.mode.record.keeps_shape.add(n.name)
+        return value
 
     def _read(self, value: Any) -> None:
         """Note that the memory of a value was needed up to now."""

@@ -77,7 +77,10 @@ class Labelling(TorchDispatchMode):
 
     def call(self, func: Any, args: tuple[Any, ...]) -> torch.Tensor:
         """Label one ATen call on floating tensors without going through the dispatcher; return its first result."""
-        out = self._kernels.run(func, args, {})
+        return self.enter(func, args, self._kernels.run(func, args, {}))
+
+    def enter(self, func: Any, args: tuple[Any, ...], out: Any) -> torch.Tensor:
+        """Label what an ATen call on floating tensors has returned; return the first result."""
         results = [out] if isinstance(out, torch.Tensor) else [out[0], *(t for t in out[1:] if t.numel())]
         inputs = [a for a in args if isinstance(a, torch.Tensor)]
         self._label(Op(func, out, self), args, {}, results, inputs)

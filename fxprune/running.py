@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxprune.calling import call_of_torch_function
 from fxprune.cloning import clone, named_part, named_state
 from fxprune.expecting import Expected
 from fxprune.meta import OnMeta, meta_tensor
 from fxprune.recurrent import run_module
+from fxprune.telling import told
 
 
 class Runner(fx.Interpreter):
@@ -59,10 +61,22 @@ class MetaRunner(Runner):
 
     def run_on_meta(self, n: fx.Node) -> Any:
         """Run one node on the values of `env`, without gradients."""
+        known = self._told(n)
+        if known is not None:
+            return known
         if n.op in ("get_attr", "call_module"):
             self.fetch_attr(str(n.target))  # outside of the mode, which would take part in making each twin
         with torch.no_grad(), self._mode:
             return Runner.run_node(self, n)
+
+    def _told(self, n: fx.Node) -> Any:
+        """Return what a function or method that is one common ATen call returns; None where it has to be run."""
+        if n.op not in ("call_function", "call_method"):
+            return None
+        function = getattr(torch.Tensor, str(n.target), None) if n.op == "call_method" else n.target
+        call = call_of_torch_function(function, self._value(n.args), self._value(n.kwargs))
+        out = None if call is None else told(*call, {})
+        return out[0] if isinstance(out, tuple) else out
 
     def fetch_attr(self, target: str) -> Any:
         """Return what a node refers to, with its tensors on the meta device."""

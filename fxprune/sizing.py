@@ -20,9 +20,11 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 from torch.fx import proxy
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
 
+from fxprune.cloning import modules_in
 from fxprune.expecting import NUMBERS, Expected
 from fxprune.running import MetaRunner
 from fxprune.sources import user_line
@@ -30,6 +32,7 @@ from fxprune.sources import user_line
 _FACTORIES = ("tensor", "arange", "linspace", "eye", "zeros", "ones", "full", "empty", "rand", "randn")
 
 
+_CONSTANTS = (torch.Tensor, torch.ScriptObject, pytree.TreeSpec)
 _UNPACK = dis.opmap["UNPACK_SEQUENCE"]
 
 
@@ -126,6 +129,7 @@ class SizedTracer(fx.Tracer):
     """
 
     proxy_buffer_attributes = True
+    _module: nn.Module
 
     def __init__(self, inputs: Mapping[str, Any], device: torch.device) -> None:
         super().__init__()
@@ -138,6 +142,7 @@ class SizedTracer(fx.Tracer):
         self.latest: list[_Check] = []
         self._asked: set[Any] = set()
         self._count = 0
+        self._looked_up = False
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Wrap a node in a value that knows its sizes."""
@@ -215,22 +220,31 @@ class SizedTracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace a module; what makes tensors out of sizes is recorded too."""
         plain = {name: getattr(torch, name) for name in (*_FACTORIES, "autocast")}
+        _LazyGraphModule.force_recompile(root)
+        self._module = root
         try:
             for name in _FACTORIES:
-                setattr(torch, name, self._recorded(plain[name]))
+                setattr(torch, name, _recorded(plain[name]))
             torch.autocast = self._left_out(plain["autocast"])
-            return super().trace(root, concrete_args)
+            return super().trace(type(root).forward, concrete_args)  # of a module, torch would visit all that is in it
         finally:
             for name, function in plain.items():
                 setattr(torch, name, function)
 
-    def _recorded(self, function: Any) -> Any:
-        @functools.wraps(function)
-        def record(*args: Any, **kwargs: Any) -> Any:
-            symbolic = any(isinstance(a, fx.Proxy) for a in pytree.tree_leaves((args, kwargs)))
-            return self.create_proxy("call_function", function, args, kwargs) if symbolic else function(*args, **kwargs)
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """Return the function to call and its arguments: the module, for which torch made an empty one, and symbols."""
+        self.root = self._module
+        return super().create_args_for_root(root_fn, True, concrete_args)
 
-        return record
+    def create_arg(self, a: Any) -> Any:
+        """Know by its name a tensor that is a plain attribute of a module; these are looked up where one is met."""
+        if isinstance(a, _CONSTANTS) and not self._looked_up:
+            self._looked_up = True
+            for path, module in modules_in(self.root):
+                for key, value in vars(module).items():
+                    if isinstance(value, _CONSTANTS):
+                        self.tensor_attrs.setdefault(value, f"{path}.{key}" if path else key)
+        return super().create_arg(a)
 
     def _left_out(self, autocast: Any) -> Any:
         @functools.wraps(autocast, updated=())
@@ -239,6 +253,20 @@ class SizedTracer(fx.Tracer):
             return nullcontext()
 
         return note
+
+
+@functools.cache
+def _recorded(function: Any) -> Any:
+    """Return a function that is recorded where symbolic values are among its arguments."""
+
+    @functools.wraps(function)
+    def record(*args: Any, **kwargs: Any) -> Any:
+        symbol = next((a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, fx.Proxy)), None)
+        if symbol is None:
+            return function(*args, **kwargs)
+        return symbol.tracer.create_proxy("call_function", function, args, kwargs)
+
+    return record
 
 
 class _Sizes(MetaRunner):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxprune.cloning import Cloner, submodule
+from fxprune.cloning import Cloner, clone, submodule
 
 RECORD = "fxprune"
 """Key of the compilation's record in `slim.meta`."""
@@ -97,8 +97,11 @@ def _home(homes: dict[str, tuple[nn.Module, nn.Module]], path: str) -> tuple[nn.
     return found
 
 
+_EMPTY = nn.Module()
+
+
 def _container(module: nn.Module) -> nn.Module:
-    plain = nn.Module()
+    plain = clone(_EMPTY)  # several times faster than to make one
     plain.training = module.training
     return plain
 

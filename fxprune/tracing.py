@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from fxprune.attention import MultiheadAttention, make_traceable
-from fxprune.cloning import clone, modules_in, named_part, named_state
+from fxprune.cloning import clone, modules_in, named_part, named_state, plain_tensors
 from fxprune.errors import TraceError
 from fxprune.expecting import Expect, Expected
 from fxprune.exporting import exported
@@ -207,8 +207,9 @@ def checked_inputs(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ..
 
 @without_collector
 def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], through: bool) -> Traced:
-    fixed = _fixed(model, args, kwargs)
-    given = inspect.signature(model.forward).bind(*args, **kwargs)
+    signature = inspect.signature(model.forward)
+    given = signature.bind(*args, **kwargs)
+    fixed = _fixed(signature, given.arguments)
     given.apply_defaults()
     device = next(t.device for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
     make = functools.partial(Tracer, fixed, to_meta(given.arguments), device)
@@ -233,10 +234,8 @@ def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], t
     return Traced(model, root, graph, args, kwargs, "symbolic_trace", one_path, tuple(notes), tracer.sources, state)
 
 
-def _fixed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _fixed(signature: inspect.Signature, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of forward that the examples leave at a default, or give as something but tensors."""
-    signature = inspect.signature(model.forward)
-    given = signature.bind(*args, **kwargs).arguments
     fixed = {}
     for name, parameter in signature.parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -261,7 +260,7 @@ def _guarded(modules: list[nn.Module]) -> tuple[dict[int, torch.Tensor], list[tu
             if type(m).__module__.startswith("torch.nn."):
                 seen += [(t, t._version) for t in m._buffers.values() if t is not None]
                 continue
-            for t in [*m._buffers.values(), *(v for v in vars(m).values() if type(v) is torch.Tensor)]:
+            for t in [*m._buffers.values(), *plain_tensors(m).values()]:
                 if t is not None:
                     own = copies[id(t)] = t.clone()
                     seen.append((own, own._version))
@@ -276,11 +275,15 @@ def _trace_once(
     modules = list(modules_in(root))
     make_traceable(m for _, m in modules)
     tracer = make(training)
+    tracer.submodule_paths = {m: name for name, m in modules}
     modes = [(vars(m), m.training) for _, m in modules]
     for attributes, mode in modes:
         if mode == model.training:
             attributes["training"] = tracer.flag
-    with _through_wrapped() if through else nullcontext(), watched(m for _, m in modules):
+    with (
+        _through_wrapped() if through else nullcontext(),
+        watched((m for _, m in modules), tracer._autowrap_function_ids),
+    ):
         graph = tracer.trace(root)
     _restore_buffers(modules, model, copies)
     written = {id(t) for t, version in seen if t._version != version}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,22 +12,39 @@ from torch import nn
 from torch.fx import _symbolic_trace
 
 
+class _Trace(threading.local):
+    """What the symbolic trace of a thread has for `torch.nn.Module`: its `__call__` and its `__getattr__`."""
+
+    def __init__(self) -> None:
+        self.methods: dict[str, Callable[..., Any]] = {
+            "__call__": nn.Module.__call__,
+            "__getattr__": nn.Module.__getattr__,
+        }
+
+
+_trace = _Trace()
+_set = object.__setattr__  # that of modules looks for parameters
+
+
 class _Patcher(_symbolic_trace._Patcher):
-    """Sets on a few classes what a symbolic trace sets on `torch.nn.Module`.
+    """Gives the watched modules what a symbolic trace sets on `torch.nn.Module`.
 
     Set there, every class derived from it, and with torch alone these are hundreds, looks up its slots again.
     """
 
-    def __init__(self, kinds: Iterable[type[nn.Module]]) -> None:
+    def __init__(self, wrapped: set[int]) -> None:
         super().__init__()
-        self.kinds = kinds
+        self.wrapped = wrapped
 
     def patch_method(self, cls: type, name: str, new_fn: Callable[..., Any], deduplicate: bool = True) -> None:
-        if cls is not nn.Module:
+        if cls is nn.Module:
+            _trace.methods[name] = new_fn
+        else:
             super().patch_method(cls, name, new_fn, deduplicate)
-            return
-        for kind in self.kinds:
-            setattr(kind, name, new_fn)
+
+    def visit_once(self, thing: Any) -> bool:
+        """Say whether a namespace is to be searched for functions such as `math.sqrt`: not yet, and it has some."""
+        return super().visit_once(thing) and not self.wrapped.isdisjoint(map(id, thing.values()))
 
 
 def _is_plain(kind: type[nn.Module]) -> bool:
@@ -38,26 +57,46 @@ def _is_plain(kind: type[nn.Module]) -> bool:
     )
 
 
+def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return _trace.methods["__call__"](module, *args, **kwargs)
+
+
+def _read(module: nn.Module, name: str) -> Any:
+    return _trace.methods["__getattr__"](module, name)
+
+
+@functools.cache
+def _watched(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that modules of a plain class have while they are watched. To make one takes its time."""
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (kind,), {**names, "__call__": _call, "__getattr__": _read})
+
+
 @contextmanager
-def watched(modules: Iterable[nn.Module]) -> Iterator[None]:
+def watched(modules: Iterable[nn.Module], wrapped: set[int]) -> Iterator[None]:
     """Let a symbolic trace see calls of these modules and reads of their parameters; others run as they are.
 
     Meanwhile each module is of a class of its own kind. Where a class has its own way to be called, read or derived
     from, torch watches all modules, as it does without this.
+
+    Args:
+        modules: the modules.
+        wrapped: ids of the functions that the trace wraps wherever it meets their names.
     """
     modules = list(modules)
     classes = {type(m) for m in modules}
     if not all(map(_is_plain, classes)):
         yield
         return
-    kinds = {k: type(k.__name__, (k,), {"__module__": k.__module__, "__qualname__": k.__qualname__}) for k in classes}
+    kinds = {kind: _watched(kind) for kind in classes}
     for m in modules:
-        m.__class__ = kinds[type(m)]
-    plain = _symbolic_trace._Patcher
-    _symbolic_trace._Patcher = lambda: _Patcher(kinds.values())  # pyright: ignore[reportAttributeAccessIssue]
+        _set(m, "__class__", kinds[type(m)])
+    plain, methods = _symbolic_trace._Patcher, _trace.methods
+    _symbolic_trace._Patcher = lambda: _Patcher(wrapped)  # pyright: ignore[reportAttributeAccessIssue]
+    _trace.methods = dict(methods)
     try:
         yield
     finally:
-        _symbolic_trace._Patcher = plain  # pyright: ignore[reportAttributeAccessIssue]
+        _symbolic_trace._Patcher, _trace.methods = plain, methods  # pyright: ignore[reportAttributeAccessIssue]
         for m in modules:
-            m.__class__ = type(m).__bases__[0]
+            _set(m, "__class__", type(m).__bases__[0])

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxprune
 from fxprune import interpreting
-from fxprune.calling import CALLS, FUNCTIONS, call_of, call_of_function
+from fxprune.calling import CALLS, FUNCTIONS, call_of, call_of_function, call_of_torch_function
 
 IMAGE = (2, 8, 4, 4)
 LAYERS = [
@@ -112,6 +112,7 @@ def test_the_table_only_saves_time(monkeypatch: pytest.MonkeyPatch) -> None:
     traced = fxprune.trace(Tokens().eval(), torch.randn(2, 6, 8))
     fast = fxprune.couple(traced)
     monkeypatch.setattr(interpreting, "call_of", lambda *args: None)
+    monkeypatch.setattr(interpreting, "call_of_torch_function", lambda *args: None)
     monkeypatch.setattr(interpreting, "is_identity", lambda module: False)
     slow = fxprune.couple(traced)
     assert fast.num_channels == slow.num_channels
@@ -132,6 +133,44 @@ def test_a_function_makes_the_call_that_the_table_says(function: Any) -> None:
     func, args, _ = recorded(function, *operands)
     assert func is call[0]
     assert all(same(a, b) for a, b in zip(args, call[1], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [(((2, 3),), {"keepdim": True}), (([1, -1],), {}), ((-1, True), {}), ((), {"dim": 2})],
+)
+@pytest.mark.parametrize("function", [torch.mean, Tensor.mean])
+def test_a_mean_makes_the_call_that_the_table_says(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    x = torch.empty(IMAGE, device="meta")
+    call = call_of_torch_function(function, (x, *args), kwargs)
+    assert call is not None
+    func, given, _ = recorded(lambda: function(x, *args, **kwargs))
+    assert func is call[0]
+    assert all(same(a, b) for a, b in zip([*given, False], call[1], strict=False))
+
+
+def test_unusual_calls_of_functions_are_run() -> None:
+    x, state = torch.empty(IMAGE), torch.empty(8)
+    assert call_of_torch_function(torch.mean, (x,), {}) is None
+    assert call_of_torch_function(torch.mean, (x, 1), {"dtype": torch.float64}) is None
+    assert call_of_torch_function(torch.mean, (x,), {"axis": 1}) is None
+    assert call_of_torch_function(torch.mean, (), {"input": x}) is None
+    assert call_of_torch_function(F.batch_norm, (x, state, state), {"training": True}) is None
+    assert call_of_torch_function(F.batch_norm, (x, None, None), {}) is None
+    assert call_of_torch_function(F.relu, (x.long(),), {}) is None
+    assert call_of_torch_function(F.tanh, (x,), {}) is None
+
+
+def test_a_batch_norm_by_name_makes_the_call_that_the_table_says() -> None:
+    x, mean, var = torch.empty(IMAGE, device="meta"), torch.empty(8, device="meta"), torch.empty(8, device="meta")
+    named = {"running_mean": mean, "running_var": var, "eps": 0.5}
+    call = call_of_torch_function(F.batch_norm, (x,), named)
+    assert call is not None
+    func, given, _ = recorded(lambda: F.batch_norm(x, **named))
+    assert func is call[0]
+    assert all(same(a, b) for a, b in zip(given, call[1], strict=True))
 
 
 @pytest.mark.parametrize(

@@ -44,4 +44,5 @@ def _sum_of_squares(weight: np.ndarray, dims: tuple[int, ...]) -> np.ndarray:
     else:
         flat = weight.reshape(math.prod(shape[:tail]), math.prod(shape[tail:]))
         total = np.einsum("ij,ij->i", flat, flat).reshape(shape[:tail] + (1,) * (ndim - tail))
-    return total.sum(axis=dims, keepdims=True)
+    left = tuple(d for d in dims if total.shape[d] > 1)
+    return total.sum(axis=left, keepdims=True) if left else total
