@@ -19,7 +19,7 @@ from fxprune.meta import UNDEFINED, Kernels, meta_tensor, on_meta, returns_fresh
 from fxprune.records import Buffer, Convolution, Interpretation, Term, Work
 from fxprune.rules import Op, lookup
 from fxprune.values import tensors_in
-from fxprune.workspaces import convolving
+from fxprune.workspaces import convolving, this_machine
 
 MAX_CONSTANT = 1 << 22
 """Integer constants of up to this many elements are computed, so that indexing with them can be followed."""
@@ -36,7 +36,7 @@ class Labelling(TorchDispatchMode):
     def __init__(self, state: Iterable[State]) -> None:
         """Know the parameters and buffers; they are met as they are, or as their twins on the meta device."""
         super().__init__()
-        self.record = Interpretation(Ledger())
+        self.record = Interpretation(Ledger(), this_machine())
         self.ledger = self.record.ledger
         self._origin = {id(item[1]): item for item in state}
         self._on_cpu = all(t.device.type == "cpu" for _, t, _ in self._origin.values())

@@ -10,7 +10,7 @@ import torch
 
 from fxprune.atoms import Ledger
 from fxprune.labels import Extent, Labels, Shape
-from fxprune.workspaces import Convolving, Machine, this_machine
+from fxprune.workspaces import Convolving, Machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,7 @@ class Interpretation:
     """All that one run has recorded."""
 
     ledger: Ledger
+    machine: Machine
     issued: dict[str, tuple[Shape, Labels, int, bool]] = field(default_factory=dict)
     """Parameter or buffer -> shape, labels, bytes per element, is a parameter; in order of first use."""
     named_at: dict[str, str] = field(default_factory=dict)
@@ -73,7 +74,6 @@ class Interpretation:
     work: list[Work] = field(default_factory=list)
     buffers: list[Buffer] = field(default_factory=list)
     convolutions: list[Convolution] = field(default_factory=list)
-    machine: Machine = field(default_factory=this_machine)
     paired: list[np.ndarray] = field(default_factory=list)
     """Atoms of dims over which two activations are multiplied and summed: head dims of queries and keys."""
     keeps_shape: set[str] = field(default_factory=set)
