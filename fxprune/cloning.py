@@ -115,6 +115,8 @@ class Cloner:
             return new
         kind = type(module)
         if _copies_itself(kind):
+            for _, t, _ in named_state(module):  # what a hook has computed cannot be copied
+                memo.setdefault(id(t), t)
             return self._deepcopy(module)
         new = memo[id(module)] = object.__new__(kind)
         state = vars(new)

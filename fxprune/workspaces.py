@@ -209,7 +209,8 @@ class Workspaces:
         big = of["big"] | (groups > 1) | (sizes.x // of["deep"] > SMALL)
         by_onednn = of["blocked"] & (of["half"] | (of["worth"] & big))
         elements = np.where(by_onednn, self._in_blocks(sizes, groups), self._as_patches(sizes, groups))
-        return of["itemsize"] * (np.maximum(elements, 0) + np.where(of["restrided"], sizes.weight, 0))
+        restrided = of["restrided"] & (sizes.c_in > 1)
+        return of["itemsize"] * (np.maximum(elements, 0) + np.where(restrided, sizes.weight, 0))
 
     def _in_blocks(self, sizes: Sizes, groups: np.ndarray) -> np.ndarray:
         """Return the elements that oneDNN uses: it copies what goes in, computes its output, and copies that."""
@@ -232,7 +233,7 @@ class Workspaces:
         usual = np.maximum(x + weight + patches + out - sizes.out, out)
         twice = of["transposed"] & (of["strided"] | of["biased"]) & fits & ~depthwise  # not in blocks, but copied twice
         usual = np.where(twice, np.maximum(sizes.x + sizes.weight, 2 * sizes.out), usual)
-        return np.where(of["channels_last"], weight, usual)
+        return np.where(of["channels_last"] & (sizes.c_in > 1), weight, usual)  # of a single channel, all is contiguous
 
     def _as_patches(self, sizes: Sizes, groups: np.ndarray) -> np.ndarray:
         """Return the elements of the patches that torch lays out itself, for all images at once unless dilated."""
