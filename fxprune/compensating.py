@@ -51,6 +51,17 @@ def compensate(
     Returns:
         The weights that were corrected.
     """
+    corrected = correct(coupling, plan, slim, calibration, damping=damping)
+    if calibration.batches is not None:
+        norms = _norms(opened(coupling, plan.classes), plan, calibration)
+        estimate_statistics(slim, norms, calibration.batches)
+    return corrected
+
+
+def correct(
+    coupling: Coupling, plan: Plan, slim: nn.Module, calibration: Calibration, *, damping: float
+) -> tuple[str, ...]:
+    """Correct the weights of a slim network in place, and no statistics; arguments and result as of `compensate`."""
     coupling = opened(coupling, plan.classes)
     keep = np.append(keep_of(coupling, plan), True)
     state = {name: tensor for name, tensor, _ in coupling.traced.state}
@@ -63,8 +74,6 @@ def compensate(
                 dense = state[change.holder].detach().double()
                 _write(there[change.holder], plan.cut(change.holder, dense + change.shift.to(dense.device)))
             corrected.append(change.name)
-    if calibration.batches is not None:
-        estimate_statistics(slim, _norms(coupling, plan, calibration), calibration.batches)
     return tuple(corrected)
 
 

@@ -69,7 +69,7 @@ class Units:
         stays = np.append(keep, True)
         score = np.zeros(len(stays))
         for site in self._sites[group.index]:
-            weight = self._state[site.name].detach().double().cpu().abs().pow(self._norm)
+            weight = self._state[site.name].detach().abs().double().cpu().pow(self._norm)
             counts = torch.ones_like(weight)
             for dim, channels in self._dims[site.name]:
                 if dim != site.dim:

@@ -1,6 +1,6 @@
 """What `memory.py` measures, in a process of its own: one job, one network; prints one line of JSON.
 
-Run: ``python tests/benchmarks/memory_jobs.py {plan,measure} NETWORK FILE [--share S] [--batch N] [--px N] [--threads N]``
+Run: ``python tests/benchmarks/memory_jobs.py {plan,measure} NETWORK FILE [OPTIONS]``
 """
 
 from __future__ import annotations
