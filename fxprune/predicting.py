@@ -105,11 +105,11 @@ def confirm(
         for i, unit in enumerate(units):
             for ratio in ratios:
                 count = unit.steps(ratio)
-                if count and (expected[i][count] <= trust * tolerances[i]).all():
+                if count and ratio < cap and (expected[i][count] <= trust * tolerances[i]).all():
                     found[i] = ratio, count
         return [ratio for ratio, _ in found], [count for _, count in found]
 
-    trust, low, high, evaluations = 1.0, 0.0, np.inf, 0
+    trust, low, high, evaluations, cap = 1.0, 0.0, np.inf, 0, np.inf
     tried: set[tuple[int, ...]] = {(0,) * len(units)}
     for _ in range(TRIES):
         marks, steps = guess(trust)
@@ -122,9 +122,12 @@ def confirm(
             break
         tried.add(tuple(steps))
         losses = measure(steps)
+        while losses is None and any(steps):  # they are not allowed: all a ratio less
+            cap = max(marks)
+            marks, steps = guess(trust)
+            losses = measure(steps)
         if losses is None:
-            trust, high = max(trust / 4, (low * trust) ** 0.5), trust
-            continue
+            break
         evaluations += 1
         rises = losses / base - 1
         parts = np.stack([e[count] for e, count in zip(expected, steps, strict=True)])

@@ -18,8 +18,8 @@ from fxprune.values import tensors_in
 METHODS = {
     "joint": methods.Joint(samples=2),
     "joint, uniform": methods.Joint(scope="uniform", compensate=False, samples=0),
-    "pagcp": methods.PAGCP(global_tolerance=1e6),
-    "pagcp, fast": methods.PAGCP(fast=True, compensate=True, global_tolerance=1e6),
+    "pagcp": methods.PAGCP(initial_rate=1.0, global_tolerance=1e6),
+    "pagcp, fast": methods.PAGCP(fast=True, compensate=True, initial_rate=1.0, global_tolerance=1e6),
     "taylor, global": methods.Taylor(scope="global"),
     "magnitude, global": methods.Magnitude(scope="global"),
     "from torch-pruning": methods.FromTorchPruning(torch_pruning.importance.MagnitudeImportance()),
