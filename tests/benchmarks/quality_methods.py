@@ -40,10 +40,11 @@ class Ours:
     def start(self, network: nn.Module, problem: Problem, batches: Sequence[Batch]) -> Callable[[float], nn.Module]:
         """Calibrate once, if the method reads moments; return what compiles to a budget."""
         losses = {"sum": problem.loss} if self.one_score else problem.losses
-        tasks = {name: fxprune.Task(loss) for name, loss in losses.items()}
+        tasks = {name: fxprune.Task(loss, target=None if self.one_score else name) for name, loss in losses.items()}
         examples, known = batches[0][0][:1], batches
         if isinstance(self.method, PathMethod):
-            known = calibrate(fxprune.couple(fxprune.trace(network, examples)), batches, tasks)
+            coupling = fxprune.couple(fxprune.trace(network, examples))
+            known = calibrate(coupling, batches, tasks, by_class=getattr(self.method, "within", 1.0) < 1)
 
         def compiled(share: float) -> nn.Module:
             return fxprune.compile(
@@ -64,9 +65,11 @@ OURS: dict[str, Contender] = {
     "joint": Ours(methods.Joint()),
     "joint-one-score": Ours(methods.Joint(), one_score=True),
     "joint-uniform": Ours(methods.Joint(scope="uniform")),
+    "joint-classes": Ours(methods.Joint(within=0.2)),
     "joint-plain": Ours(methods.Joint(compensate=False)),
     "pagcp": Ours(methods.PAGCP()),
     "pagcp-fast": Ours(methods.PAGCP(fast=True)),
+    "catro": Ours(methods.CATRO()),
     "hbgs": Ours(methods.HBGS()),
     "hbgs-backward": Ours(methods.HBGS(backward=True)),
     "hbgs-decompose": Ours(methods.HBGS(backward=True, decompose=True)),
