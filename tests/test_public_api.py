@@ -14,7 +14,7 @@ from fxprune import methods
 
 NAMES = {
     "compile", "trace", "couple", "plan", "rewrite", "verify", "save", "load", "report", "transfer", "methods",
-    "calibrate", "compensate", "Calibration", "sweep", "Sweep",
+    "calibrate", "compensate", "Calibration", "sweep", "Sweep", "select_tasks", "combination_costs", "CombinationCosts",
     "Traced", "Coupling", "Plan", "Budget", "Constraints", "Task", "Verification", "Report",
     "FxPruneError", "TraceError", "CouplingError", "PlanError", "RewriteError", "VerificationError", "ArtifactError",
 }  # fmt: skip
@@ -28,6 +28,7 @@ KEYWORD_ONLY = {
     "plan": ["method", "calibration", "tasks", "constraints", "on_conflict"],
     "calibrate": ["max_bytes", "positions", "by_class", "progress"],
     "compensate": ["damping"],
+    "combination_costs": ["combinations", "latency"],
     "sweep": ["method", "calibration", "tasks", "constraints"],
     "load": ["example_inputs"],
     "transfer": ["model"],
