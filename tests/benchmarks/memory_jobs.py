@@ -33,7 +33,7 @@ def build(name: str, batch: int, px: int) -> tuple[nn.Module, torch.Tensor]:
 
 
 def plan(name: str, file: Path, share: float, batch: int, px: int) -> dict[str, Any]:
-    """Write a network, slim where `share` is below 1, to a file; return the predicted bytes."""
+    """Write a network as `rewrite` makes it, slim where `share` is below 1, to a file; return the predicted bytes."""
     import fxprune
 
     model, x = build(name, batch, px)
@@ -42,7 +42,7 @@ def plan(name: str, file: Path, share: float, batch: int, px: int) -> dict[str, 
         chosen = fxprune.plan(coupling, fxprune.Budget(memory=share), method=fxprune.methods.Magnitude())
     except fxprune.PlanError as error:
         return {"error": next(line.strip() for line in str(error).splitlines() if "least possible" in line)}
-    torch.save(fxprune.rewrite(coupling, chosen) if share < 1 else model, file)
+    torch.save(fxprune.rewrite(coupling, chosen), file)
     costs = chosen.costs
     return {"predicted": costs.after.memory, "macs": costs.share("macs"), "params": costs.share("params")}
 
@@ -76,7 +76,9 @@ def main() -> None:
     if args.job == "plan":
         answer = plan(args.network, args.file, args.share, args.batch, args.px)
     else:
-        import fxprune  # noqa: F401 (the bare process has it too)
+        import torchvision  # noqa: F401 (the bare process has them too)
+
+        import fxprune.examples.networks  # noqa: F401
 
         answer = measure(args.network, args.file, args.batch, args.px)
     print(json.dumps(answer))

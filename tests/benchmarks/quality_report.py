@@ -51,7 +51,9 @@ HOW = (
     "Methods whose names begin with `tp-` are Torch-Pruning's importances in its `BasePruner`; the pruning ratio is "
     "found by bisection, and macs may be 2 % over the budget, in its favour. The others are fxprune's: `joint-plain` "
     "does not correct the weights that stay, `joint-uniform` takes the same part of every group, `joint-one-score` "
-    "sees only the sum of the losses. With `-global`, channels of all layers compete."
+    "sees only the sum of the losses, `joint-classes` weighs what varies within classes a fifth. With `-global`, channels "
+    "of all layers compete. Torch-Pruning 1.6.1 sees less than it is given in `tp-hessian`: its accumulated gradients are "
+    "those of the last sample alone."
 )
 
 
