@@ -207,11 +207,14 @@ def test_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
 def test_code_of_the_page_on_methods_runs(tmp_path, monkeypatch, capsys):
     page = Path(__file__).parents[1] / "docs" / "methods.md"
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 6
     monkeypatch.chdir(tmp_path)
     exec("\n".join(blocks), {"__name__": "__main__"})
     assert (tmp_path / "calibration.safetensors").exists()
-    assert "outputs loss" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "torch.Size([16, 3])\n{'output': (2, 5, 7)}" in printed
+    assert "edges + depth" in printed
+    assert "outputs loss" in printed
 
 
 def test_distilling_brings_a_student_nearer_to_its_teacher() -> None:
