@@ -47,14 +47,14 @@ HOW = (
     "Points are the mean of the tasks' metrics in percent, a metric below 0 counted as 0; they are means with standard "
     "deviations over seeds. Tables by task show each metric times 100. Macs are counted by `torch.utils.flop_counter`. "
     "All methods see the same calibration data, which share no scan with training and test data; BN refresh (running "
-    "statistics estimated again from calibration data) and fine-tuning are the same for all; it is short: a quarter of the "
-    f"training images, at least {TUNED_ON:,}, each as often as the recipe says (once, on hard digits and scenes).\n\n"
+    "statistics estimated again from calibration data) and fine-tuning are the same for all. Fine-tuning is short: a "
+    f"quarter of the training images, at least {TUNED_ON:,}, each once (on CIFAR-10 twice).\n\n"
     "Methods whose names begin with `tp-` are Torch-Pruning's importances in its `BasePruner`; the pruning ratio is "
     "found by bisection, and macs may be 2 % over the budget, in its favour. The others are fxprune's: `joint-plain` "
     "does not correct the weights that stay, `joint-uniform` takes the same part of every group, `joint-one-score` "
     "sees only the sum of the losses, `joint-classes` weighs what varies within classes a fifth. With `-global`, "
-    "channels of all layers compete. `tp-hessian` of Torch-Pruning 1.6.1 sees less than it is given: what it accumulates "
-    "are the gradients of the last sample alone."
+    "channels of all layers compete. `tp-hessian` of Torch-Pruning 1.6.1 sees less than it is given: the gradients that "
+    "it accumulates are those of the last sample alone."
 )
 
 
