@@ -53,8 +53,8 @@ HOW = (
     "found by bisection, and macs may be 2 % over the budget, in its favour. The others are fxprune's: `joint-plain` "
     "does not correct the weights that stay, `joint-uniform` takes the same part of every group, `joint-one-score` "
     "sees only the sum of the losses, `joint-classes` weighs what varies within classes a fifth. With `-global`, "
-    "channels of all layers compete. `tp-hessian` of Torch-Pruning 1.6.1 sees less than it is given: the gradients that "
-    "it accumulates are those of the last sample alone."
+    "channels of all layers compete. `tp-hessian` of Torch-Pruning 1.6.1 sees less than it is given: the gradients "
+    "that it accumulates are those of the last sample alone."
 )
 
 
