@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from fxprune import sharing
 from fxprune.allocating import allocate
 from fxprune.calibrating import Calibration
 from fxprune.criteria.approximation import Approximator
@@ -22,6 +23,7 @@ from fxprune.paths import paths_by_score
 from fxprune.problems import Problem
 from fxprune.rerunning import Rerun
 from fxprune.resuming import read_state, write_state
+from fxprune.shares import Share
 from fxprune.shrinking import Shrinker, Shrunk
 from fxprune.trimming import trim
 from fxprune.units import Candidates, Units
@@ -76,7 +78,7 @@ class Found:
         keep: (channels,) what to keep.
         error: of the last commit: of the network, or of the layers that read the group.
         commits: (group, channels, error) of each round.
-        evaluations: how often an offer was measured.
+        evaluations: how often an offer was measured, by this rank.
         forwards: what these measurements cost, in runs of the whole dense network on all batches, by its
             multiply-accumulates.
         published: how many such runs the published search would have taken: one for each offer in each round.
@@ -123,7 +125,9 @@ class Offering:
         self._power = 2 if judge == "outputs" else 1
         self._beam = beam
         self._touched = [self.shrinker.touched(self._members(group)) for group in self.coupling.groups()]
-        batches = self.data.batches or ()
+        share = Share.of(self.data.batches or ())
+        device = next((t.device for _, t, _ in self.coupling.traced.state), torch.device("cpu"))
+        batches = share.everywhere(share, device)  # with several ranks, each measures its part of the offers on all
         self.rerun = Rerun(self.coupling, batches, self._touched)
         if not self.rerun.batches:
             raise PlanError(f"{type(method).__name__} has no calibration batches. Pass a list that is not empty.")
@@ -189,9 +193,9 @@ class Offering:
         """Return a network with offers of all groups; go over to it, for them to be measured."""
         self.rerun.commit(branch.now.values)
         offers = dict(branch.offers) if self.method.remember else {}
-        for group in self.coupling.groups():
-            if group.index not in offers:
-                offers[group.index] = self._offer(branch, group, number)
+        missing = [group for group in self.coupling.groups() if group.index not in offers]
+        made = sharing.spread("offers", lambda group: self._offer(branch, group, number), missing)
+        offers |= {group.index: offer for group, offer in zip(missing, made, strict=True)}
         self.published += sum(offer is not None for offer in offers.values())
         return replace(branch, offers=offers)
 
@@ -283,7 +287,10 @@ class Offering:
             for name, value in now.values.items():
                 names[name].copy_(value)
         self.method.tune(student, teacher)
-        trained = {name: names[name].detach().clone() for name in self.shrinker.state if name in names}
+        there = [name for name in self.shrinker.state if name in names]
+        mine = [names[name].detach().clone() for name in there]
+        found = sharing.send("trained weights", 0, mine) if sharing.size() > 1 else mine
+        trained = {name: value for name, value in zip(there, found, strict=True) if value is not None}
         values = self.shrinker.take_over(self.shrinker.state | trained, now.keep)
         return Shrunk(now.keep, values, {})
 
@@ -298,7 +305,7 @@ class Offering:
     # what survives being killed
 
     def _note(self, beam: list[Branch], best: Branch | None, number: int) -> None:
-        if self.method.checkpoint is None:
+        if self.method.checkpoint is None or sharing.rank() > 0:
             return
         state = {
             "number": number,
@@ -313,7 +320,9 @@ class Offering:
         if self.coupling.costs.within(dense.now.keep, self.bounds):
             return [], dense, 0
         path = self.method.checkpoint
-        known: dict[str, Any] | None = None if path is None else read_state(path, self.about)
+        known: dict[str, Any] | None = None
+        if path is not None:
+            known = sharing.from_first("the checkpoint", lambda: read_state(path, self.about))
         if known is None:
             return [dense], None, 0
         self.evaluations, self.rerun.work, self.published = known["spent"]

@@ -96,6 +96,8 @@ def results(batches: list[Tensor]) -> dict[str, Any]:
         "tasks": {"seg": Task(lambda outputs, _: outputs["seg"].square().mean())},
     }
     jobs["joint, aware of classes"] = {"method": methods.Joint(within=0.2), **pairs}
+    jobs["hbgs"] = {"method": methods.HBGS(), "calibration": batches}
+    jobs["hbgts"] = {"method": methods.HBGTS(backward=True, judge="loss"), "calibration": batches, "tasks": tasks()}
     jobs["catro"] = {"method": methods.CATRO(), **pairs}
     plans = {name: fxprune.plan(coupling, BUDGET, **asked).digest for name, asked in jobs.items()}
     calibration = fxprune.calibrate(coupling, batches, tasks())
