@@ -27,7 +27,7 @@ from typing import Any
 from tabulate import tabulate
 from tqdm import tqdm
 
-NETWORKS = ("scene:32", "resnet18:64", "resnet50:224", "mobilenet_v3_large:64", "densenet121:64", "convnext_tiny:64",
+NETWORKS = ("scene:32", "resnet18:64", "resnet50:128", "mobilenet_v3_large:64", "densenet121:64", "convnext_tiny:64",
             "vit_b_16:64")  # fmt: skip
 SHARES = (0.5, 0.2)
 JOBS = Path(__file__).with_name("memory_jobs.py")
