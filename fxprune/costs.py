@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import numpy as np
 
+from fxprune.atoms import and_fixed
 from fxprune.cloning import State
 from fxprune.closing import distinct, owner, spans
 from fxprune.labels import Extent, extents
@@ -95,6 +97,9 @@ def _distinct_rows(channels: np.ndarray, dim: int) -> np.ndarray:
     return rows[np.append(True, (rows[1:] != rows[:-1]).any(axis=1))]
 
 
+_ONE = np.ones(1, dtype=np.int64)
+
+
 class _Counter:
     """Kept sizes of all labelled dims: a dim has one or several rows of channels, the longest counts."""
 
@@ -103,6 +108,8 @@ class _Counter:
         self.flat = np.concatenate([r.ravel() for r in rows] or [np.empty(0, dtype=np.int64)])
         widths = np.concatenate([np.full(len(r), r.shape[1]) for r in rows] or [np.empty(0, dtype=np.int64)])
         heights = np.array([len(r) for r in rows], dtype=np.int64)
+        self.widths = widths
+        """(rows,) how many positions every row has."""
         self.row_of = np.repeat(np.arange(len(widths)), widths)
         self.dim_of = np.repeat(np.arange(len(rows)), heights)
         self._row_starts = np.cumsum(widths) - widths
@@ -111,14 +118,14 @@ class _Counter:
     def by_row(self, keep: np.ndarray) -> np.ndarray:
         """Return how many positions of every row stay; `keep` is (channels,) bool."""
         return (
-            np.add.reduceat(np.append(keep, True)[self.flat], self._row_starts, dtype=np.int64)
+            np.add.reduceat(and_fixed(keep)[self.flat], self._row_starts, dtype=np.int64)
             if len(self.flat)
             else self.flat
         )
 
     def sizes(self, by_row: np.ndarray) -> np.ndarray:
         """Return the size of every dim, and a last one of 1."""
-        return np.append(np.maximum.reduceat(by_row, self._starts) if len(by_row) else by_row, 1)
+        return np.concatenate((np.maximum.reduceat(by_row, self._starts) if len(by_row) else by_row, _ONE))
 
 
 class CostModel:
@@ -170,8 +177,15 @@ class CostModel:
 
     def __call__(self, keep: np.ndarray) -> Costs:
         """Return the costs when `keep` (channels,) says which channels stay."""
-        sizes = self._sizes(keep)
-        return Costs(*(self._measure[name](sizes) for name in RESOURCES))
+        return self._costs(self._sizes(keep))
+
+    @cached_property
+    def dense(self) -> Costs:
+        """What the dense network costs."""
+        return self._costs(self._counter.sizes(self._counter.widths))
+
+    def _costs(self, sizes: np.ndarray) -> Costs:
+        return Costs(self._macs(sizes), self._params(sizes), self._memory(sizes))
 
     def within(self, keep: np.ndarray, bounds: Mapping[str, float]) -> bool:
         """Say whether the network of the channels `keep` (channels,) costs at most `bounds`: resource -> number."""
