@@ -7,7 +7,7 @@ its labels. So a cost is a few array lookups, through all coupled layers, withou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
@@ -16,7 +16,7 @@ import numpy as np
 from fxprune.atoms import and_fixed
 from fxprune.cloning import State
 from fxprune.closing import distinct, owner, spans
-from fxprune.labels import Extent, extents
+from fxprune.labels import Extent, Labels, Shape, extents
 from fxprune.records import Interpretation, Term
 from fxprune.workspaces import Sizes, Workspaces
 
@@ -164,9 +164,7 @@ class CostModel:
         self._unlike = [_products(sizes, [pair[side] for _, pair in sometimes]) for side in (0, 1)]
         self._workspaces = Workspaces([c.run for c in record.convolutions], record.machine)
         self._runs_at = np.array([c.step for c in record.convolutions], dtype=np.int64)
-        self._run_sizes = [
-            _products(sizes, terms) for terms in zip(*(c.sizes for c in record.convolutions), strict=True)
-        ]
+        self._run_dims = _table(sizes, [dims for c in record.convolutions for dims in c.dims])
         self._unlabelled = unlabelled
         self._counter = _Counter(sizes.rows)
         self._extents = sizes.rows
@@ -220,7 +218,11 @@ class CostModel:
         np.add.at(change, self._dies + 1, -activations)
         live = np.cumsum(change)
         if len(self._runs_at):
-            live[self._runs_at] += self._workspaces(Sizes(*(_evaluate(terms, sizes) for terms in self._run_sizes)))
+            fixed, indices = self._run_dims
+            dims = fixed * sizes[indices]
+            x, weight, out = dims.reshape(-1, 3, dims.shape[1]).transpose(1, 0, 2)
+            elements = (t.prod(axis=1) for t in (x, weight, out))
+            live[self._runs_at] += self._workspaces(Sizes(*elements, x[:, 1], out[:, 1], weight[:, 1]))
         return live
 
     def macs_with(self, keep: np.ndarray, part: np.ndarray, count: int) -> np.ndarray:
@@ -280,6 +282,19 @@ def _products(sizes: _Sizes, terms: Iterable[Term]) -> _Products:
         len(listed), rank
     )
     return factors, indices
+
+
+def _table(sizes: _Sizes, shapes: Sequence[tuple[Shape, Labels]]) -> _Products:
+    """Lay shapes out as a matrix of the dims without labels, 1 elsewhere, and one of indices of the others, else -1."""
+    rank = max((len(shape) for shape, _ in shapes), default=0)
+    fixed, indices = np.ones((len(shapes), rank), dtype=np.int64), np.full((len(shapes), rank), -1)
+    for row, (shape, labels) in enumerate(shapes):
+        for d, ids in enumerate(labels):
+            if ids is None:
+                fixed[row, d] = shape[d]
+            else:
+                indices[row, d] = sizes.index((ids, d))
+    return fixed, indices
 
 
 def _evaluate(products: _Products, sizes: np.ndarray) -> np.ndarray:
