@@ -63,7 +63,7 @@ def resize(module: nn.Module, call: Call) -> None:
     resizer = resizer_of(type(module))
     if resizer is None:
         return
-    if not (module._forward_pre_hooks or parametrize.is_parametrized(module)):
+    if not (module._forward_pre_hooks or (module._modules and parametrize.is_parametrized(module))):
         resizer(module, call)
         return
     with _as_in_eval(module), torch.no_grad():

@@ -122,7 +122,8 @@ def _sliced(coupling: Coupling, graph: fx.Graph, keep: np.ndarray) -> nn.Module:
     """Copy what the graph uses of the traced module with sliced parameters and buffers; tied ones stay tied."""
     labels: Mapping[str, Labels] = {name: ls for name, (_, ls) in coupling.tensors.items()}
     kept = Kept(keep)
-    sliced = {id(t): sliced_like(t, labels.get(name), kept) for name, t, _ in coupling.traced.state}
+    with torch.no_grad():
+        sliced = {id(t): sliced_like(t, labels.get(name), kept) for name, t, _ in coupling.traced.state}
     root = coupling.traced.root
     return only_used(root, graph, Cloner(root, sliced))
 
