@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,6 +120,9 @@ def fits(module: nn.Module, inputs: list[Shape], outputs: list[Shape]) -> bool:
     if kind is nn.AdaptiveAvgPool2d and len(x) > 2:
         size: Any = module.output_size
         return x[:-2] == y[:-2] and y[-2:] == ((size, size) if isinstance(size, int) else size)
+    if kind is nn.Flatten:
+        first, last = module.start_dim % len(x), module.end_dim % len(x)  # pyright: ignore
+        return y == (*x[:first], math.prod(x[first : last + 1]), *x[last + 1 :])
     if kind in (nn.AvgPool2d, nn.MaxPool2d):
         return x[:-2] == y[:-2]  # along the others nothing goes
     return kind in _SHAPE_KEEPING and x == y
