@@ -45,7 +45,10 @@ class _Patcher(_symbolic_trace._Patcher):
 
     def visit_once(self, thing: Any) -> bool:
         """Say whether a namespace is to be searched for functions such as `math.sqrt`: not yet, and it has some."""
-        return super().visit_once(thing) and not self.wrapped.isdisjoint(map(id, thing.values()))
+        if id(thing) in self.visited:  # as nearly always: this is asked at every call of a module
+            return False
+        self.visited.add(id(thing))
+        return not self.wrapped.isdisjoint(map(id, thing.values()))
 
 
 def _is_plain(kind: type[nn.Module]) -> bool:
