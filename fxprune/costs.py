@@ -221,7 +221,7 @@ class CostModel:
             fixed, indices = self._run_dims
             dims = fixed * sizes[indices]
             x, weight, out = dims.reshape(-1, 3, dims.shape[1]).transpose(1, 0, 2)
-            elements = (t.prod(axis=1) for t in (x, weight, out))
+            elements = x.prod(axis=1), weight.prod(axis=1), out.prod(axis=1)
             live[self._runs_at] += self._workspaces(Sizes(*elements, x[:, 1], out[:, 1], weight[:, 1]))
         return live
 

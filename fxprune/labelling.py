@@ -38,7 +38,7 @@ class Labelling(TorchDispatchMode):
         self.record = Interpretation(Ledger(), this_machine())
         self.ledger = self.record.ledger
         self._origin = {id(item[1]): item for item in state}
-        self._on_cpu = all([t.is_cpu for _, t, _ in self._origin.values()])
+        self._on_cpu = all(t.is_cpu for _, t, _ in self._origin.values())
         self._state_labels: dict[str, Labels] = {}
         self._twins: dict[int, torch.Tensor] = {}
         self._kernels = Kernels()

@@ -14,7 +14,6 @@ from fxprune.meta import OnMeta, meta_tensor
 from fxprune.recurrent import run_module
 from fxprune.telling import told
 
-
 VALUES = ("placeholder", "get_attr", "output")
 """Nodes that hand on a value: no op runs there."""
 
