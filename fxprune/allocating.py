@@ -58,13 +58,13 @@ def steps_of(group: Group, path: RemovalPath, scope: str, constraints: Constrain
         stops = np.flatnonzero(left % constraints.multiple_of == 0)
         choices = choices[: stops[-1] + 1 if len(stops) else 0]
         step = np.searchsorted(stops, np.arange(len(choices)), "left")
-    relative = _relative(errors[: len(choices)])
+    errors = errors[: len(choices)]
     if scope == "uniform":
         keys = 1 - (left[stops] / width) ** group.overlap
         if len(stops) and left[stops[-1]] == 0:  # after all other steps; which group comes first, errors decide
-            keys[-1] += relative[-1]
+            keys[-1] += _relative(errors)[-1]
     else:
-        keys = relative[stops]
+        keys = _relative(errors)[stops]
     total = path.errors[: len(choices)]
     if constraints.multiple_of > 1:
         total = np.zeros((len(stops), total.shape[1]))
@@ -74,8 +74,8 @@ def steps_of(group: Group, path: RemovalPath, scope: str, constraints: Constrain
 
 def _relative(total: np.ndarray) -> np.ndarray:
     """Return the errors of steps relative to their mean, ascending."""
-    mean = total.mean() if len(total) and total.mean() > 0 else 1.0
-    return np.maximum.accumulate(total / mean)
+    mean = total.mean() if len(total) else 0.0
+    return np.maximum.accumulate(total / (mean if mean > 0 else 1.0))
 
 
 class Allocation:
@@ -313,7 +313,7 @@ def least_error(allocation: Allocation, taken: np.ndarray, bounds: Mapping[str, 
 
 
 def _impossible(coupling: Coupling, constraints: Constraints, bounds: Mapping[str, float], least: Costs) -> str:
-    dense = coupling.costs(np.ones(coupling.num_channels, dtype=bool))
+    dense = coupling.costs.dense
     lines = [
         f"{name}: at most {bound:,.0f} asked ({bound / getattr(dense, name):.1%} of the dense network), "
         f"{getattr(least, name):,} ({getattr(least, name) / getattr(dense, name):.1%}) is the least possible"

@@ -7,6 +7,7 @@ an unusual way, is run.
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -195,6 +196,15 @@ def mean(x: torch.Tensor, dim: Any = (), keepdim: bool = False, **others: Any) -
     return (aten.mean.dim, (x, list(dims), bool(keepdim))) if plain else None
 
 
+def flatten(x: torch.Tensor, start_dim: int = 0, end_dim: int = -1) -> Call | None:
+    """x: any shape; several dims become one. Where they do not follow one another in memory, torch makes a copy."""
+    if not x.ndim or not x.is_contiguous():
+        return None
+    first, last = start_dim % x.ndim, end_dim % x.ndim
+    sizes = [*x.shape[:first], math.prod(x.shape[first : last + 1]), *x.shape[last + 1 :]]
+    return (aten.view.default, (x, sizes)) if first < last else None
+
+
 _ACTIVATIONS = {
     F.relu: (aten.relu.default, aten.relu_.default),
     F.hardswish: (aten.hardswish.default, aten.hardswish_.default),
@@ -212,6 +222,8 @@ def call_of_torch_function(function: Any, args: tuple[Any, ...], kwargs: dict[st
         return function_batch_norm(*args, **kwargs)
     if function in (torch.mean, torch.Tensor.mean):
         return mean(*args, **kwargs)
+    if function in (torch.flatten, torch.Tensor.flatten):
+        return flatten(*args, **kwargs)
     if function in _ACTIVATIONS and len(args) == 1 and kwargs.keys() <= {"inplace"}:
         return _ACTIVATIONS[function][bool(kwargs.get("inplace"))], args
     return None if kwargs else call_of_function(function, list(args))
@@ -221,6 +233,12 @@ def is_identity(module: nn.Module) -> bool:
     """Say whether calling a module returns its input."""
     kind = type(module)
     return (kind is nn.Identity or (kind is nn.Dropout and not module.training)) and not is_hooked(module)
+
+
+@calls(nn.Flatten)
+def flatten_dims(module: Any, x: torch.Tensor) -> Call | None:
+    """x: any shape."""
+    return flatten(x, module.start_dim, module.end_dim)
 
 
 @calls(nn.AdaptiveAvgPool2d)

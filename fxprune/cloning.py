@@ -14,6 +14,7 @@ from torch import nn
 _ATOMIC = {int, float, complex, str, bytes, bool, type(None), type, torch.dtype, torch.device, torch.Size}
 _TABLES = {dict, set, OrderedDict}
 _STATE = {"_parameters", "_buffers"}
+_TENSOR = {torch.Tensor}
 _OLD_PICKLES = {
     nn.Module, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer,
 }  # fmt: skip
@@ -62,7 +63,7 @@ def named_part(module: nn.Module, name: str) -> Any:
 def plain_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     """Return the tensors that are plain attributes of a module by name."""
     attributes = vars(module)
-    if torch.Tensor not in map(type, attributes.values()):
+    if _TENSOR.isdisjoint(map(type, attributes.values())):
         return {}
     return {key: value for key, value in attributes.items() if type(value) is torch.Tensor}
 
@@ -73,10 +74,10 @@ def named_state(module: nn.Module) -> Iterator[State]:
     for prefix, child in modules_in(module):
         attributes = vars(child)
         parameters, buffers = attributes["_parameters"], attributes["_buffers"]
-        own = [(k, v, True) for k, v in parameters.items()] if parameters else []
-        if buffers:
-            own += [(k, v, False) for k, v in buffers.items()]
-        own += [(k, v, False) for k, v in plain_tensors(child).items()]
+        if not (parameters or buffers) and _TENSOR.isdisjoint(map(type, attributes.values())):
+            continue
+        own = [(k, v, True) for k, v in parameters.items()]
+        own += [(k, v, False) for k, v in (*buffers.items(), *plain_tensors(child).items())]
         for key, value, is_parameter in own:
             if value is not None and id(value) not in seen:
                 seen.add(id(value))
@@ -119,17 +120,19 @@ class Cloner:
                 memo.setdefault(id(t), t)
             return self._deepcopy(module)
         new = memo[id(module)] = object.__new__(kind)
-        state = vars(new)
-        state.update(vars(module))
-        for key, value in vars(module).items():
+        attributes, state = vars(module), vars(new)
+        state.update(attributes)
+        for key, value in attributes.items():
             kind = type(value)
-            if kind in _ATOMIC or (kind is tuple and _ATOMIC.issuperset(map(type, value))):
+            if kind in _ATOMIC:
                 continue
             if kind in _TABLES and not value:
                 state[key] = kind()
             elif key in _STATE:
                 state[key] = {k: None if t is None else memo.get(id(t), t) for k, t in value.items()}
-            else:
+            elif key == "_modules":
+                state[key] = {k: None if m is None else self.clone(m) for k, m in value.items()}
+            elif kind is not tuple or not _ATOMIC.issuperset(map(type, value)):
                 state[key] = self._copy(value)
         return new
 

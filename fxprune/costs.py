@@ -7,14 +7,16 @@ its labels. So a cost is a few array lookups, through all coupled layers, withou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import numpy as np
 
+from fxprune.atoms import and_fixed
 from fxprune.cloning import State
 from fxprune.closing import distinct, owner, spans
-from fxprune.labels import Extent, extents
+from fxprune.labels import Extent, Labels, Shape, extents
 from fxprune.records import Interpretation, Term
 from fxprune.workspaces import Sizes, Workspaces
 
@@ -95,6 +97,9 @@ def _distinct_rows(channels: np.ndarray, dim: int) -> np.ndarray:
     return rows[np.append(True, (rows[1:] != rows[:-1]).any(axis=1))]
 
 
+_ONE = np.ones(1, dtype=np.int64)
+
+
 class _Counter:
     """Kept sizes of all labelled dims: a dim has one or several rows of channels, the longest counts."""
 
@@ -103,6 +108,8 @@ class _Counter:
         self.flat = np.concatenate([r.ravel() for r in rows] or [np.empty(0, dtype=np.int64)])
         widths = np.concatenate([np.full(len(r), r.shape[1]) for r in rows] or [np.empty(0, dtype=np.int64)])
         heights = np.array([len(r) for r in rows], dtype=np.int64)
+        self.widths = widths
+        """(rows,) how many positions every row has."""
         self.row_of = np.repeat(np.arange(len(widths)), widths)
         self.dim_of = np.repeat(np.arange(len(rows)), heights)
         self._row_starts = np.cumsum(widths) - widths
@@ -111,14 +118,14 @@ class _Counter:
     def by_row(self, keep: np.ndarray) -> np.ndarray:
         """Return how many positions of every row stay; `keep` is (channels,) bool."""
         return (
-            np.add.reduceat(np.append(keep, True)[self.flat], self._row_starts, dtype=np.int64)
+            np.add.reduceat(and_fixed(keep)[self.flat], self._row_starts, dtype=np.int64)
             if len(self.flat)
             else self.flat
         )
 
     def sizes(self, by_row: np.ndarray) -> np.ndarray:
         """Return the size of every dim, and a last one of 1."""
-        return np.append(np.maximum.reduceat(by_row, self._starts) if len(by_row) else by_row, 1)
+        return np.concatenate((np.maximum.reduceat(by_row, self._starts) if len(by_row) else by_row, _ONE))
 
 
 class CostModel:
@@ -157,9 +164,7 @@ class CostModel:
         self._unlike = [_products(sizes, [pair[side] for _, pair in sometimes]) for side in (0, 1)]
         self._workspaces = Workspaces([c.run for c in record.convolutions], record.machine)
         self._runs_at = np.array([c.step for c in record.convolutions], dtype=np.int64)
-        self._run_sizes = [
-            _products(sizes, terms) for terms in zip(*(c.sizes for c in record.convolutions), strict=True)
-        ]
+        self._run_dims = _table(sizes, [dims for c in record.convolutions for dims in c.dims])
         self._unlabelled = unlabelled
         self._counter = _Counter(sizes.rows)
         self._extents = sizes.rows
@@ -170,8 +175,15 @@ class CostModel:
 
     def __call__(self, keep: np.ndarray) -> Costs:
         """Return the costs when `keep` (channels,) says which channels stay."""
-        sizes = self._sizes(keep)
-        return Costs(*(self._measure[name](sizes) for name in RESOURCES))
+        return self._costs(self._sizes(keep))
+
+    @cached_property
+    def dense(self) -> Costs:
+        """What the dense network costs."""
+        return self._costs(self._counter.sizes(self._counter.widths))
+
+    def _costs(self, sizes: np.ndarray) -> Costs:
+        return Costs(self._macs(sizes), self._params(sizes), self._memory(sizes))
 
     def within(self, keep: np.ndarray, bounds: Mapping[str, float]) -> bool:
         """Say whether the network of the channels `keep` (channels,) costs at most `bounds`: resource -> number."""
@@ -206,7 +218,11 @@ class CostModel:
         np.add.at(change, self._dies + 1, -activations)
         live = np.cumsum(change)
         if len(self._runs_at):
-            live[self._runs_at] += self._workspaces(Sizes(*(_evaluate(terms, sizes) for terms in self._run_sizes)))
+            fixed, indices = self._run_dims
+            dims = fixed * sizes[indices]
+            x, weight, out = dims.reshape(-1, 3, dims.shape[1]).transpose(1, 0, 2)
+            elements = x.prod(axis=1), weight.prod(axis=1), out.prod(axis=1)
+            live[self._runs_at] += self._workspaces(Sizes(*elements, x[:, 1], out[:, 1], weight[:, 1]))
         return live
 
     def macs_with(self, keep: np.ndarray, part: np.ndarray, count: int) -> np.ndarray:
@@ -266,6 +282,19 @@ def _products(sizes: _Sizes, terms: Iterable[Term]) -> _Products:
         len(listed), rank
     )
     return factors, indices
+
+
+def _table(sizes: _Sizes, shapes: Sequence[tuple[Shape, Labels]]) -> _Products:
+    """Lay shapes out as a matrix of the dims without labels, 1 elsewhere, and one of indices of the others, else -1."""
+    rank = max((len(shape) for shape, _ in shapes), default=0)
+    fixed, indices = np.ones((len(shapes), rank), dtype=np.int64), np.full((len(shapes), rank), -1)
+    for row, (shape, labels) in enumerate(shapes):
+        for d, ids in enumerate(labels):
+            if ids is None:
+                fixed[row, d] = shape[d]
+            else:
+                indices[row, d] = sizes.index((ids, d))
+    return fixed, indices
 
 
 def _evaluate(products: _Products, sizes: np.ndarray) -> np.ndarray:

@@ -88,7 +88,7 @@ def cover(coupling: Coupling) -> Coverage:
     """Say how much of a network can go at all, and what blocks the rest."""
     free = _in_groups(coupling)
     stays = np.append(~free, True)
-    dense = coupling.costs(np.ones(coupling.num_channels, dtype=bool))
+    dense = coupling.costs.dense
     least = coupling.costs(~free)
     return Coverage(
         1 - least.macs / max(dense.macs, 1), 1 - least.params / max(dense.params, 1), _blocked(coupling, stays)

@@ -254,7 +254,7 @@ def plan_decomposed(
     Raises:
         PlanError: no convolution can be a pair, the budget cannot be met, or data are missing.
     """
-    dense = coupling.costs(np.ones(coupling.num_channels, dtype=bool))
+    dense = coupling.costs.dense
     paired = pair_up(coupling.traced, constraints, unknown=unknown)
     given = calibration.batches if isinstance(calibration, Calibration) else calibration
     known = gathered(paired, method, given, tasks)

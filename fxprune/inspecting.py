@@ -129,7 +129,7 @@ def inspect(coupling: Coupling) -> Inspection:
     return Inspection(
         type(traced.model).__name__,
         traced.frontend,
-        coupling.costs(np.ones(coupling.num_channels, dtype=bool)),
+        coupling.costs.dense,
         coupling.costs(allocation.keep(np.ones(len(allocation), dtype=bool))),
         _groups(coupling, allocation),
         frozen_rows(coupling),
@@ -140,7 +140,7 @@ def inspect(coupling: Coupling) -> Inspection:
 
 def _groups(coupling: Coupling, allocation: Allocation) -> tuple[GroupOutlook, ...]:
     """Halve one group at a time."""
-    dense = coupling.costs(np.ones(coupling.num_channels, dtype=bool))
+    dense = coupling.costs.dense
     per_channel = np.zeros(coupling.num_channels + 1)
     for site in coupling.sites:
         per_channel[site.channels] += 1  # once, however often a channel occurs

@@ -18,7 +18,7 @@ from fxprune.cloning import State, submodule
 from fxprune.following import follow
 from fxprune.labelling import NO_BUFFER, Labelling
 from fxprune.records import Interpretation, Labelled
-from fxprune.running import MetaRunner
+from fxprune.running import VALUES, MetaRunner
 from fxprune.telling import POINTWISE
 from fxprune.values import bind, tensors_in, to_meta
 
@@ -125,7 +125,9 @@ class GraphRunner(MetaRunner):
         return super().call_function(target, args, kwargs)
 
     def _is_plain(self, n: fx.Node) -> bool:
-        """Say whether a node only asks for a size, or computes with numbers or containers."""
+        """Say whether a node only hands on a value, asks for a size, or computes with numbers or containers."""
+        if n.op in VALUES:
+            return True
         if n.op == "call_method":
             return n.target in ("size", "dim")
         if n.op != "call_function" or n.target not in _PLAIN:

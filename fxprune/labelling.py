@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -39,7 +38,7 @@ class Labelling(TorchDispatchMode):
         self.record = Interpretation(Ledger(), this_machine())
         self.ledger = self.record.ledger
         self._origin = {id(item[1]): item for item in state}
-        self._on_cpu = all(t.device.type == "cpu" for _, t, _ in self._origin.values())
+        self._on_cpu = all(t.is_cpu for _, t, _ in self._origin.values())
         self._state_labels: dict[str, Labels] = {}
         self._twins: dict[int, torch.Tensor] = {}
         self._kernels = Kernels()
@@ -210,19 +209,23 @@ class Labelling(TorchDispatchMode):
             x, weight, bias, stride, padding, dilation, transposed = args[:7]
             original = self._origin[id(weight)][1] if id(weight) in self._origin else weight
             run = convolving(x, original, bias, results[0], stride, padding, dilation, transposed, self.record.machine)
-            sizes = [self.term(t) for t in (x, weight, results[0])]
-            sizes += [self.term(t, d) for t, d in ((x, 1), (results[0], 1), (weight, 1))]
-            self.record.convolutions.append(Convolution(step, run, tuple(sizes)))
+            dims = [(tuple(t.shape), self.labels(t)) for t in (x, weight, results[0])]
+            self.record.convolutions.append(Convolution(step, run, dims))
         elif op in _OF_CONTIGUOUS and not args[0].is_contiguous():
             fixed, dims = self.term(args[0])
             self.record.buffers.append(Buffer(fixed * args[0].element_size(), dims, step, step))
 
     def term(self, tensor: torch.Tensor, dim: int | None = None) -> Term:
         """Return the elements of a tensor, or the size of one of its dims, as a product."""
-        labels = self.labels(tensor)
-        dims = range(tensor.ndim) if dim is None else (dim,)
-        fixed = math.prod(tensor.shape[d] for d in dims if labels[d] is None)
-        return fixed, tuple((ids, d) for d in dims if (ids := labels[d]) is not None)
+        labels, shape = self.labels(tensor), tensor.shape
+        fixed, extents = 1, []
+        for d in range(len(shape)) if dim is None else (dim,):
+            ids = labels[d]
+            if ids is None:
+                fixed *= shape[d]
+            else:
+                extents.append((ids, d))
+        return fixed, tuple(extents)
 
     def own(self, tensor: torch.Tensor, buffer: Buffer | None = None) -> None:
         """Give a tensor its allocation: that of the tensor it is a view of, or a new one."""

@@ -81,7 +81,7 @@ def _plan(
     from fxprune.restricting import restrict  # it rewrites, and rewriting reads plans
 
     restriction = restrict(coupling, tasks)
-    dense = coupling.costs(np.ones(coupling.num_channels, dtype=bool))
+    dense = coupling.costs.dense
     if restriction is not None:
         coupling = restriction.part
         calibration = restriction.cut(calibration) if isinstance(calibration, Calibration) else calibration
@@ -143,7 +143,7 @@ def plan_of(
             f"these channels cannot be kept: {problem}. Start from `coupling.groups()`, and call "
             "`coupling.settle(keep)`."
         )
-    dense = coupling.costs(np.ones(coupling.num_channels, dtype=bool))
+    dense = coupling.costs.dense
     kept, sizes = _kept(coupling, keep)
     counts = _sites_per_channel(coupling)
     groups = []

@@ -49,11 +49,11 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Convolution:
-    """A convolution on the CPU, at a step: what its workspace depends on, in the order of `workspaces.Sizes`."""
+    """A convolution on the CPU, at a step: what its workspace depends on; `dims` of its input, weight and output."""
 
     step: int
     run: Convolving
-    sizes: tuple[Term, ...]
+    dims: list[tuple[Shape, Labels]]
 
 
 @dataclass(slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def resize(module: nn.Module, call: Call) -> None:
     resizer = resizer_of(type(module))
     if resizer is None:
         return
-    if not (module._forward_pre_hooks or parametrize.is_parametrized(module)):
+    if not (module._forward_pre_hooks or (module._modules and parametrize.is_parametrized(module))):
         resizer(module, call)
         return
     with _as_in_eval(module), torch.no_grad():
@@ -86,10 +87,12 @@ def _as_in_eval(module: nn.Module) -> Iterator[None]:
             m.training = mode
 
 
-_SHAPE_KEEPING = (
+_SHAPE_KEEPING = {
     nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU, nn.ELU,
     nn.Identity, nn.Dropout,
-)  # fmt: skip
+}  # fmt: skip
+_CONVOLUTIONS = {nn.Conv1d, nn.Conv2d, nn.Conv3d}
+_BATCH_NORMS = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d}
 
 
 def fits(module: nn.Module, inputs: list[Shape], outputs: list[Shape]) -> bool:
@@ -104,14 +107,16 @@ def fits(module: nn.Module, inputs: list[Shape], outputs: list[Shape]) -> bool:
         return False
     (x,), (y,) = inputs, outputs
     kind = type(module)
-    if kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+    if kind in _SHAPE_KEEPING:
+        return x == y
+    if kind in _CONVOLUTIONS:
         weight: Any = module.weight
         at = len(x) - weight.ndim + 1
         channels = (x[at], y[at]) == (module.in_channels, module.out_channels)
         return channels and tuple(weight.shape[:2]) == (y[at], x[at] // module.groups) and not x[at] % module.groups  # pyright: ignore
     if kind is nn.Linear:
         return tuple(module.weight.shape) == (y[-1], x[-1]) and x[:-1] == y[:-1]  # pyright: ignore
-    if kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+    if kind in _BATCH_NORMS:
         return x == y and module.num_features == x[1]  # pyright: ignore
     if kind is nn.LayerNorm:
         sizes: Any = module.normalized_shape
@@ -119,9 +124,10 @@ def fits(module: nn.Module, inputs: list[Shape], outputs: list[Shape]) -> bool:
     if kind is nn.AdaptiveAvgPool2d and len(x) > 2:
         size: Any = module.output_size
         return x[:-2] == y[:-2] and y[-2:] == ((size, size) if isinstance(size, int) else size)
-    if kind in (nn.AvgPool2d, nn.MaxPool2d):
-        return x[:-2] == y[:-2]  # along the others nothing goes
-    return kind in _SHAPE_KEEPING and x == y
+    if kind is nn.Flatten:
+        first, last = module.start_dim % len(x), module.end_dim % len(x)  # pyright: ignore
+        return y == (*x[:first], math.prod(x[first : last + 1]), *x[last + 1 :])
+    return kind in (nn.AvgPool2d, nn.MaxPool2d) and x[:-2] == y[:-2]  # along the others nothing goes
 
 
 @resizes(nn.Linear)

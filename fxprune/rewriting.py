@@ -75,6 +75,8 @@ class Prediction:
         self.keep = keep
         self._sizes: dict[tuple[int, int], int] = {}
         self._shapes: dict[str, list[Shape]] = {}
+        self._known: dict[tuple[int, Shape], Shape] = {}
+        """id of labels and dense shape, which many nodes share -> shape."""
 
     def shapes(self, node: str) -> list[Shape]:
         """Return the predicted shape of every tensor that a node returns."""
@@ -84,9 +86,13 @@ class Prediction:
         return found
 
     def _shape(self, t: Labelled) -> Shape:
-        return tuple(
-            [n if ids is None else self._size(ids, d) for d, (n, ids) in enumerate(zip(t.shape, t.labels, strict=True))]
-        )
+        key = id(t.labels), t.shape
+        found = self._known.get(key)
+        if found is None:
+            sizes = zip(t.shape, t.labels, strict=True)
+            found = tuple([n if ids is None else self._size(ids, d) for d, (n, ids) in enumerate(sizes)])
+            self._known[key] = found
+        return found
 
     def _size(self, ids: np.ndarray, dim: int) -> int:
         plain = ids.size == ids.shape[dim]
@@ -122,7 +128,8 @@ def _sliced(coupling: Coupling, graph: fx.Graph, keep: np.ndarray) -> nn.Module:
     """Copy what the graph uses of the traced module with sliced parameters and buffers; tied ones stay tied."""
     labels: Mapping[str, Labels] = {name: ls for name, (_, ls) in coupling.tensors.items()}
     kept = Kept(keep)
-    sliced = {id(t): sliced_like(t, labels.get(name), kept) for name, t, _ in coupling.traced.state}
+    with torch.no_grad():
+        sliced = {id(t): sliced_like(t, labels.get(name), kept) for name, t, _ in coupling.traced.state}
     root = coupling.traced.root
     return only_used(root, graph, Cloner(root, sliced))
 

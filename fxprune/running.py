@@ -14,6 +14,9 @@ from fxprune.meta import OnMeta, meta_tensor
 from fxprune.recurrent import run_module
 from fxprune.telling import told
 
+VALUES = ("placeholder", "get_attr", "output")
+"""Nodes that hand on a value: no op runs there."""
+
 
 class Runner(fx.Interpreter):
     """Runs a graph node by node."""
@@ -66,6 +69,8 @@ class MetaRunner(Runner):
             return known
         if n.op in ("get_attr", "call_module"):
             self.fetch_attr(str(n.target))  # outside of the mode, which would take part in making each twin
+        if n.op in VALUES:
+            return Runner.run_node(self, n)
         with torch.no_grad(), self._mode:
             return Runner.run_node(self, n)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fxprune.atoms import FIXED
+from fxprune.atoms import FIXED, and_fixed
 from fxprune.grouping import Products, Rows
 
 
@@ -32,7 +32,9 @@ class Settling:
 
     def settle(self, keep: np.ndarray) -> np.ndarray:
         """Return what stays of `keep` (channels,) bool."""
-        keep = np.append(keep, True)
+        if not (len(self.row) or len(self.products.channel)):
+            return keep.copy()
+        keep = and_fixed(keep)
         self._settle_rows(keep)
         while self._settle_products(keep):
             self._settle_rows(keep)

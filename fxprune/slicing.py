@@ -29,19 +29,14 @@ class Kept:
 
 
 def slice_tensor(value: torch.Tensor, labels: Labels, kept: Kept) -> torch.Tensor:
-    """Return the kept positions of a tensor, a new tensor in the same memory format.
+    """Return the kept positions of a tensor, a new tensor in the same memory format. To be called without gradients.
 
     Args:
         value: any shape.
         labels: its channels, dim by dim.
         kept: what stays.
     """
-    value = value.detach()
-    if len(labels) == 1 and labels[0] is not None:
-        index = kept.positions(labels[0])
-        return value.clone() if index is None else value.index_select(0, index.to(value.device))
-    result = value
-    shape = value.shape
+    result, shape = value, value.shape
     for d, ids in enumerate(labels):
         if ids is None:
             continue
@@ -50,10 +45,10 @@ def slice_tensor(value: torch.Tensor, labels: Labels, kept: Kept) -> torch.Tenso
             break
         index = kept.positions(ids)
         if index is not None:
-            result = result.index_select(d, index if index.device == result.device else index.to(result.device))
+            result = result.index_select(d, index if value.is_cpu else index.to(value.device))
     if result is value:
         return value.clone()
-    if value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last) and not value.is_contiguous():
+    if len(shape) == 4 and not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last):
         result = result.contiguous(memory_format=torch.channels_last)
     return result
 
@@ -73,12 +68,17 @@ def _by_mask(value: torch.Tensor, labels: Labels, keep: np.ndarray) -> torch.Ten
 
 def kept_size(ids: np.ndarray, dim: int, keep: np.ndarray) -> int:
     """Return how many positions of a labelled dim stay (in every row that stays at all)."""
+    if ids.size == ids.shape[dim]:
+        return int(np.count_nonzero(keep[ids]))
     return int(keep[ids].sum(axis=dim).max(initial=0))
 
 
 def sliced_like(value: torch.Tensor, labels: Labels | None, kept: Kept) -> torch.Tensor:
-    """Return a sliced copy of a parameter or buffer that is a parameter where the original is."""
-    return copied_like(value, value.detach().clone() if labels is None else slice_tensor(value, labels, kept))
+    """Return a sliced copy of a parameter or buffer that is a parameter where the original is.
+
+    To be called without gradients.
+    """
+    return copied_like(value, value.clone() if labels is None else slice_tensor(value, labels, kept))
 
 
 def copied_like(value: torch.Tensor, result: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxprune.cloning import Cloner, clone, submodule
+from fxprune.cloning import Cloner, submodule
 
 RECORD = "fxprune"
 """Key of the compilation's record in `slim.meta`."""
@@ -97,12 +97,16 @@ def _home(homes: dict[str, tuple[nn.Module, nn.Module]], path: str) -> tuple[nn.
     return found
 
 
-_EMPTY = nn.Module()
+_EMPTY = vars(nn.Module())
+_EMPTY_TABLES = [(key, type(value)) for key, value in _EMPTY.items() if isinstance(value, (dict, set))]
 
 
 def _container(module: nn.Module) -> nn.Module:
-    plain = clone(_EMPTY)  # several times faster than to make one
-    plain.training = module.training
+    plain = object.__new__(nn.Module)  # with what `__init__` sets, several times faster
+    state = vars(plain)
+    state.update(_EMPTY, training=module.training)
+    for key, kind in _EMPTY_TABLES:
+        state[key] = kind()
     return plain
 
 

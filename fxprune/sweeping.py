@@ -100,7 +100,7 @@ def sweep(
     data = list(calibration) if isinstance(calibration, Iterator) else calibration
     agreeing.check_request(tasks, method=method, budgets=asked, constraints=constraints)
     agreeing.check_network(coupling)
-    dense = coupling.costs(np.ones(coupling.num_channels, dtype=bool))
+    dense = coupling.costs.dense
     restriction = restrict(coupling, tasks)
     coupling = coupling if restriction is None else restriction.part
     bound = constrain(coupling, constraints)

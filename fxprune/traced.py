@@ -134,7 +134,8 @@ def copied(graph: fx.Graph) -> fx.Graph:
         if n.op == "output":
             new.output(args[0])
             break
-        twin[n] = new.create_node(n.op, n.target, name=n.name, type_expr=n.type)
-        attach(twin[n], args, kwargs)
-        twin[n].meta.update(n.meta)
+        node = twin[n] = new.create_node(n.op, n.target, name=n.name, type_expr=n.type)
+        attach(node, args, kwargs)
+        if n.meta:
+            node.meta.update(n.meta)
     return new

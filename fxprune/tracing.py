@@ -91,10 +91,10 @@ class Tracer(SizedTracer):
         name: str | None = None,
         type_expr: Any = None,
     ) -> fx.Node:
-        """Note the source line of each node."""
+        """Note the source line of each node; what torch notes there besides is not needed."""
         if kind in ("placeholder", "output"):
             return super().create_node(kind, target, args, kwargs, name, type_expr)
-        node = super().create_node(kind, target, (), {}, name, type_expr)
+        node = self.graph.create_node(kind, target, (), {}, name, type_expr)
         attach(node, args, kwargs)
         self.sources[node.name] = user_line()
         return node

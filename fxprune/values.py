@@ -31,7 +31,11 @@ def to_meta(value: Any) -> Any:
     def move(t: Any) -> Any:
         return torch.empty_like(t, device="meta", requires_grad=False) if isinstance(t, torch.Tensor) else t
 
-    return pytree.tree_map(move, value)
+    if type(value) is tuple:  # the usual containers, by hand: several times faster
+        return tuple([to_meta(v) for v in value])
+    if type(value) is dict:
+        return {key: to_meta(v) for key, v in value.items()}
+    return move(value) if isinstance(value, torch.Tensor) else pytree.tree_map(move, value)
 
 
 def bind(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

@@ -6,6 +6,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import BuiltinFunctionType
 from typing import Any
 
 from torch import nn
@@ -44,7 +45,10 @@ class _Patcher(_symbolic_trace._Patcher):
 
     def visit_once(self, thing: Any) -> bool:
         """Say whether a namespace is to be searched for functions such as `math.sqrt`: not yet, and it has some."""
-        return super().visit_once(thing) and not self.wrapped.isdisjoint(map(id, thing.values()))
+        if id(thing) in self.visited:  # as nearly always: this is asked at every call of a module
+            return False
+        self.visited.add(id(thing))
+        return not self.wrapped.isdisjoint(map(id, thing.values()))
 
 
 def _is_plain(kind: type[nn.Module]) -> bool:
@@ -72,6 +76,15 @@ def _watched(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (kind,), {**names, "__call__": _call, "__getattr__": _read})
 
 
+def _wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    return _wrapped_builtin(function) if type(function) is BuiltinFunctionType else _wrap(function)
+
+
+_wrap = _symbolic_trace._create_wrapped_func
+_wrapped_builtin = functools.cache(_wrap)
+"""Every trace wraps all functions of `math`, and the same way."""
+
+
 @contextmanager
 def watched(modules: Iterable[nn.Module], wrapped: set[int]) -> Iterator[None]:
     """Let a symbolic trace see calls of these modules and reads of their parameters; others run as they are.
@@ -91,12 +104,14 @@ def watched(modules: Iterable[nn.Module], wrapped: set[int]) -> Iterator[None]:
     kinds = {kind: _watched(kind) for kind in classes}
     for m in modules:
         _set(m, "__class__", kinds[type(m)])
-    plain, methods = _symbolic_trace._Patcher, _trace.methods
+    plain, wrap, methods = _symbolic_trace._Patcher, _symbolic_trace._create_wrapped_func, _trace.methods
     _symbolic_trace._Patcher = lambda: _Patcher(wrapped)  # pyright: ignore[reportAttributeAccessIssue]
+    _symbolic_trace._create_wrapped_func = _wrapped
     _trace.methods = dict(methods)
     try:
         yield
     finally:
         _symbolic_trace._Patcher, _trace.methods = plain, methods  # pyright: ignore[reportAttributeAccessIssue]
+        _symbolic_trace._create_wrapped_func = wrap
         for m in modules:
             _set(m, "__class__", type(m).__bases__[0])

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from itertools import repeat
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -58,8 +60,7 @@ def _blocked_dtypes() -> frozenset[torch.dtype]:
     return frozenset({torch.float32, *(dtype for dtype, is_supported in half.items() if is_supported())})
 
 
-@dataclass(frozen=True, slots=True)
-class Convolving:
+class Convolving(NamedTuple):
     """What stays the same of a convolution, whatever channels go.
 
     Attributes:
@@ -190,12 +191,8 @@ class Workspaces:
     def __init__(self, runs: Sequence[Convolving], machine: Machine) -> None:
         """Lay out what stays the same as arrays, (convolutions,)."""
         self._machine = machine
-        flags = {f.name for f in fields(Convolving) if f.type == "bool"}
-        self._of = {
-            f.name: np.array([getattr(r, f.name) for r in runs], dtype=bool if f.name in flags else np.int64)
-            for f in fields(Convolving)
-        }
-        of = self._of
+        columns = map(np.array, zip(*runs, strict=True)) if runs else repeat(np.empty(0, dtype=bool))
+        self._of = of = dict(zip(Convolving._fields, columns, strict=False))
         of["point"] = of["taps"] == 1
         of["plain"] = of["point"] & ~of["strided"] & ~of["padded"] & ~of["transposed"]
         of["worth"] = of["strided"] | of["dilated"] | ~of["thin"] | (of["batch"] >= MANY) | (machine.threads > 1)

@@ -35,6 +35,8 @@ LAYERS = [
     (nn.MaxPool2d(2), IMAGE),
     (nn.MaxPool2d(3, stride=2, ceil_mode=True), IMAGE),
     (nn.MaxPool2d(3, stride=2, padding=(1, 0), dilation=(1, 1)), IMAGE),
+    (nn.Flatten(), IMAGE),
+    (nn.Flatten(0, -2), IMAGE),
     (nn.Sigmoid(), IMAGE),
     (nn.GELU(), IMAGE),
     (nn.LayerNorm(4), IMAGE),

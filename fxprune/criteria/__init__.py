@@ -13,14 +13,16 @@ from fxprune.coupling import Coupling, Site
 
 
 def add_up(
-    coupling: Coupling, sites: list[Site], measure: Callable[[str, torch.Tensor, tuple[int, ...]], torch.Tensor]
+    coupling: Coupling,
+    sites: list[Site],
+    measure: Callable[[str, torch.Tensor, tuple[int, ...]], torch.Tensor | np.ndarray],
 ) -> np.ndarray:
     """Sum a measure of parameters over the sites of each channel.
 
     Args:
         coupling: the coupled network.
         sites: which sites count.
-        measure: `(name, parameter, dims) -> tensor` that reduces the parameter over `dims`, keeping them with size 1.
+        measure: `(name, parameter, dims) -> values` that reduces the parameter over `dims`, keeping them with size 1.
 
     Returns:
         (channels,) float64.
@@ -30,11 +32,12 @@ def add_up(
     channels: list[np.ndarray] = []
     for site in sites:
         value = state[site.name].detach()
-        dims = tuple(d for d in range(value.ndim) if site.channels.shape[d] == 1)
-        reduced = measure(site.name, value, dims)
-        if reduced.device.type != "cpu" or reduced.dtype not in (torch.float32, torch.float64):
-            reduced = reduced.double().cpu()
-        weights.append(reduced.numpy().ravel())
+        reduced = measure(site.name, value, tuple([d for d, n in enumerate(site.channels.shape) if n == 1]))
+        if isinstance(reduced, torch.Tensor):
+            if reduced.device.type != "cpu" or reduced.dtype not in (torch.float32, torch.float64):
+                reduced = reduced.double().cpu()
+            reduced = reduced.numpy()
+        weights.append(reduced.ravel())
         channels.append(site.channels.ravel())
     if not sites:
         return np.zeros(coupling.num_channels)

@@ -25,9 +25,9 @@ def magnitude(coupling: Coupling, p: float = 2.0) -> np.ndarray:
     equation 4, for coupled layers.
     """
 
-    def measure(name: str, weight: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+    def measure(name: str, weight: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor | np.ndarray:
         if p == 2 and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64):
-            return torch.from_numpy(_sum_of_squares(weight.numpy(), dims))
+            return _sum_of_squares(weight.numpy(), dims)
         return weight.abs().pow(p).sum(dims, keepdim=True)
 
     return add_up(coupling, weight_sites(coupling), measure)
@@ -36,8 +36,8 @@ def magnitude(coupling: Coupling, p: float = 2.0) -> np.ndarray:
 def _sum_of_squares(weight: np.ndarray, dims: tuple[int, ...]) -> np.ndarray:
     """Sum squares over dims, which keep size 1; no squares are written down, which costs more than to sum them."""
     shape, ndim = weight.shape, weight.ndim
-    lead = next(d for d in range(ndim + 1) if d not in dims)
-    tail = next(d for d in range(ndim, -1, -1) if d - 1 not in dims)
+    kept = [d for d in range(ndim) if d not in dims]
+    lead, tail = (kept[0], kept[-1] + 1) if kept else (ndim, 0)
     if lead:
         flat = weight.reshape(math.prod(shape[:lead]), math.prod(shape[lead:]))
         total = np.einsum("ij,ij->j", flat, flat).reshape((1,) * lead + shape[lead:])
