@@ -1,4 +1,4 @@
-"""A report as one HTML file: a template, its style and script, and the data as JSON. It needs no network."""
+"""A report as one HTML file: a template, its style and scripts, and the data as JSON. It needs no network."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 CHARACTER, PADDING, GAP, LANE, PITCH = 6.7, 22.0, 18.0, 14.0, 42
 """Pixels: a character, what a box has around its text, between boxes, for an edge that passes, from row to row."""
+SCRIPTS = ("basics.js", "head.js", "picture.js", "details.js", "tables.js", "start.js")
+"""In the order they run in; they share one scope."""
 UNSAFE = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 """Characters that mean something to HTML or JavaScript; inside JSON they stand only in strings."""
 
@@ -51,14 +53,14 @@ def page_of(report: Report) -> str:
     parts = {
         "title": html.escape(f"{report.sketch.network}: what fxprune did"),
         "style": _template("report.css"),
-        "script": _template("report.js"),
+        "script": "\n".join(_template(name) for name in SCRIPTS),
         "data": json.dumps(page_data(report), separators=(",", ":")).translate(UNSAFE),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _template("report.html"))
 
 
 def _template(name: str) -> str:
-    return resources.files("fxprune").joinpath("templates", name).read_text(encoding="utf-8")
+    return (resources.files("fxprune") / "templates" / name).read_text(encoding="utf-8")
 
 
 def page_data(report: Report) -> dict[str, Any]:
@@ -67,15 +69,14 @@ def page_data(report: Report) -> dict[str, Any]:
     budget = ", ".join(f"{name}={value:g}" for name, value in report.budget.items())
     costs = [[name, getattr(report.costs.before, name), getattr(report.costs.after, name)] for name in RESOURCES]
     blocked = [[b.macs, b.params, b.node, b.reason, b.source] for b in report.coverage.blocked]
-    notes = [*(f"output {name!r} answers for classes {list(rows)}" for name, rows in report.classes.items())]
     return {
         "network": sketch.network,
         "method": report.method,
         "budget": budget,
         "frontend": report.frontend,
         "coverage": report.coverage.headline,
-        "proof": str(report.verification) if report.verification else "not verified",
         "passed": report.verification.passed if report.verification else None,
+        "error": report.verification.worst if report.verification else None,
         "costs": costs,
         **_picture(sketch),
         "groups": [
@@ -85,7 +86,7 @@ def page_data(report: Report) -> dict[str, Any]:
         "ties": [astuple(tie) for tie in sketch.ties],
         "frozen": [astuple(row) for row in report.frozen],
         "blocked": blocked,
-        "notes": [*notes, *report.notes],
+        "notes": [*report.answers, *report.notes],
     }
 
 

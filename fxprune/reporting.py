@@ -84,11 +84,14 @@ class Report:
                 3,
                 "what could not go:\n" + tabulate(self._frozen_rows(), headers=["channels", "node", "reason", "line"]),
             )
-        parts += [f"output {name!r} answers for classes {', '.join(map(str, rows))}" for name, rows in self._rows()]
+        parts += self.answers
         return "\n\n".join([*parts, *(f"note: {note}" for note in self.notes)])
 
-    def _rows(self) -> list[tuple[str, tuple[int, ...]]]:
-        return list(self.classes.items())
+    @property
+    def answers(self) -> list[str]:
+        """In words, the classes that outputs answer for, where tasks asked for these alone."""
+        items = self.classes.items()
+        return [f"output {name!r} answers for classes {', '.join(map(str, rows))}" for name, rows in items]
 
     def _groups_line(self) -> str:
         before, after = sum(g.before for g in self.groups), sum(g.after for g in self.groups)

@@ -9,8 +9,10 @@ import numpy as np
 
 from fxprune.atoms import FIXED
 from fxprune.boxes import Box, find_boxes, groups_of, shown, split
+from fxprune.closing import owner
 from fxprune.coupling import Coupling
 from fxprune.freezing import FrozenRow
+from fxprune.pausing import without_collector
 from fxprune.planning import keep_of
 from fxprune.plans import Plan
 
@@ -83,6 +85,7 @@ class Sketch:
     ties: tuple[Tie, ...]
 
 
+@without_collector
 def sketch(coupling: Coupling, plan: Plan) -> Sketch:
     """Take down what a picture of a plan needs.
 
@@ -113,13 +116,17 @@ Sites = Mapping[tuple[str, int], Mapping[int, Cut]]
 
 def _sites(coupling: Coupling, groups: np.ndarray, keep: np.ndarray) -> Sites:
     keep = np.append(keep, True)
+    known: dict[tuple[int, tuple[int, ...]], list[tuple[int, int, int]]] = {}  # many sites share one array of channels
     found: dict[tuple[str, int], dict[int, Cut]] = {}
     for site in coupling.sites:
-        rows = np.moveaxis(site.channels, site.dim, -1).reshape(-1, site.channels.shape[site.dim])
+        ids = site.channels
+        home = (id(owner(ids)), () if ids.size == ids.shape[site.dim] else (site.dim, *ids.shape))
+        if home not in known:
+            rows = np.moveaxis(ids, site.dim, -1).reshape(-1, ids.shape[site.dim])
+            parts = split(rows, groups, keep)
+            known[home] = [(s.group, s.before, s.after) for s in parts if s.group is not None]
         found[site.name, site.dim] = {
-            s.group: Cut(site.name, site.dim, s.before, s.after)
-            for s in split(rows, groups, keep)
-            if s.group is not None
+            group: Cut(site.name, site.dim, before, after) for group, before, after in known[home]
         }
     return found
 
@@ -130,9 +137,7 @@ def _groups(coupling: Coupling, keep: np.ndarray, sites: Sites) -> tuple[Sketche
         for group, cut in there.items():
             cuts.setdefault(group, []).append(cut)
     return tuple(
-        SketchedGroup(
-            g.name, g.kind, g.width, int(keep[np.concatenate(g.cells)].sum()), tuple(cuts.get(g.index, ()))
-        )
+        SketchedGroup(g.name, g.kind, g.width, int(keep[np.concatenate(g.cells)].sum()), tuple(cuts.get(g.index, ())))
         for g in coupling.groups()
     )
 
@@ -144,9 +149,8 @@ def _ties(coupling: Coupling, sites: Sites) -> tuple[Tie, ...]:
         known = [set(sites[end]) for end in (a, b) if end in sites]
         groups = set.intersection(*known) if known else set()
         if groups:
-            node = edge["node"]
-            ends = sorted(_say(end) for end in (a, b))
-            ties.append(Tie(*ends, node, coupling.traced.source(node), edge["relation"], tuple(sorted(groups))))
+            node, (first, second) = edge["node"], sorted([_say(a), _say(b)])
+            ties.append(Tie(first, second, node, coupling.traced.source(node), edge["relation"], tuple(sorted(groups))))
     return tuple(ties)
 
 
