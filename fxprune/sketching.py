@@ -12,6 +12,7 @@ from fxprune.boxes import Box, find_boxes, groups_of, shown, split
 from fxprune.closing import owner
 from fxprune.coupling import Coupling
 from fxprune.freezing import FrozenRow
+from fxprune.grouping import Group
 from fxprune.pausing import without_collector
 from fxprune.planning import keep_of
 from fxprune.plans import Plan
@@ -128,7 +129,27 @@ def _sites(coupling: Coupling, groups: np.ndarray, keep: np.ndarray) -> Sites:
         found[site.name, site.dim] = {
             group: Cut(site.name, site.dim, before, after) for group, before, after in known[home]
         }
+    counted = {group for there in found.values() for group in there}
+    for group in coupling.groups():
+        if group.index not in counted:
+            _add_overlapping(coupling, group, keep, found)
     return found
+
+
+def _add_overlapping(
+    coupling: Coupling, group: Group, keep: np.ndarray, found: dict[tuple[str, int], dict[int, Cut]]
+) -> None:
+    """Add the cuts of a group whose channels are all counted elsewhere: whole rows, where columns are counted."""
+    mine = np.full(coupling.num_channels + 1, -1)
+    mine[coupling.members.of(np.concatenate(group.cells))[0]] = group.index
+    mine[FIXED] = -1
+    for channels, where in coupling.arrays:
+        if (mine[channels] == group.index).any():
+            for site in (coupling.sites[number] for number in where):
+                rows = np.moveaxis(site.channels, site.dim, -1).reshape(-1, site.channels.shape[site.dim])
+                for s in split(rows, mine, keep):
+                    if s.group is not None:
+                        found[site.name, site.dim][group.index] = Cut(site.name, site.dim, s.before, s.after)
 
 
 def _groups(coupling: Coupling, keep: np.ndarray, sites: Sites) -> tuple[SketchedGroup, ...]:

@@ -104,6 +104,18 @@ def test_ties_join_all_sites_of_a_group(report: Report) -> None:
         assert len(sites) == 1 or sites <= nx.node_connected_component(graph, next(iter(sites)))
 
 
+def test_groups_of_rows_have_cuts_and_ties_too() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 3, groups=4), nn.Conv2d(16, 5, 1))
+    groups = data_of(page_of(report_of(model, torch.randn(1, 3, 8, 8))))["groups"]
+    rows = [group for group in groups if group["kind"] == "rows"]
+    assert rows
+    for group in rows:
+        assert {(name, dim): before for name, dim, before, _ in group["cuts"]}.items() >= {
+            ("1.weight", 0): 16,
+            ("2.weight", 1): 16,
+        }.items()
+
+
 def test_every_layer_that_is_held_says_why(report: Report) -> None:
     boxes = {box["layer"]: box for box in data_of(page_of(report))["boxes"] if box["kind"] == "layer"}
     held = {name: row for name, box in boxes.items() for row in box["held"]}

@@ -22,7 +22,7 @@ function select(box) {
   words.push(make("p", { class: "quiet" }, `${box.kind}${box.kind === "output" ? "" : `, node ${box.node}`}`));
   if (box.size) words.push(make("p", {}, `width of its output: ${box.size}`));
   if (box.source) words.push(make("p", {}, make("code", {}, box.source)));
-  words.push(...frozenIn(box), ...groups.flatMap(groupDetails));
+  words.push(...frozenIn(box), ...groups.flatMap(groupDetails), ...otherGroups(box, groups));
   at("details").replaceChildren(...words);
   at("details").scrollTop = 0;
 }
@@ -57,6 +57,22 @@ function groupDetails(number) {
     make("h3", {}, `Ties (${ties.length})`),
     list(ties, ([a, b, node, source, relation]) => [
       make("code", {}, a), ` ${verbs[relation]} `, make("code", {}, b), ` at ${node}`, ...lineOf(source),
+    ]),
+  ];
+}
+
+/** Groups that cut the parameters of a layer, such as those of what it reads. */
+function otherGroups(box, known) {
+  if (!box.layer) return [];
+  const cuts = (group) => group.cuts.filter(([name]) => name.startsWith(`${box.layer}.`));
+  const others = data.groups.map((group, number) => [group, number]).filter(([, number]) => !known.includes(number));
+  const rows = others.flatMap(([group, number]) => cuts(group).map((cut) => [number, cut]));
+  if (!rows.length) return [];
+  return [
+    make("h3", {}, "Also cut by"),
+    list(rows, ([number, [name, dim, ...sizes]]) => [
+      make("button", { type: "button", click: () => selectGroup(number) }, dotOf(number), `group ${number}`),
+      " ", make("code", {}, `${name}[${dim}]`), ` ${change(...sizes)}`,
     ]),
   ];
 }
