@@ -37,12 +37,14 @@ class Box:
         kind: "layer", "join", "input" or "output".
         name: what is written.
         segments: the channels of the output, group by group.
+        layer: the qualified name of a layer, of which `name` may be the end.
     """
 
     node: str
     kind: str
     name: str
     segments: tuple[Segment, ...] = ()
+    layer: str = ""
 
     @property
     def size(self) -> str:
@@ -70,7 +72,7 @@ def find_boxes(coupling: Coupling, keep: np.ndarray) -> tuple[dict[str, Box], nx
         keep: (channels,) which stay.
     """
     module = coupling.traced.root
-    groups = _group_of(coupling)
+    groups = groups_of(coupling)
     boxes: dict[str, Box] = {}
     graph = nx.DiGraph()
     reach: dict[fx.Node, list[str]] = {}
@@ -96,7 +98,7 @@ def find_boxes(coupling: Coupling, keep: np.ndarray) -> tuple[dict[str, Box], nx
             segments = _segments(coupling, node.name, groups, keep)
             alone = all(len(n.users) == 1 for n in node.all_input_nodes if reach[n])
             if layer and not (flat and alone and _same(sources, boxes, segments)):
-                reach[node] = add(Box(node.name, "layer", short(layer), segments), sources)
+                reach[node] = add(Box(node.name, "layer", short(layer), segments, layer), sources)
             elif not layer and len(sources) > 1:
                 reach[node] = add(Box(node.name, "join", _operation(node), segments), sources)
             else:
@@ -146,7 +148,7 @@ def short(name: str) -> str:
     return name
 
 
-def _group_of(coupling: Coupling) -> np.ndarray:
+def groups_of(coupling: Coupling) -> np.ndarray:
     """Return the group (channels + 1,) that decides over each channel, the widest of several; -1 where it stays."""
     of = np.full(coupling.num_channels + 1, -1)
     width = np.zeros(coupling.num_channels + 1)
@@ -167,16 +169,34 @@ def shrinking(coupling: Coupling) -> list[Group]:
     return [group for group in coupling.groups() if group.levels > 1]
 
 
-def _segments(coupling: Coupling, node: str, groups: np.ndarray, keep: np.ndarray) -> tuple[Segment, ...]:
-    """Return the channels of a node's first tensor along the dim with most of them, group by group."""
+def shown(coupling: Coupling, node: str, groups: np.ndarray) -> np.ndarray | None:
+    """Return the channels (rows, size) of a node's first tensor along the dim with most of them that may go.
+
+    None where no dim has any channels. Where there are several rows, positions differ from row to row.
+    """
     tensor = coupling.at(node)[0]
     labelled = [d for d, ids in enumerate(tensor.labels) if ids is not None]
-    if not labelled:
-        rank = len(tensor.shape)
-        size = tensor.shape[1 if rank in (2, 4, 5) else -1] if rank else 1
-        return (Segment(None, size, size),)
-    found = {d: np.moveaxis(np.asarray(tensor.labels[d]), d, -1).reshape(-1, tensor.shape[d]) for d in labelled}
-    ids = max(found.values(), key=lambda rows: (int((groups[rows[0]] >= 0).sum()), rows.shape[1]))
-    of, stays = groups[ids[0]], np.append(keep, True)[ids]
+    found = [np.moveaxis(np.asarray(tensor.labels[d]), d, -1).reshape(-1, tensor.shape[d]) for d in labelled]
+    return max(found, key=lambda rows: (int((groups[rows[0]] >= 0).sum()), rows.shape[1]), default=None)
+
+
+def split(ids: np.ndarray, groups: np.ndarray, keep: np.ndarray) -> tuple[Segment, ...]:
+    """Count channels (rows, size) group by group: those of a row, and those that stay of it.
+
+    Args:
+        ids: the channels, -1 at fixed positions.
+        groups: (channels + 1,) the group of each.
+        keep: (channels + 1,) which stay.
+    """
+    of, stays = groups[ids[0]], keep[ids]
     after = {g: int(stays[:, of == g].sum(axis=1).max()) for g in dict.fromkeys(of.tolist())}
     return tuple(Segment(g if g >= 0 else None, int((of == g).sum()), n) for g, n in after.items())
+
+
+def _segments(coupling: Coupling, node: str, groups: np.ndarray, keep: np.ndarray) -> tuple[Segment, ...]:
+    ids = shown(coupling, node, groups)
+    if ids is not None:
+        return split(ids, groups, np.append(keep, True))
+    shape = coupling.at(node)[0].shape
+    size = shape[1 if len(shape) in (2, 4, 5) else -1] if shape else 1
+    return (Segment(None, size, size),)

@@ -10,7 +10,7 @@ from functools import cached_property
 import networkx as nx
 import numpy as np
 
-from fxprune import explaining
+from fxprune import explaining, notebooks
 from fxprune.atoms import FIXED
 from fxprune.channels import Frozen, Site, find_frozen, find_products, find_rows, find_sites
 from fxprune.closing import Classes, close, mixed, owner
@@ -145,6 +145,9 @@ class Coupling:
             digest.update(" ".join(about).encode())
             digest.update(channels.tobytes())
         return digest.hexdigest()
+
+    def _repr_html_(self) -> str:
+        return notebooks.coupling_html(self)
 
     @cached_property
     def graph(self) -> nx.Graph:

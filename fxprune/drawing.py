@@ -63,7 +63,7 @@ def draw_groups(coupling: Coupling, path: str | Path | None = None, plan: Plan |
     keep = np.ones(coupling.num_channels, dtype=bool) if plan is None else keep_of(coupling, plan)
     boxes, graph = find_boxes(coupling, keep)
     layers = lay_out(graph, {name: _room(box) + GAP for name, box in boxes.items()}, LANE)
-    colors = _colors(graph, boxes)
+    colors = colors_of(graph, boxes)
     listed = _largest(shrinking(coupling))
     left, right, rows = _extent(layers, boxes)
     height = max(rows * PITCH, LEGEND_ROW * (len(listed) + 4)) + TOP + MARGIN
@@ -100,7 +100,7 @@ def _extent(layers: Layers, boxes: Mapping[str, Box]) -> tuple[float, float, int
     )
 
 
-def _colors(graph: nx.DiGraph, boxes: Mapping[str, Box]) -> dict[int, str]:
+def colors_of(graph: nx.DiGraph, boxes: Mapping[str, Box]) -> dict[int, str]:
     """Colour the groups so that those drawn near each other differ, and all colours are used about equally."""
     near: dict[int, set[int]] = {}
     around = nx.power(graph.to_undirected(), 3) if len(graph) else graph
@@ -114,7 +114,7 @@ def _colors(graph: nx.DiGraph, boxes: Mapping[str, Box]) -> dict[int, str]:
     return chosen
 
 
-def _pale(color: str) -> str:
+def pale(color: str) -> str:
     """Mix a colour with three parts of white."""
     parts = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
     return "#" + "".join(f"{(part + 3 * 255) // 4:02X}" for part in parts)
@@ -158,7 +158,7 @@ def _draw_box(axes: Axes, box: Box, x: float, y: float, colors: Mapping[int, str
         wide = room * s.before / max(total, 1)
         stays = wide * s.after / max(s.before, 1)
         look: dict[str, Any] = {"fc": STAYS, **HATCH} if s.group is None else {"fc": colors[s.group]}
-        axes.add_patch(Rectangle((start, bottom), wide, BOX, fc=_pale(look["fc"]), lw=0, zorder=2))
+        axes.add_patch(Rectangle((start, bottom), wide, BOX, fc=pale(look["fc"]), lw=0, zorder=2))
         axes.add_patch(Rectangle((start, bottom), stays, BOX, lw=0, zorder=2, gid=f"{box.node}:{s.group}", **look))
         start += wide
     look = {"fc": "none", "ec": INK, "lw": 0.7, "ls": "-" if box.kind == "layer" else (0, (3, 1.5)), "gid": box.node}
@@ -191,7 +191,7 @@ def _handles(
         handles.append(Patch(fc=colors.get(group.index, STAYS), label=f"{_bold(group.index)}  {name}  {width}"))
     handles.append(Patch(fc=STAYS, lw=0, label="stays as it is", **HATCH))
     if plan is not None:
-        handles.append(Patch(fc=_pale(COLORS[0]), label="pale: goes"))
+        handles.append(Patch(fc=pale(COLORS[0]), label="pale: goes"))
     return handles
 
 

@@ -14,8 +14,8 @@ from fxprune.constraining import Constraints
 from fxprune.costs import RESOURCES, Costs
 from fxprune.coupling import Coupling
 from fxprune.covering import Coverage
+from fxprune.freezing import FrozenRow, frozen_rows
 from fxprune.paths import paths_by_score
-from fxprune.reporting import FrozenRow, frozen_rows
 
 REASON_WIDTH = 46
 """Characters per line of a reason in the printed table."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
+from fxprune import notebooks
 from fxprune.costs import RESOURCES, CostChange, Costs
 from fxprune.errors import ArtifactError
 
@@ -82,6 +83,9 @@ class Plan:
         rows = [[i, g.name, g.kind, g.sites, g.before, g.after, g.share] for i, g in enumerate(self.groups)]
         table = tabulate(rows, headers=["group", "first site", "kind", "sites", "before", "after", "kept"])
         return f"{table}\n\n{costs_table(self.costs)}"
+
+    def _repr_html_(self) -> str:
+        return notebooks.plan_html(self)
 
     def cut(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """Cut a tensor of the shape of a dense parameter (its momentum, its average) as the plan cuts the parameter.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import html
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,24 +11,17 @@ from typing import Any
 from tabulate import tabulate
 from torch import nn
 
-from fxprune.costs import RESOURCES, CostChange
+from fxprune import notebooks, publishing
+from fxprune.costs import CostChange
 from fxprune.coupling import Coupling
 from fxprune.covering import Coverage
 from fxprune.errors import FxPruneError
+from fxprune.freezing import FrozenRow, frozen_rows
 from fxprune.opening import opened
 from fxprune.plans import GroupWidth, Plan, costs_table
+from fxprune.sketching import Sketch, sketch
 from fxprune.slimming import RECORD
 from fxprune.verifying import Verification
-
-
-@dataclass(frozen=True, slots=True)
-class FrozenRow:
-    """Channels that stayed for one reason: how many, at which node, in which source line, why."""
-
-    channels: int
-    node: str
-    source: str
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +34,7 @@ class Report:
         verification: slim against masked original, or None if it was switched off.
         frontend: how the model was traced.
         coverage: which share of the network could go at all, and what blocks the rest.
+        sketch: what the picture in `to_html` shows.
         notes: what else a user should know.
     """
 
@@ -49,6 +43,7 @@ class Report:
     verification: Verification | None
     frontend: str
     coverage: Coverage
+    sketch: Sketch = field(repr=False)
     notes: tuple[str, ...] = ()
 
     @property
@@ -89,11 +84,14 @@ class Report:
                 3,
                 "what could not go:\n" + tabulate(self._frozen_rows(), headers=["channels", "node", "reason", "line"]),
             )
-        parts += [f"output {name!r} answers for classes {', '.join(map(str, rows))}" for name, rows in self._rows()]
+        parts += self.answers
         return "\n\n".join([*parts, *(f"note: {note}" for note in self.notes)])
 
-    def _rows(self) -> list[tuple[str, tuple[int, ...]]]:
-        return list(self.classes.items())
+    @property
+    def answers(self) -> list[str]:
+        """In words, the classes that outputs answer for, where tasks asked for these alone."""
+        items = self.classes.items()
+        return [f"output {name!r} answers for classes {', '.join(map(str, rows))}" for name, rows in items]
 
     def _groups_line(self) -> str:
         before, after = sum(g.before for g in self.groups), sum(g.after for g in self.groups)
@@ -105,22 +103,7 @@ class Report:
         return [[f.channels, f.node, f.reason, f.source] for f in self.frozen]
 
     def _repr_html_(self) -> str:
-        groups = [[g.name, g.kind, g.sites, g.before, g.after] for g in self.groups]
-        costs = [
-            [n, f"{getattr(self.costs.before, n):,}", f"{getattr(self.costs.after, n):,}", f"{self.costs.share(n):.1%}"]
-            for n in RESOURCES
-        ]
-        tables = [
-            tabulate(costs, headers=["cost", "before", "after", "share"], tablefmt="html", disable_numparse=True),
-            tabulate(groups, headers=["first site", "kind", "sites", "before", "after"], tablefmt="html"),
-            tabulate(self._frozen_rows(), headers=["frozen channels", "node", "reason", "line"], tablefmt="html"),
-        ]
-        blocked = html.escape(str(self.coverage))
-        verdict = html.escape(str(self.verification) if self.verification else "not verified")
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
-        details = f"<details><summary>groups and frozen channels</summary>{tables[1]}{tables[2]}</details>"
-        details += f"<details><summary>coverage</summary><pre>{blocked}</pre></details>"
-        return f"<h4>fxprune: {html.escape(self.method)}</h4>{tables[0]}<pre>{verdict}</pre>{notes}{details}"
+        return notebooks.report_html(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
@@ -141,6 +124,17 @@ class Report:
         """Return the report as JSON."""
         return json.dumps(self.to_dict())
 
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as one HTML file that needs nothing else: the graph of groups, and all tables.
+
+        Args:
+            path: the file; its folder is made if it does not exist.
+
+        Raises:
+            FxPruneError: the file cannot be written.
+        """
+        publishing.publish(self, path)
+
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
@@ -160,25 +154,14 @@ class Compiled:
     tasks: tuple[str, ...] | None = None
 
 
-def frozen_rows(coupling: Coupling) -> tuple[FrozenRow, ...]:
-    """Return what may not go: a row for each node and reason, most channels first."""
-    counts: dict[tuple[str, str, str], int] = {}
-    for f in coupling.frozen:
-        count = int(coupling.has_site[f.channels].sum())
-        if count:
-            key = (f.node, f.source, f.reason)
-            counts[key] = counts.get(key, 0) + count
-    rows = [FrozenRow(count, *key) for key, count in counts.items()]
-    return tuple(sorted(rows, key=lambda row: -row.channels))
-
-
 def make_report(
     coupling: Coupling, plan: Plan, verification: Verification | None, notes: tuple[str, ...] = ()
 ) -> Report:
     """Put a report together."""
     traced, coupling = coupling.traced, opened(coupling, plan.classes)
     notes = (*traced.notes, *notes)
-    return Report(plan, frozen_rows(coupling), verification, traced.frontend, coupling.coverage(), notes)
+    frozen, drawn = frozen_rows(coupling), sketch(coupling, plan)
+    return Report(plan, frozen, verification, traced.frontend, coupling.coverage(), drawn, notes)
 
 
 def compiled(slim: nn.Module) -> Compiled:

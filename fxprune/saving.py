@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fxprune.selecting import select_tasks
 from fxprune.slimming import RECORD
 from fxprune.traced import Traced
 from fxprune.tracing import trace
+from fxprune.verifying import verify as verify_slim
 
 PLAN, WEIGHTS = "plan.json", "weights.safetensors"
 CASTS = {torch.float16: "half()", torch.bfloat16: "bfloat16()", torch.float32: "float()", torch.float64: "double()"}
@@ -46,9 +48,16 @@ def _describe(value: Any) -> dict[str, Any]:
     raise TypeError(type(value).__name__)
 
 
+def example(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Return an example input: noise, the same in every run; zeros where the dtype is integer or bool."""
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return torch.zeros(tuple(shape), dtype=dtype)
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
 def _example(description: dict[str, Any]) -> Any:
     if "shape" in description:
-        return torch.zeros(description["shape"], dtype=getattr(torch, description["dtype"]))
+        return example(description["shape"], getattr(torch, description["dtype"]))
     if "sequence" in description:
         return tuple(_example(v) for v in description["sequence"])
     return description["value"]
@@ -117,25 +126,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, example_inputs: Any 
         ArtifactError: a file is missing or damaged, or the plan does not fit the model.
     """
     folder = Path(path)
-    data = _read_plan(folder / PLAN)
-    plan = Plan.from_json(json.dumps(data["plan"]))
-    if example_inputs is None:
-        example_inputs = examples(data["inputs"], f"{folder / PLAN}: ")
-    traced = trace(model, example_inputs)
-    _check_nodes(traced, data["freeze"], folder / PLAN)
-    names = tuple(data.get("decomposed", ()))
-    if not set(names) <= set(candidates(traced)):
-        raise ArtifactError(
-            f"{folder / PLAN} decomposes convolutions that {type(model).__name__} does not have: "
-            f"{sorted(set(names) - set(candidates(traced)))}. Use the model class that was compiled."
-        )
-    traced = decompose(traced, names)
-    coupling = couple(traced, freeze=data["freeze"])
-    slim = rewrite(coupling, plan)
-    report = make_report(coupling, plan, None, ("loaded from a file",))
-    slim.meta[RECORD] = Compiled(report, data["inputs"], data["freeze"], names)
-    if data.get("tasks") is not None:
-        slim = _of_tasks(slim, data["tasks"], folder / PLAN)
+    slim = cut(folder / PLAN, model, example_inputs=example_inputs, notes=("loaded from a file",))
     weights = folder / WEIGHTS
     try:
         _check_dtypes(slim, weights)
@@ -143,6 +134,44 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, example_inputs: Any 
     except (SafetensorError, RuntimeError, OSError) as error:
         raise ArtifactError(f"{weights} does not fit or is damaged: {error}. Save the network again.") from error
     return slim
+
+
+def cut(
+    path: Path, model: nn.Module, *, example_inputs: Any = None, verify: bool = False, notes: tuple[str, ...] = ()
+) -> fx.GraphModule:
+    """Cut a model, with the weights it has, by the plan in a file.
+
+    Args:
+        path: the `plan.json` that `save` wrote, or the JSON of a plan alone.
+        model: a model of the class that was compiled. It is not touched.
+        example_inputs: only needed where the file does not describe them.
+        verify: compare the slim network with the masked original.
+        notes: for the report.
+
+    Raises:
+        ArtifactError: the file is missing or damaged, or the plan does not fit the model.
+        VerificationError: the slim network differs from the masked original.
+    """
+    data = _read_plan(path)
+    plan = Plan.from_json(json.dumps(data["plan"]))
+    if example_inputs is None:
+        example_inputs = examples(data["inputs"], f"{path}: ")
+    traced = trace(model, example_inputs)
+    _check_nodes(traced, data["freeze"], path)
+    names = tuple(data.get("decomposed", ()))
+    if not set(names) <= set(candidates(traced)):
+        raise ArtifactError(
+            f"{path} decomposes convolutions that {type(model).__name__} does not have: "
+            f"{sorted(set(names) - set(candidates(traced)))}. Use the model class that was compiled."
+        )
+    inputs = data["inputs"] or describe_inputs(traced.args, traced.kwargs)
+    traced = decompose(traced, names)
+    coupling = couple(traced, freeze=data["freeze"])
+    slim = rewrite(coupling, plan)
+    verification = verify_slim(coupling, plan, slim) if verify else None
+    report = make_report(coupling, plan, verification, notes)
+    slim.meta[RECORD] = Compiled(report, inputs, data["freeze"], names)
+    return slim if data.get("tasks") is None else _of_tasks(slim, data["tasks"], path)
 
 
 def _of_tasks(slim: fx.GraphModule, tasks: Any, path: Path) -> fx.GraphModule:
@@ -194,6 +223,8 @@ def _read_plan(path: Path) -> dict[str, Any]:
         data = json.loads(text)
     except ValueError as error:
         raise ArtifactError(f"{path} breaks off or is damaged ({error}). Save the network again.") from error
+    if isinstance(data, dict) and "schema" in data:
+        data = {"plan": data, "inputs": None, "freeze": {}}
     if not isinstance(data, dict) or not {"plan", "inputs", "freeze"} <= data.keys():
         raise ArtifactError(f"{path} is not a saved plan. Pass the folder that `fxprune.save` wrote.")
     return data

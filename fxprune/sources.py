@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
@@ -10,6 +11,7 @@ import torch
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(__file__)
+_OURS = (_HERE, os.path.join(_HERE, "commands"))
 
 
 def user_line() -> str:
@@ -25,4 +27,6 @@ def user_line() -> str:
 
 @functools.cache
 def _is_users(path: str) -> bool:
-    return not path.startswith((_TORCH, "<")) and os.path.dirname(path) != _HERE
+    if path.startswith((_TORCH, "<")) or path == contextlib.__file__:  # whose decorators wrap some of ours
+        return False
+    return os.path.dirname(path) not in _OURS

@@ -67,6 +67,18 @@ class Sweep:
         ]
         return tabulate(rows, [*RESOURCES, *(f"{task} loss" for task in tasks)], colalign=["right"] * len(rows[0]))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        points = [
+            {
+                "budget": dict(p.plan.budget),
+                "costs": {"before": p.plan.costs.before.to_dict(), "after": p.plan.costs.after.to_dict()},
+                "rises": dict(p.rises),
+            }
+            for p in self.points
+        ]
+        return {"points": points}
+
 
 @sharing.together("sweep")
 def sweep(

@@ -19,10 +19,10 @@ from torch.utils import _pytree as pytree
 import fxprune
 from fxprune import methods
 from fxprune.allocating import steps_of_all
+from fxprune.freezing import frozen_rows
 from fxprune.masking import AbsentIsNaN
 from fxprune.paths import paths_by_score
 from fxprune.planning import plan_of
-from fxprune.reporting import frozen_rows
 from fxprune.verifying import masked_copy, run_in
 
 TOLERANCE = 1e-9

@@ -53,6 +53,7 @@ def test_demo_writes_a_table_a_picture_and_a_network_that_loads(folder, outcome)
     for name in (*demo.METRICS.values(), "macs", "params", "the proof", f"torch {torch.__version__}"):
         assert name in table
     assert (folder / "groups.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     slim = fxprune.load(folder / "slim", SceneNet())
     assert sum(p.numel() for p in slim.parameters()) == outcome["report"]["costs"]["after"]["params"]
 

@@ -126,7 +126,8 @@ def run(*, seed: int = 0, budget: float = 0.5, out: Path = Path("fxprune_demo"),
     Args:
         seed: of the scenes, the weights and the order of batches. The split of the scans is always the same.
         budget: share of the multiply-accumulates to keep.
-        out: gets `slim/` (the network and its plan), `groups.png`, `report.json` and `table.txt`.
+        out: gets `slim/` (the network and its plan), `groups.png`, `report.html`, `report.json` and
+            `table.txt`.
         quick: use less of everything, to see the path in seconds; the networks stay poor.
 
     Returns:
@@ -167,11 +168,13 @@ def run(*, seed: int = 0, budget: float = 0.5, out: Path = Path("fxprune_demo"),
         fxprune.save(slim, out / "slim")
         check_saved(slim, out / "slim", splits.test.images[:8])
         draw_groups(coupling, out / "groups.png", fxprune.report(slim).plan)
+        fxprune.report(slim).to_html(out / "report.html")
 
     outcome = Outcome(before, cut, tuned, fxprune.report(slim), latencies, seconds, _machine())
     (out / "report.json").write_text(json.dumps(outcome.to_dict(), indent=2) + "\n", encoding="utf-8")
     (out / "table.txt").write_text(f"{outcome}\n", encoding="utf-8")
-    print(f"\n{outcome}\n\nwritten to {out}: slim/ (weights and plan), groups.png, report.json, table.txt")
+    written = "slim/ (weights and plan), groups.png, report.html, report.json, table.txt"
+    print(f"\n{outcome}\n\nwritten to {out}: {written}")
     return outcome
 
 

@@ -1,0 +1,1 @@
+"""The commands of `python -m fxprune`, a module each: `HELP`, `EXAMPLES`, `add_arguments` and `run`."""

@@ -1,0 +1,89 @@
+"""What couplings, plans and reports look like in a notebook: small tables, everything else folded away."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tabulate import tabulate
+
+from fxprune.costs import RESOURCES, CostChange
+from fxprune.freezing import FrozenRow, frozen_rows
+
+if TYPE_CHECKING:
+    from fxprune.coupling import Coupling
+    from fxprune.plans import GroupWidth, Plan
+    from fxprune.reporting import Report
+
+
+def report_html(report: Report) -> str:
+    """Return a report: costs, the proof, notes; groups, what is frozen and the coverage on demand."""
+    verdict = str(report.verification) if report.verification else "not verified"
+    groups = _groups(report.groups) + _frozen(report.frozen)
+    return "".join(
+        [
+            _title(report.method),
+            _costs(report.costs),
+            _plain(verdict),
+            *(f"<p>{html.escape(note)}</p>" for note in report.notes),
+            _folded("groups and frozen channels", groups),
+            _folded("coverage", _plain(str(report.coverage))),
+        ]
+    )
+
+
+def plan_html(plan: Plan) -> str:
+    """Return a plan: costs; groups on demand."""
+    return _title(plan.method) + _costs(plan.costs) + _folded("groups", _groups(plan.groups))
+
+
+def coupling_html(coupling: Coupling) -> str:
+    """Return a coupling: what it counts; groups, what is frozen and the coverage on demand."""
+    groups, stays = coupling.groups(), int((coupling.is_frozen & coupling.has_site).sum())
+    line = f"{int(coupling.has_site.sum()):,} channels in {len(groups)} groups, {stays:,} frozen"
+    line += f"; {coupling.coverage().headline}"
+    rows = [[g.name, g.kind, g.width] for g in groups]
+    return "".join(
+        [
+            _title(f"{type(coupling.traced.model).__name__}, traced by {coupling.traced.frontend}"),
+            f"<p>{html.escape(line)}</p>",
+            _folded("groups", _table(["first site", "kind", "width"], rows)),
+            _folded("frozen channels", _frozen(frozen_rows(coupling))),
+            _folded("coverage", _plain(str(coupling.coverage()))),
+        ]
+    )
+
+
+def _title(text: str) -> str:
+    return f"<h4>fxprune: {html.escape(text)}</h4>"
+
+
+def _plain(text: str) -> str:
+    return f"<pre>{html.escape(text)}</pre>"
+
+
+def _folded(title: str, body: str) -> str:
+    return f"<details><summary>{title}</summary>{body}</details>"
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    return str(tabulate(rows, headers=headers, tablefmt="html"))
+
+
+def _costs(costs: CostChange) -> str:
+    rows = [
+        [name, f"{getattr(costs.before, name):,}", f"{getattr(costs.after, name):,}", f"{costs.share(name):.1%}"]
+        for name in RESOURCES
+    ]
+    return str(tabulate(rows, headers=["cost", "before", "after", "share"], tablefmt="html", disable_numparse=True))
+
+
+def _groups(groups: Iterable[GroupWidth]) -> str:
+    rows = [[g.name, g.kind, g.sites, g.before, g.after] for g in groups]
+    return _table(["first site", "kind", "sites", "before", "after"], rows)
+
+
+def _frozen(frozen: Iterable[FrozenRow]) -> str:
+    rows = [[f.channels, f.node, f.reason, f.source] for f in frozen]
+    return _table(["frozen channels", "node", "reason", "line"], rows)
