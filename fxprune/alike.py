@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
+from torch.nn.utils import parametrize
 
 from fxprune.cloning import named_part
 from fxprune.errors import PlanError
@@ -74,13 +75,18 @@ def _other_part(a: Any, b: Any) -> str:
         return "" if (a.shape, a.dtype) == (b.shape, b.dtype) else f"one is {_sized(a)}, the other {_sized(b)}"
     if not (isinstance(a, nn.Module) and isinstance(b, nn.Module)):
         return "" if type(a) is type(b) else f"one is a {type(a).__name__}, the other a {type(b).__name__}"
-    if type(a) is not type(b):
+    if _kind(a) != _kind(b):
         return f"one is a {type(a).__name__}, the other a {type(b).__name__}"
     if repr(a) != repr(b):
         return f"one is {a}, the other {b}"
     mine, yours = ({name: _sized(t) for name, t in m.state_dict().items()} for m in (a, b))
     name = next((name for name in {**mine, **yours} if mine.get(name) != yours.get(name)), None)
     return "" if name is None else f"{name!r} is {mine.get(name)} in one, {yours.get(name)} in the other"
+
+
+def _kind(module: nn.Module) -> Any:
+    """Return the class of a module; of one that `torch.nn.utils.parametrize` has made, the class it was made of."""
+    return type(module).__bases__ if parametrize.is_parametrized(module) else type(module)
 
 
 def _sized(t: Any) -> str:

@@ -161,7 +161,7 @@ def part_of_module(
     def kept(key: str, dim: int) -> np.ndarray:
         return np.ones(named_part(part, key).shape[dim], dtype=bool)
 
-    if tensors:
+    if tensors or isinstance(part, nn.modules.batchnorm._NormBase):
         shape = (1, size, *[1] * len(getattr(part, "kernel_size", ())))
         resize(part, Call([shape], [shape], rows, kept))
     return part
