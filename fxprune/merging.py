@@ -14,7 +14,7 @@ from fxprune.coupling import couple
 from fxprune.errors import PlanError
 from fxprune.pausing import without_collector
 from fxprune.slimming import SlimModule
-from fxprune.splitting import MAP, Splits, find_splits
+from fxprune.splitting import COMMON, MAP, Splits, find_splits
 from fxprune.tasks import Task
 from fxprune.tracing import trace
 from fxprune.wiring import SHARED, Sharing, Wired, Wiring
@@ -127,17 +127,15 @@ def settled(splits: Splits, parts: np.ndarray) -> np.ndarray:
     own = np.arange(1, count + 1)[:, None]
     parts = np.where(splits.free, parts, own)
     maps = [n for n in splits.networks[0].graph.nodes if splits.kinds.get(n.name) == MAP]
-    for n in maps:
-        read = splits.dims.get(n.all_input_nodes[0].name)
-        for t in range(count) if read is not None else ():
-            if not np.isin(parts[:, read[1]], (SHARED, t + 1)).any():
-                parts[t, read[1][0]] = t + 1
     while True:
         before = parts.copy()
         for n in maps:
             source = n.all_input_nodes[0].name
             read, made = splits.dims.get(source), splits.dims.get(n.name)
-            if made is None or splits.kinds[source] == "common":
+            for t in range(count) if read is not None else ():
+                if not np.isin(parts[:, read[1]], (SHARED, t + 1)).any():
+                    parts[t, read[1][0]] = t + 1
+            if made is None or splits.kinds[source] == COMMON:
                 continue
             if read is None or not (parts[:, read[1]] == SHARED).any():
                 mine = parts[:, made[1]]

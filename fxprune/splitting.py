@@ -53,7 +53,7 @@ def find_splits(networks: Sequence[Traced], coupling: Coupling) -> Splits:
     common = _common(networks[0])
     free = ~coupling.is_frozen & ~coupling.entangled & coupling.has_site
     trial = _Trial(networks, coupling, common)
-    held: dict[str, str] = {}
+    held = {rows.node: "makes rows of channels that are balanced" for rows in coupling.rows}
     while True:
         found = trial.first_obstacle(free)
         if found is None:
@@ -222,8 +222,10 @@ class _Trial:
                 return "mixes channels"
             self._numbers[n.name] = (dense[0], found)
             return None
+        if not isinstance(found, torch.Tensor):
+            return "returns a container"
         expected = of_part(dense, at, ids)
-        if not isinstance(found, torch.Tensor) or found.shape != expected.shape:
+        if found.shape != expected.shape:
             return "holds a size that does not follow its channels"
         if not torch.allclose(found.double(), expected.double(), rtol=1e-4, atol=1e-5, equal_nan=True):
             return "mixes channels"
