@@ -52,7 +52,7 @@ class Merger:
 class MergeMethod(Protocol):
     """What `merge` asks of a method."""
 
-    def share(self, merger: Merger) -> Sharing:
+    def share_out(self, merger: Merger) -> Sharing:
         """Return who has which channel."""
         ...
 
@@ -91,13 +91,13 @@ def merge(
     Source: He et al., Pruning-Aware Merging for Efficient Multitask Inference (KDD 2021).
     """
     _check_names(networks, tasks)
-    if isinstance(method, type) or not callable(getattr(method, "share", None)):
+    if isinstance(method, type) or not callable(getattr(method, "share_out", None)):
         raise PlanError(f"the method is {method!r}, which does not merge. Pass `methods.Separate()`.")
     traced = {task: trace(network, example_inputs) for task, network in networks.items()}
     check_alike(traced)
     splits = find_splits(list(traced.values()), couple(next(iter(traced.values()))))
     merger = Merger(tuple(networks), splits, None if calibration is None else list(calibration), tasks)
-    sharing = method.share(merger)
+    sharing = method.share_out(merger)
     merged = Wiring(splits, merger.tasks, Sharing(settled(splits, sharing.parts), sharing.written)).build()
     merged.meta["fxprune_held"] = dict(splits.held)
     return merged

@@ -12,6 +12,6 @@ from fxprune.wiring import Sharing
 class Separate:
     """Share nothing: the merged network returns what the networks return, at the sum of their costs. No data needed."""
 
-    def share(self, merger: Merger) -> Sharing:
+    def share_out(self, merger: Merger) -> Sharing:
         """Return parts in which every channel is its own task's."""
         return Sharing(merger.separate())

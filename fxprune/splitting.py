@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from fxprune.cloning import named_part, named_state
 from fxprune.coupling import Coupling
+from fxprune.errors import PlanError
 from fxprune.parting import is_map, joined, moved, of_part, part_of_module, run_node, state_labels
 from fxprune.running import Runner
 from fxprune.tasks import evaluating
@@ -87,7 +88,7 @@ class _Trial:
         self._generator = torch.Generator().manual_seed(0)
         half = torch.rand(2, coupling.num_channels, generator=self._generator) < 0.6
         self._half = half.numpy()
-        self._env = _values(networks[0])
+        self._env = _values(networks[0], common)
         self.kinds: dict[str, str] = {}
         self.dims: dict[str, tuple[int, np.ndarray]] = {}
         self._numbers: dict[str, tuple[Any, Any]] = {}
@@ -250,8 +251,12 @@ class _Trial:
         ]
 
 
-def _values(traced: Traced) -> dict[str, Any]:
-    """Return the value of every node on the example inputs, in eval mode."""
+def _values(traced: Traced, common: set[str]) -> dict[str, Any]:
+    """Return the value of every node on the example inputs, in eval mode.
+
+    Raises:
+        PlanError: something of the network's own is written to what depends on the inputs alone.
+    """
     runner = Runner(traced.root, traced.graph)
     args = [a.clone() if isinstance(a, torch.Tensor) else a for a in bind(traced.graph, traced.args, traced.kwargs)]
     found: dict[str, Any] = {}
@@ -260,6 +265,13 @@ def _values(traced: Traced) -> dict[str, Any]:
         for n in traced.graph.nodes:
             if n.op == "output":
                 break
-            value = runner.env[n] = runner.run_node(n)
-            found[n.name] = value
+            inputs = [(a, t) for a in n.all_input_nodes if a.name in common for t in tensors_in(found[a.name])]
+            versions = [t._version for _, t in inputs]
+            found[n.name] = runner.env[n] = runner.run_node(n)
+            for (a, t), version in zip(inputs, versions, strict=True):
+                if t._version != version and n.name not in common:
+                    raise PlanError(
+                        f"node {n.name!r}{traced.where(n.name)} writes to {a.name!r}, which all networks read. Write "
+                        "`x = x + y` in place of `x += y` there."
+                    )
     return found

@@ -39,6 +39,13 @@ class Sharing:
     written: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
+def regrouped(needless: np.ndarray) -> np.ndarray:
+    """Return whose each channel is: (channels,) from (tasks, channels) bool, which channels a task can do without."""
+    needed = ~needless
+    count = needed.sum(axis=0)
+    return np.where(count == 0, DEAD, np.where(count == 1, needed.argmax(axis=0) + 1, SHARED))
+
+
 @dataclass(frozen=True, slots=True)
 class Value:
     """What a node of one network is in a part: a node, and the ids of its channels; None where it has none."""
@@ -51,7 +58,7 @@ class Value:
 class Wired:
     """A layer of the merged network: its name, that in the networks, and the ids of what it makes and reads.
 
-    `columns` is None where all networks' layers read the same: what depends on the inputs alone.
+    `columns` is None where it reads what all networks read, or works channel by channel.
     """
 
     name: str
@@ -182,6 +189,7 @@ class Wiring:
             if isinstance(new, str):
                 raise RewriteError(f"module {name!r} {new}.")
             self._modules[key] = _put(self._holder, f"{self.names[part]}.{name}", new, self._first.root)
+            self.wired.append(Wired(self._modules[key], name, ids, None))
         return self._modules[key]
 
     def _state(self, n: fx.Node, part: int, dim: int, ids: np.ndarray) -> Value | None:
