@@ -119,7 +119,7 @@ def _beside(merger: Merger) -> _Beside:
 def _labelled(
     merger: Merger, w: Wired, state: Mapping[str, torch.Tensor]
 ) -> Iterator[tuple[str, int, np.ndarray | None]]:
-    """Yield the parameters and buffers of a layer: key, dim of what it makes, and the channel of each position there."""
+    """Yield the parameters and buffers of a layer: key, dim of what it makes, channel of each position there."""
     splits = merger.splits
     module = named_part(splits.networks[0].root, w.layer)
     turned = isinstance(module, nn.modules.conv._ConvTransposeNd)
@@ -170,9 +170,7 @@ def _parts(merger: Merger, beside: _Beside, gone: np.ndarray, needless: list[np.
     return parts
 
 
-def _written(
-    merger: Merger, beside: _Beside, calibration: Calibration, parts: np.ndarray
-) -> dict[str, torch.Tensor]:
+def _written(merger: Merger, beside: _Beside, calibration: Calibration, parts: np.ndarray) -> dict[str, torch.Tensor]:
     """Return the weights of all layers, those of each part made up for what the part does not read."""
     count = len(merger.tasks)
     by_part = []

@@ -1,7 +1,7 @@
 """How much features tell of labels: a bound on the mutual information by kernel density estimates.
 
-Z is taken for a mixture of Gaussians of variance `noise` around the samples z_i. The bound by pairwise KL divergences on
-its entropy is
+Z is taken for a mixture of Gaussians of variance `noise` around the samples z_i. The bound by pairwise KL divergences
+on its entropy is
 
     H(Z) = D/2 - 1/N sum_i [ log sum_k exp(-|z_i - z_k|^2 / (2 noise)) - log N - D/2 log(2 pi noise) ]
 
@@ -59,7 +59,7 @@ def irrelevance(features: torch.Tensor, labels: torch.Tensor, noise: float = NOI
     kernels = torch.exp(-(x[:, :, None] - x[:, None, :]).square() / (2 * noise))
     known = _Labels(labels)
     left = np.arange(len(x))
-    so_far = torch.ones_like(kernels[0]) if len(x) else None
+    so_far = torch.ones(x.shape[1], x.shape[1], dtype=x.dtype)
     order, information = [], []
     while len(left):
         found = known.information(kernels[torch.from_numpy(left)] * so_far)
@@ -77,8 +77,8 @@ class _Labels:
     def __init__(self, labels: torch.Tensor) -> None:
         positive = labels > 0
         self._members = torch.cat([torch.ones(len(labels), 1, dtype=torch.bool), positive, ~positive], 1).double()
-        l = positive.shape[1]
-        self._own = torch.where(positive, torch.arange(l) + 1, torch.arange(l) + 1 + l)  # (samples, l)
+        which = 1 + torch.arange(positive.shape[1])
+        self._own = torch.where(positive, which, which + len(which))  # (samples, l)
         sizes = self._members.sum(0)
         self._shares = torch.log(len(labels) / sizes[self._own]).sum(1)
 

@@ -69,9 +69,11 @@ def merge(
     """Merge trained networks of one topology into one network of several tasks.
 
     Every layer gets a shared part and a part of each task's own. The shared part reads what is shared; what is a task's
-    own reads that and its own. `select_tasks` leaves out the parts that some tasks do not need. Channels that cannot be
-    told apart, such as those that a layer norm takes a statistic over, are each task's own, and the first nodes that say
-    so are in `merged.meta["fxprune_held"]`: node -> reason.
+    own reads that and its own. `select_tasks` leaves out the parts that some tasks do not need.
+
+    Channels can be shared where every node they reach works on each alone, and linear layers and convolutions make and
+    read them. Others, such as those that a layer norm takes a statistic over, are each task's own; the nodes that say
+    so are in `merged.meta["fxprune_held"]`, node -> reason, besides the networks' outputs.
 
     Args:
         networks: task -> network, two or more; none is touched. Names are those of outputs and of modules.
@@ -132,8 +134,8 @@ def settled(splits: Splits, parts: np.ndarray) -> np.ndarray:
         for n in maps:
             source = n.all_input_nodes[0].name
             read, made = splits.dims.get(source), splits.dims.get(n.name)
-            for t in range(count) if read is not None else ():
-                if not np.isin(parts[:, read[1]], (SHARED, t + 1)).any():
+            for t in range(count):
+                if read is not None and not np.isin(parts[:, read[1]], (SHARED, t + 1)).any():
                     parts[t, read[1][0]] = t + 1
             if made is None or splits.kinds[source] == COMMON:
                 continue

@@ -4,6 +4,8 @@ A method is a frozen dataclass with `scope` and `scores(coupling, calibration, t
 score goes first. Any object with these two works as `method=`. One whose order depends on what else goes has, instead
 of `scores`, `rounds` and `paths(coupling, calibration, keep)`: see `PathMethod`. One that searches by itself has
 `choose(problem) -> (channels,) bool` and nothing else: see `SearchMethod`.
+
+Methods of `merge` are others: any object with `share_out(merger)`, see `fxprune.merging`. `Separate` and `PAM` are.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from fxprune.errors import PlanError
 from fxprune.paths import RemovalPath
 from fxprune.probing import SHARES, Probe, measured
 from fxprune.problems import Choice, Problem
+from fxprune.regrouping import PAM
+from fxprune.separating import Separate
 from fxprune.tasks import Task
 from fxprune.tolerating import PAGCP
 
@@ -39,6 +43,7 @@ __all__ = [
     "HBGS",
     "HBGTS",
     "PAGCP",
+    "PAM",
     "BatchNormScale",
     "Choice",
     "FilterBackward",
@@ -51,6 +56,7 @@ __all__ = [
     "Problem",
     "Random",
     "SearchMethod",
+    "Separate",
     "Taylor",
 ]
 

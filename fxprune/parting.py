@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx, nn
+from torch.fx.node import map_arg
 
 from fxprune.cloning import clone, named_part, named_state
 from fxprune.coupling import Coupling
@@ -20,7 +21,7 @@ from fxprune.literals import plain_name
 from fxprune.resizing import Call, resize
 from fxprune.traced import Traced
 
-_SIZED = {"view", "reshape", "expand", "unflatten"}
+_SIZED = {"view", "reshape", "expand"}
 """Functions and methods whose arguments are sizes of what they return."""
 
 
@@ -36,11 +37,8 @@ def of_part(values: Sequence[torch.Tensor], dim: int, ids: np.ndarray) -> torch.
 
 
 def is_map(module: nn.Module) -> bool:
-    """Say whether a module is a layer in which every output reads every input: linear, or a convolution of one group."""
-    if isinstance(module, nn.modules.conv._ConvNd):
-        plain = module.groups == 1
-    else:
-        plain = type(module) is nn.Linear
+    """Say whether in a layer every output reads every input: it is linear, or a convolution of one group."""
+    plain = module.groups == 1 if isinstance(module, nn.modules.conv._ConvNd) else type(module) is nn.Linear
     return plain and set(module._parameters) == {"weight", "bias"} and not module._modules and _unhooked(module)
 
 
@@ -93,24 +91,23 @@ def _listed(n: fx.Node) -> list[fx.Node]:
 
 def sized_args(n: fx.Node, dim: int, size: int) -> tuple[Any, ...]:
     """Return the arguments of a node with the size of a dim of what it returns in place of the one of all channels."""
-    if plain_name(n) not in _SIZED or plain_name(n) == "unflatten":
+    if plain_name(n) not in _SIZED or len(n.args) < 2:
         return n.args
-    sizes = list(n.args[1]) if isinstance(n.args[1], (tuple, list)) else list(n.args[1:])
+    sizes: list[Any] = list(n.args[1]) if isinstance(n.args[1], (tuple, list)) else list(n.args[1:])
     if dim < len(sizes) and type(sizes[dim]) is int and sizes[dim] > 1:
         sizes[dim] = size
     return (n.args[0], tuple(sizes)) if isinstance(n.args[1], (tuple, list)) else (n.args[0], *sizes)
 
 
 def run_node(
-    n: fx.Node, module: nn.Module | None, values: Mapping[str, Any], sized: tuple[int, int] | None
+    n: fx.Node, module: nn.Module | None, values: Mapping[str, Any], sized: tuple[int, int] | None = None
 ) -> Any:
-    """Run a node on values; `sized` are a dim of what it returns and its size."""
+    """Run a node on values, in eval mode; `sized` are a dim of what it returns and its size."""
     args = n.args if sized is None else sized_args(n, *sized)
-    args, kwargs = fx.node.map_arg((args, dict(n.kwargs)), lambda a: values[a.name])
+    args, kwargs = map_arg((args, dict(n.kwargs)), lambda a: values[a.name])
     with torch.no_grad():
         if module is not None:
-            module = clone(module)
-            return module.eval()(*args, **kwargs)
+            return clone(module).eval()(*args, **kwargs)
         if n.op == "call_method":
             return getattr(args[0], str(n.target))(*args[1:], **kwargs)
         function: Any = n.target

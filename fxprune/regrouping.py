@@ -10,7 +10,7 @@ import numpy as np
 
 from fxprune.erring import share_by_errors
 from fxprune.errors import PlanError
-from fxprune.information import NOISE, irrelevance
+from fxprune.information import NOISE, Irrelevance, irrelevance
 from fxprune.merging import Merger
 from fxprune.observing import features_of, labels_of
 from fxprune.wiring import Sharing, regrouped
@@ -66,28 +66,25 @@ class PAM:
 
     def share_out(self, merger: Merger) -> Sharing:
         """Return who has which channel."""
-        names = {group.index: group.name for group in merger.splits.coupling.groups()}
-        _check_groups(self.alpha, list(names.values()))
+        _check_groups(self.alpha, [group.name for group in merger.splits.coupling.groups()])
         if self.estimator == "fisher" and self.alpha is not None:
             return share_by_errors(merger, self.alpha)
         labels = [labels_of(merger, task, self.samples) for task in merger.tasks]
         parts = merger.separate()
         for index, features in features_of(merger, self.samples).items():
-            channels = merger.splits.coupling.groups()[index].cells[0]
-            bound = self._bound(names[index])
+            group = merger.splits.coupling.groups()[index]
             needless = np.zeros((len(labels), features.shape[1] * features.shape[2]), dtype=bool)
-            for t, known in enumerate(labels) if bound is not None else ():
-                found = irrelevance(features.flatten(1), known, self.noise)
-                count = int(self.share * len(found.order)) if self.share is not None else None
-                needless[t, found.below(bound) if count is None else found.order[:count]] = True
-            parts[:, channels] = regrouped(needless).reshape(features.shape[1:])
+            if not isinstance(self.alpha, Mapping) or group.name in self.alpha:
+                for t, known in enumerate(labels):
+                    needless[t, self._needless(group.name, irrelevance(features.flatten(1), known, self.noise))] = True
+            parts[:, group.cells[0]] = regrouped(needless).reshape(features.shape[1:])
         return Sharing(parts)
 
-    def _bound(self, group: str) -> float | None:
-        """Return the bound on the information of a group, None where the group is shared as it is."""
-        if isinstance(self.alpha, Mapping):
-            return self.alpha.get(group)
-        return np.inf if self.alpha is None else self.alpha
+    def _needless(self, group: str, found: Irrelevance) -> np.ndarray:
+        """Return the channels of a group that a task can do without."""
+        if self.alpha is None:
+            return found.order[: int((self.share or 0) * len(found.order))]
+        return found.below(self.alpha[group] if isinstance(self.alpha, Mapping) else self.alpha)
 
 
 def _check_groups(alpha: object, known: list[str]) -> None:

@@ -183,49 +183,47 @@ class _Trial:
         return (*sizes, *shape[2:]), rows, columns
 
     def _part(self, n: fx.Node, reads: list[str]) -> str | None:
-        """Run a node on a part of the channels of two networks and compare with that part of what it does on all."""
+        """Check that a node does to a part of its channels what it does to all."""
         self.kinds[n.name] = PART
-        others = [a for a in n.all_input_nodes if a.name not in reads and a.name not in self._numbers]
-        for a in others:
-            if a.name not in self._common and tensors_in(self._env[a.name]):
+        for a in n.all_input_nodes:
+            known = a.name in self._common or a.name in reads or a.name in self._numbers
+            if not known and tensors_in(self._env[a.name]):
                 return f"takes {a.name!r}, which each network has its own of, along"
-        inputs = {name: self._random(name) for name in reads}
-        values = {a.name: self._env[a.name] for a in others}
         try:
-            dense = [
-                run_node(
-                    n, self._module(n, i), {**values, **{k: v[0] for k, v in self._numbers.items()},
-                                            **{k: v[i].clone() for k, v in inputs.items()}}, None,
-                )
-                for i in range(2)
-            ]  # fmt: skip
-            module = self._module(n, 0)
-            ids, size, at = None, None, None
-            if n.name in self.dims:
-                at = self.dims[n.name][0]
-                ids = moved(n, {name: (self._ids[name], self.dims[name][1]) for name in reads}, self.dims[n.name][1], 2)
-                if isinstance(ids, str):
-                    return ids
-                size = len(ids)
-                if module is not None:
-                    module = part_of_module(
-                        self._coupling, self._traced, self._roots, str(n.target), ids, self.dims[n.name][1]
-                    )
-                    if isinstance(module, str):
-                        return module
-            part = {name: of_part(v, self.dims[name][0], self._ids[name]) for name, v in inputs.items()}
-            own = {**values, **{k: v[1] for k, v in self._numbers.items()}, **part}
-            found = run_node(n, module, own, None if at is None else (at, size))
+            return self._compare(n, reads)
         except Exception as error:
-            return f"does not run on a part of the channels ({type(error).__name__}: {str(error).splitlines()[0]})"
-        if ids is None or at is None:
+            said = next(iter(str(error).splitlines()), "")
+            return f"does not run on a part of the channels ({type(error).__name__}: {said})"
+
+    def _compare(self, n: fx.Node, reads: list[str]) -> str | None:
+        """Run a node on a part of the channels of two networks, and compare with that part of what it does on all."""
+        inputs = {name: self._random(name) for name in reads}
+        known = {a.name: self._env[a.name] for a in n.all_input_nodes}
+        whole, cut = ({**known, **{name: both[i] for name, both in self._numbers.items()}} for i in range(2))
+        dense = [
+            run_node(n, self._module(n, i), whole | {name: v[i].clone() for name, v in inputs.items()})
+            for i in range(2)
+        ]
+        part = cut | {name: of_part(v, self.dims[name][0], self._ids[name]) for name, v in inputs.items()}
+        if n.name not in self.dims:
+            found = run_node(n, self._module(n, 0), part)
             if tensors_in(found):
                 return "mixes channels"
             self._numbers[n.name] = (dense[0], found)
             return None
+        dim, labels = self.dims[n.name]
+        ids = moved(n, {name: (self._ids[name], self.dims[name][1]) for name in reads}, labels, 2)
+        if isinstance(ids, str):
+            return ids
+        module = self._module(n, 0)
+        if module is not None:
+            module = part_of_module(self._coupling, self._traced, self._roots, str(n.target), ids, labels)
+            if isinstance(module, str):
+                return module
+        found = run_node(n, module, part, (dim, len(ids)))
         if not isinstance(found, torch.Tensor):
             return "returns a container"
-        expected = of_part(dense, at, ids)
+        expected = of_part(dense, dim, ids)
         if found.shape != expected.shape:
             return "holds a size that does not follow its channels"
         if not torch.allclose(found.double(), expected.double(), rtol=1e-4, atol=1e-5, equal_nan=True):

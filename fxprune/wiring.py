@@ -246,7 +246,9 @@ class Wiring:
             return there[0].node, ids
         dim = self.splits.dims[source.name][0]
         both = [v.node for v in there]
-        return self._graph.create_node("call_function", torch.cat, (both, dim), {}, f"{n.name}_{self.names[part]}_in"), ids
+        return self._graph.create_node(
+            "call_function", torch.cat, (both, dim), {}, f"{n.name}_{self.names[part]}_in"
+        ), ids
 
     def _layer(self, name: str, part: int, rows: np.ndarray, columns: np.ndarray | None) -> str:
         """Return the name of a layer from some ids to others, made where it is not there."""
