@@ -21,14 +21,18 @@ from fxprune.cloning import named_part
 from fxprune.correcting import corrections
 from fxprune.coupling import Coupling, couple
 from fxprune.criteria.joint import joint_paths
-from fxprune.eliminating import DAMPING
 from fxprune.errors import PlanError
 from fxprune.merging import Merger, settled
 from fxprune.parting import state_labels
 from fxprune.paths import RemovalPath
+from fxprune.splitting import MAP
 from fxprune.tasks import Task
 from fxprune.tracing import trace
 from fxprune.wiring import SHARED, Sharing, Wired, regrouped
+
+DAMPING = 1e-4
+"""What is added to moments before they are inverted, as a share of their mean diagonal: little, so that what is the
+same in two networks counts as the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,9 @@ def share_by_errors(merger: Merger, alpha: float | Mapping[str, float]) -> Shari
     beside = _beside(merger)
     bound = _bounds(merger, beside, alpha)
     calibration = calibrate(beside.coupling, merger.batches, tasks)
-    paths = [p for p in joint_paths(beside.coupling, calibration) if p.choices.shape[1] == 1]
+    paths = [
+        p for p in joint_paths(beside.coupling, calibration, damping=DAMPING, chunk=np.inf) if p.choices.shape[1] == 1
+    ]
     gone = np.zeros(beside.coupling.num_channels, dtype=bool)
     gone[np.concatenate(beside.needless(bound, paths, at_once=True)[:1] or [np.empty(0, dtype=np.int64)])] = True
     _correct(beside, calibration, ~gone)
@@ -135,15 +141,27 @@ def _labelled(
 
 def _bounds(merger: Merger, beside: _Beside, alpha: float | Mapping[str, float]) -> np.ndarray:
     """Return (groups,) the bound of each group of the networks side by side; 0 where nothing may go."""
-    base = merger.splits.coupling.groups()
+    base, measured = merger.splits.coupling.groups(), _measured(merger)
     name_of = {int(c): group.name for group in base for cell in group.cells for c in cell}
     found = []
     for group in beside.coupling.groups():
         name = name_of.get(int(beside.home[group.cells[0][0], 1]))
-        free = name is not None and bool(merger.splits.free[beside.home[group.cells[0], 1]].all())
+        free = name is not None and bool(measured[beside.home[group.cells[0], 1]].all())
         bound = alpha.get(name or "", -np.inf) if isinstance(alpha, Mapping) else alpha
         found.append(bound if free else -np.inf)
     return np.array(found)
+
+
+def _measured(merger: Merger) -> np.ndarray:
+    """Return (channels,) which can be shared, but for those that layers read of which there are no moments."""
+    splits = merger.splits
+    found = splits.free.copy()
+    for n in splits.networks[0].graph.nodes:
+        source = n.all_input_nodes[0].name if splits.kinds.get(n.name) == MAP else ""
+        module = named_part(splits.networks[0].root, str(n.target)) if source in splits.dims else None
+        if isinstance(module, nn.modules.conv._ConvTransposeNd):
+            found[splits.dims[source][1]] = False
+    return found
 
 
 def _correct(beside: _Beside, calibration: Calibration, keep: np.ndarray) -> None:
@@ -167,7 +185,7 @@ def _parts(merger: Merger, beside: _Beside, gone: np.ndarray, needless: list[np.
     parts = merger.separate()
     known = beside.home[:, 0] >= 0
     parts[beside.home[known, 0], beside.home[known, 1]] = whose[known]
-    return parts
+    return np.where(_measured(merger), parts, merger.separate())
 
 
 def _written(merger: Merger, beside: _Beside, calibration: Calibration, parts: np.ndarray) -> dict[str, torch.Tensor]:

@@ -270,8 +270,8 @@ def test_bad_requests_are_told_what_to_do() -> None:
         merge({"shared": Chain(), "b": Chain()}, method=methods.Separate(), example_inputs=X)
     with pytest.raises(PlanError, match="does not merge"):
         merge(nets, method=methods.Magnitude(), example_inputs=X)  # pyright: ignore
+    task = fxprune.Task(lambda outputs, batch: outputs.mean())
     with pytest.raises(PlanError, match=r"tasks are \['c'\], networks \['a', 'b'\]"):
-        task = fxprune.Task(lambda outputs, batch: outputs.mean())
         merge(nets, method=methods.Separate(), example_inputs=X, tasks={"c": task})
     with pytest.raises(PlanError, match=r"node 'add_' .* writes to 'x'"):
         merge({"a": Writing(), "b": Writing()}, method=methods.Separate(), example_inputs=torch.randn(1, 3))
