@@ -5,7 +5,8 @@ score goes first. Any object with these two works as `method=`. One whose order 
 of `scores`, `rounds` and `paths(coupling, calibration, keep)`: see `PathMethod`. One that searches by itself has
 `choose(problem) -> (channels,) bool` and nothing else: see `SearchMethod`.
 
-Methods of `merge` are others: any object with `share_out(merger)`, see `fxprune.merging`. `Separate` and `PAM` are.
+Methods of `merge` are others: any object with `share_out(merger)`, see `fxprune.merging`. `Separate`, `PAM` and
+`MTZ` are.
 """
 
 from __future__ import annotations
@@ -37,11 +38,13 @@ from fxprune.regrouping import PAM
 from fxprune.separating import Separate
 from fxprune.tasks import Task
 from fxprune.tolerating import PAGCP
+from fxprune.zipping import MTZ
 
 __all__ = [
     "CATRO",
     "HBGS",
     "HBGTS",
+    "MTZ",
     "PAGCP",
     "PAM",
     "BatchNormScale",

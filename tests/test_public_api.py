@@ -21,7 +21,8 @@ NAMES = {
 }  # fmt: skip
 METHODS = {
     "BatchNormScale", "CATRO", "Choice", "FilterBackward", "FilterOMP", "FromTorchPruning", "HBGS", "HBGTS", "Joint",
-    "Magnitude", "Method", "PAGCP", "PAM", "PathMethod", "Problem", "Random", "SearchMethod", "Separate", "Taylor",
+    "MTZ", "Magnitude", "Method", "PAGCP", "PAM", "PathMethod", "Problem", "Random", "SearchMethod", "Separate",
+    "Taylor",
 }  # fmt: skip
 KEYWORD_ONLY = {
     "compile": ["method", "calibration", "tasks", "constraints", "on_conflict", "verify", "unknown", "progress"],
