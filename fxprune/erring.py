@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fxprune.assigning import SHARED, Sharing, regrouped
 from fxprune.calibrating import Calibration, calibrate
 from fxprune.cloning import named_part
 from fxprune.correcting import corrections
@@ -28,7 +29,7 @@ from fxprune.paths import RemovalPath
 from fxprune.splitting import MAP
 from fxprune.tasks import Task
 from fxprune.tracing import trace
-from fxprune.wiring import SHARED, Sharing, Wired, regrouped
+from fxprune.wiring import Wired
 
 DAMPING = 1e-4
 """What is added to moments before they are inverted, as a share of their mean diagonal: little, so that what is the

@@ -10,6 +10,7 @@ import numpy as np
 from torch import fx, nn
 
 from fxprune.alike import check_alike
+from fxprune.assigning import SHARED, Sharing
 from fxprune.coupling import couple
 from fxprune.errors import PlanError
 from fxprune.pausing import without_collector
@@ -17,7 +18,7 @@ from fxprune.slimming import SlimModule
 from fxprune.splitting import COMMON, MAP, Splits, find_splits
 from fxprune.tasks import Task
 from fxprune.tracing import trace
-from fxprune.wiring import SHARED, Sharing, Wired, Wiring
+from fxprune.wiring import Wired, Wiring
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,19 @@ def of_part(values: Sequence[torch.Tensor], dim: int, ids: np.ndarray) -> torch.
     return both.index_select(dim, torch.from_numpy(ids).to(both.device))
 
 
+def side_by_side(weights: list[torch.Tensor], rows: np.ndarray, columns: np.ndarray | None) -> torch.Tensor:
+    """Return the weight (rows, columns, *kernel) of a part: zero from one network to another."""
+    count = len(weights)
+    if columns is None:
+        return of_part(weights, 0, rows)
+    new = weights[0].new_zeros(len(rows), len(columns), *weights[0].shape[2:])
+    for i, weight in enumerate(weights):
+        r, c = np.flatnonzero(rows % count == i), np.flatnonzero(columns % count == i)
+        own = weight[torch.from_numpy(rows[r] // count)][:, torch.from_numpy(columns[c] // count)]
+        new[torch.from_numpy(r)[:, None], torch.from_numpy(c)] = own
+    return new
+
+
 def is_map(module: nn.Module) -> bool:
     """Say whether in a layer every output reads every input: it is linear, or a convolution of one group."""
     plain = module.groups == 1 if isinstance(module, nn.modules.conv._ConvNd) else type(module) is nn.Linear

@@ -8,12 +8,12 @@ from typing import Literal
 
 import numpy as np
 
+from fxprune.assigning import Sharing, regrouped
 from fxprune.erring import share_by_errors
 from fxprune.errors import PlanError
 from fxprune.information import NOISE, Irrelevance, irrelevance
 from fxprune.merging import Merger
 from fxprune.observing import features_of, labels_of
-from fxprune.wiring import Sharing, regrouped
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fxprune.assigning import Sharing
 from fxprune.merging import Merger
-from fxprune.wiring import Sharing
 
 
 @dataclass(frozen=True, slots=True)

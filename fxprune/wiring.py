@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,38 +12,15 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from fxprune.assigning import SHARED, Sharing
 from fxprune.cloning import Cloner, clone, named_part
 from fxprune.errors import RewriteError
 from fxprune.outputs import returned, set_returned
-from fxprune.parting import joined, moved, of_part, part_of_module, sized_args, state_labels
+from fxprune.parting import joined, moved, of_part, part_of_module, side_by_side, sized_args, state_labels
 from fxprune.slicing import copied_like
 from fxprune.slimming import SlimModule, only_used
 from fxprune.splitting import COMMON, MAP, PART, Splits
 from fxprune.traced import used_state
-
-DEAD, SHARED = -1, 0
-"""What a channel is when no task has it, and when all have; that of task t alone is t + 1."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sharing:
-    """Who has which channel of networks side by side.
-
-    Attributes:
-        parts: (networks, channels) `DEAD`, `SHARED` or the number of a task, counted from 1.
-        written: name of a parameter or buffer -> what takes the place of the networks' own: channels of all networks
-            side by side, (positions * networks) along every dim of channels, position by position.
-    """
-
-    parts: np.ndarray
-    written: Mapping[str, torch.Tensor] = field(default_factory=dict)
-
-
-def regrouped(needless: np.ndarray) -> np.ndarray:
-    """Return whose each channel is: (channels,) from (tasks, channels) bool, which channels a task can do without."""
-    needed = ~needless
-    count = needed.sum(axis=0)
-    return np.where(count == 0, DEAD, np.where(count == 1, needed.argmax(axis=0) + 1, SHARED))
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,19 +269,6 @@ class Wiring:
 
         self._graph.output(None)
         set_returned(self._graph, {task: own(t + 1) for t, task in enumerate(self.names[1:])})
-
-
-def side_by_side(weights: list[torch.Tensor], rows: np.ndarray, columns: np.ndarray | None) -> torch.Tensor:
-    """Return the weight (rows, columns, *kernel) of a part: zero from one network to another."""
-    count = len(weights)
-    if columns is None:
-        return of_part(weights, 0, rows)
-    new = weights[0].new_zeros(len(rows), len(columns), *weights[0].shape[2:])
-    for i, weight in enumerate(weights):
-        r, c = np.flatnonzero(rows % count == i), np.flatnonzero(columns % count == i)
-        own = weight[torch.from_numpy(rows[r] // count)][:, torch.from_numpy(columns[c] // count)]
-        new[torch.from_numpy(r)[:, None], torch.from_numpy(c)] = own
-    return new
 
 
 def _there(args: Any, inputs: Mapping[fx.Node, Any]) -> Any:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
+from fxprune.assigning import DEAD, SHARED, Sharing
 from fxprune.errors import PlanError
 from fxprune.matching import match
 from fxprune.merging import Merger, settled
 from fxprune.reading import Reading, Zipped, readings_of
 from fxprune.splicing import spliced
 from fxprune.splitting import MAP, Splits
-from fxprune.wiring import DEAD, SHARED, Sharing
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,10 +19,10 @@ from torch.utils import _pytree as pytree
 
 import fxprune
 from fxprune import Budget, PlanError, methods
+from fxprune.assigning import DEAD, SHARED, Sharing
 from fxprune.merging import Merger
 from fxprune.merging import settled as settled_parts
 from fxprune.splitting import COMMON, Splits
-from fxprune.wiring import DEAD, SHARED, Sharing
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -15,9 +15,9 @@ from twins import permuted
 
 import fxprune
 from fxprune import PlanError, Task, methods
+from fxprune.assigning import DEAD, SHARED, regrouped
 from fxprune.information import irrelevance, mutual_information
 from fxprune.observing import binary
-from fxprune.wiring import DEAD, SHARED, regrouped
 
 GENERATOR = torch.Generator().manual_seed(0)
 
