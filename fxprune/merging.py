@@ -13,7 +13,6 @@ from fxprune.alike import check_alike
 from fxprune.assigning import SHARED, Sharing
 from fxprune.coupling import couple
 from fxprune.errors import PlanError
-from fxprune.pausing import without_collector
 from fxprune.slimming import SlimModule
 from fxprune.splitting import COMMON, MAP, Splits, find_splits
 from fxprune.tasks import Task
@@ -58,7 +57,6 @@ class MergeMethod(Protocol):
         ...
 
 
-@without_collector
 def merge(
     networks: Mapping[str, nn.Module],
     calibration: Iterable[Any] | None = None,
