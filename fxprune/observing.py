@@ -21,18 +21,21 @@ from fxprune.values import bind
 def features_of(merger: Merger, samples: int) -> dict[int, torch.Tensor]:
     """Return group -> (samples, networks, choices): the maximum over positions where a layer first reads a channel.
 
-    Channels that no layer reads with a batch dim in front are zero.
+    Groups that no layer reads along a dim behind the first, of samples, are left out.
     """
     splits = merger.splits
     sources = [n.all_input_nodes[0].name for n in splits.networks[0].graph.nodes if splits.kinds.get(n.name) == MAP]
-    read = {name: splits.dims[name] for name in dict.fromkeys(sources) if name in splits.dims}
+    read = {name: splits.dims[name] for name in dict.fromkeys(sources) if splits.dims.get(name, (0,))[0] > 0}
+    if not read:
+        return {}
+    known = np.unique(np.concatenate([ids for _, ids in read.values()]))
     seen = [[_pooled(traced, batch, read) for batch in batches_of(merger, samples)] for traced in splits.networks]
     values = torch.stack([torch.cat([_by_channel(part, read, splits.coupling.num_channels) for part in parts])
                           for parts in seen], 1)[:samples]  # fmt: skip
     return {
         group.index: values[:, :, torch.from_numpy(group.cells[0])]
         for group in splits.coupling.groups()
-        if splits.free[group.cells[0]].all()
+        if splits.free[group.cells[0]].all() and np.isin(group.cells[0], known).all()
     }
 
 
@@ -63,7 +66,7 @@ def _pooled(traced: Traced, batch: Any, read: dict[str, tuple[int, np.ndarray]])
             if n.op == "output":
                 break
             value = runner.env[n] = runner.run_node(n)
-            if n.name in read and read[n.name][0] > 0:
+            if n.name in read:
                 others = [d for d in range(1, value.ndim) if d != read[n.name][0]]
                 found[n.name] = (value.amax(others) if others else value).double().cpu()
     return found
@@ -73,7 +76,7 @@ def _by_channel(
     values: dict[str, torch.Tensor], read: dict[str, tuple[int, np.ndarray]], channels: int
 ) -> torch.Tensor:
     """Return (samples, channels): of every channel, what the first node that has it says."""
-    count = len(next(iter(values.values()))) if values else 0
+    count = len(next(iter(values.values())))
     found = torch.zeros(count, channels, dtype=torch.float64)
     known = np.zeros(channels, dtype=bool)
     for name, value in values.items():
