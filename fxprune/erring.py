@@ -9,7 +9,7 @@ needs it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from fxprune.errors import PlanError
 from fxprune.merging import Merger, settled
 from fxprune.parting import state_labels
 from fxprune.paths import RemovalPath
+from fxprune.probing import Probe, measured
 from fxprune.splitting import MAP
 from fxprune.tasks import Task
 from fxprune.tracing import trace
@@ -34,6 +35,8 @@ from fxprune.wiring import Wired
 DAMPING = 1e-4
 """What is added to moments before they are inverted, as a share of their mean diagonal: little, so that what is the
 same in two networks counts as the same."""
+SAMPLES = 32
+"""How many samples losses are measured on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,35 +55,15 @@ class _Beside:
     wired: list[Wired]
     home: np.ndarray
 
-    def needless(self, bound: np.ndarray, paths: list[RemovalPath], at_once: bool) -> list[np.ndarray]:
-        """Return, for each task, the channels that go first until they cost it more than the bound of their group.
-
-        Args:
-            bound: (groups,) relative to the task's loss.
-            paths: of all groups.
-            at_once: the channels go for all tasks: the worst decides.
-        """
-        tasks = paths[0].errors.shape[1] if paths else 0
-        found: list[list[np.ndarray]] = [[] for _ in range(tasks)]
-        for path in paths:
-            for t in range(tasks):
-                errors, choices = path.errors[:, t], path.choices[:, 0]
-                if at_once:
-                    cost = np.cumsum(path.errors, axis=0).max(axis=1)
-                else:
-                    order = np.argsort(errors, kind="stable")
-                    choices, cost = choices[order], np.cumsum(errors[order])
-                found[t].append(choices[cost <= bound[path.group]])
-        return [np.concatenate(parts) if parts else np.empty(0, dtype=np.int64) for parts in found]
-
 
 def share_by_errors(merger: Merger, alpha: float | Mapping[str, float]) -> Sharing:
     """Return who has which channel, with weights that make up for those that go and for what is cut.
 
     Args:
         merger: the networks.
-        alpha: what the channels of a group that go may add to the loss of a task, relative, by the second-order
-            estimate; and again those that a task is not given. A number, or group name -> number.
+        alpha: what the channels of a group that go may add to the loss of a task, relative; and again those that a task
+            is not given. Second-order estimates, scaled to what is measured on some samples. A number, or group name ->
+            number.
 
     Raises:
         PlanError: there are no batches or no tasks.
@@ -91,17 +74,53 @@ def share_by_errors(merger: Merger, alpha: float | Mapping[str, float]) -> Shari
     beside = _beside(merger)
     bound = _bounds(merger, beside, alpha)
     calibration = calibrate(beside.coupling, merger.batches, tasks)
-    paths = [
-        p for p in joint_paths(beside.coupling, calibration, damping=DAMPING, chunk=np.inf) if p.choices.shape[1] == 1
-    ]
-    gone = np.zeros(beside.coupling.num_channels, dtype=bool)
-    gone[np.concatenate(beside.needless(bound, paths, at_once=True)[:1] or [np.empty(0, dtype=np.int64)])] = True
+    gone = _repeating(beside, calibration, bound)
     _correct(beside, calibration, ~gone)
     calibration = calibrate(beside.coupling, merger.batches, tasks)
-    plain = joint_paths(beside.coupling, calibration, compensate=False)
-    needless = beside.needless(bound, [p for p in plain if p.choices.shape[1] == 1], at_once=False)
-    parts = settled(merger.splits, _parts(merger, beside, gone, needless))
+    needless = _needless(beside, calibration, bound)
+    parts = settled(merger.splits, _parts(merger, beside, needless | gone))
     return Sharing(parts, _written(merger, beside, calibration, parts))
+
+
+def _repeating(beside: _Beside, calibration: Calibration, bound: np.ndarray) -> np.ndarray:
+    """Return (channels,) which go, as others make up for them: until that costs a task more than the group's bound."""
+    gone = np.zeros(beside.coupling.num_channels, dtype=bool)
+    paths = joint_paths(beside.coupling, calibration, damping=DAMPING, chunk=np.inf)
+    for path in _measured(beside, calibration, [p for p in paths if bound[p.group] >= 0], compensate=True):
+        cost = np.cumsum(path.errors, axis=0).max(axis=1)
+        gone[path.choices[cost <= bound[path.group]]] = True
+    return gone
+
+
+def _needless(beside: _Beside, calibration: Calibration, bound: np.ndarray) -> np.ndarray:
+    """Return (tasks, channels) which a task can do without: those that cost it least, up to the group's bound."""
+    found = np.zeros((len(calibration.losses), beside.coupling.num_channels), dtype=bool)
+    plain = [p for p in joint_paths(beside.coupling, calibration, compensate=False) if bound[p.group] >= 0]
+    for t in range(len(found)):
+        paths = []
+        for path in plain:
+            errors = path.errors[:, t]
+            found[t, path.choices[errors == 0]] = True
+            order = np.argsort(errors, kind="stable")
+            order = order[errors[order] > 0]
+            paths.append(RemovalPath(path.group, path.choices[order], path.errors[order], path.takes))
+        for path in _measured(beside, calibration, [p for p in paths if len(p.choices)], compensate=False):
+            cost = np.cumsum(path.errors[:, t])
+            found[t, path.choices[cost <= bound[path.group]]] = True
+    return found
+
+
+def _measured(
+    beside: _Beside, calibration: Calibration, paths: list[RemovalPath], *, compensate: bool
+) -> list[RemovalPath]:
+    """Return paths of one channel at a time with their errors scaled up to what was measured where that is more."""
+    paths = [p for p in paths if p.choices.shape[1] == 1]
+    probe = Probe(beside.coupling, calibration, samples=SAMPLES, damping=DAMPING, compensate=compensate)
+    found = []
+    for told, seen in zip(paths, measured(probe, paths), strict=True):
+        total = np.maximum(np.cumsum(told.errors, axis=0), np.cumsum(seen.errors, axis=0))
+        found.append(replace(told, errors=np.diff(total, axis=0, prepend=0)))
+    return found
 
 
 def _of(task: Task, name: str) -> Any:
@@ -142,18 +161,18 @@ def _labelled(
 
 def _bounds(merger: Merger, beside: _Beside, alpha: float | Mapping[str, float]) -> np.ndarray:
     """Return (groups,) the bound of each group of the networks side by side; 0 where nothing may go."""
-    base, measured = merger.splits.coupling.groups(), _measured(merger)
+    base, readable = merger.splits.coupling.groups(), _read_by_known(merger)
     name_of = {int(c): group.name for group in base for cell in group.cells for c in cell}
     found = []
     for group in beside.coupling.groups():
         name = name_of.get(int(beside.home[group.cells[0][0], 1]))
-        free = name is not None and bool(measured[beside.home[group.cells[0], 1]].all())
+        free = name is not None and bool(readable[beside.home[group.cells[0], 1]].all())
         bound = alpha.get(name or "", -np.inf) if isinstance(alpha, Mapping) else alpha
         found.append(bound if free else -np.inf)
     return np.array(found)
 
 
-def _measured(merger: Merger) -> np.ndarray:
+def _read_by_known(merger: Merger) -> np.ndarray:
     """Return (channels,) which can be shared, but for those that layers read of which there are no moments."""
     splits = merger.splits
     found = splits.free.copy()
@@ -176,17 +195,13 @@ def _correct(beside: _Beside, calibration: Calibration, keep: np.ndarray) -> Non
                 beside.state[change.holder].add_(change.shift.to(target))
 
 
-def _parts(merger: Merger, beside: _Beside, gone: np.ndarray, needless: list[np.ndarray]) -> np.ndarray:
-    """Return (networks, channels) whose each channel is."""
-    free = np.zeros((len(needless), beside.coupling.num_channels), dtype=bool)
-    for t, channels in enumerate(needless):
-        free[t, channels] = True
-    free[:, gone] = True
-    whose = regrouped(free)
+def _parts(merger: Merger, beside: _Beside, needless: np.ndarray) -> np.ndarray:
+    """Return (networks, channels) whose each channel is, from (tasks, channels) which a task can do without."""
+    whose = regrouped(needless)
     parts = merger.separate()
     known = beside.home[:, 0] >= 0
     parts[beside.home[known, 0], beside.home[known, 1]] = whose[known]
-    return np.where(_measured(merger), parts, merger.separate())
+    return np.where(_read_by_known(merger), parts, merger.separate())
 
 
 def _written(merger: Merger, beside: _Beside, calibration: Calibration, parts: np.ndarray) -> dict[str, torch.Tensor]:

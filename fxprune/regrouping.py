@@ -33,8 +33,8 @@ class PAM:
 
     With `estimator="fisher"`, channels that repeat what others tell go first, whichever network these are of, and the
     others make up for them by least squares; then a task can do without the channels whose plain removal costs its loss
-    least. Errors are second-order estimates, see `fxprune.erring`. What is cut is made up for too. What
-    transposed convolutions read is each task's own. Needs `tasks=`.
+    least. Errors are second-order estimates, scaled to what is measured, see `fxprune.erring`. What is cut is made up
+    for too. What transposed convolutions read is each task's own. Needs `tasks=`.
 
     Attributes:
         alpha: a task can do without channels of a group that together tell so little (nats, summed over labels), or
