@@ -275,3 +275,21 @@ def test_bad_requests_are_told_what_to_do() -> None:
         merge(nets, method=methods.Separate(), example_inputs=X, tasks={"c": task})
     with pytest.raises(PlanError, match=r"node 'add_' .* writes to 'x'"):
         merge({"a": Writing(), "b": Writing()}, method=methods.Separate(), example_inputs=torch.randn(1, 3))
+
+
+@dataclass
+class Behind:
+    """Shares only what the second convolution of `Chain` makes."""
+
+    def share_out(self, merger: Merger) -> Sharing:
+        parts = merger.separate()
+        second = next(g for g in merger.splits.coupling.groups() if g.name == "conv2.weight")
+        parts[:, second.cells[0]] = SHARED
+        return Sharing(parts)
+
+
+def test_what_a_layer_makes_of_nothing_shared_is_not_shared() -> None:
+    nets = three(Chain)
+    merged = fxprune.merge(nets, method=Behind(), example_inputs=X)
+    assert not any(name.startswith("shared.") for name in merged.state_dict())
+    assert all(torch.equal(merged(X)[name], net(X)) for name, net in nets.items())
