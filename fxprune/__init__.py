@@ -21,6 +21,7 @@ from fxprune.errors import (
     TraceError,
     VerificationError,
 )
+from fxprune.merging import merge
 from fxprune.planning import plan
 from fxprune.plans import Plan
 from fxprune.reporting import Report, report
@@ -61,6 +62,7 @@ __all__ = [
     "compile",
     "couple",
     "load",
+    "merge",
     "methods",
     "plan",
     "report",

@@ -220,7 +220,7 @@ def eliminate(
     first: np.ndarray | None = None,
     own: np.ndarray | None = None,
     damping: float = DAMPING,
-    chunk: int = CHUNK,
+    chunk: float = CHUNK,
 ) -> Elimination:
     """Let choices go, cheapest first, summed over all maps that read them.
 

@@ -4,6 +4,9 @@ A method is a frozen dataclass with `scope` and `scores(coupling, calibration, t
 score goes first. Any object with these two works as `method=`. One whose order depends on what else goes has, instead
 of `scores`, `rounds` and `paths(coupling, calibration, keep)`: see `PathMethod`. One that searches by itself has
 `choose(problem) -> (channels,) bool` and nothing else: see `SearchMethod`.
+
+Methods of `merge` are others: any object with `share_out(merger)`, see `fxprune.merging`. `Separate`, `PAM` and
+`MTZ` are.
 """
 
 from __future__ import annotations
@@ -31,14 +34,19 @@ from fxprune.errors import PlanError
 from fxprune.paths import RemovalPath
 from fxprune.probing import SHARES, Probe, measured
 from fxprune.problems import Choice, Problem
+from fxprune.regrouping import PAM
+from fxprune.separating import Separate
 from fxprune.tasks import Task
 from fxprune.tolerating import PAGCP
+from fxprune.zipping import MTZ
 
 __all__ = [
     "CATRO",
     "HBGS",
     "HBGTS",
+    "MTZ",
     "PAGCP",
+    "PAM",
     "BatchNormScale",
     "Choice",
     "FilterBackward",
@@ -51,6 +59,7 @@ __all__ = [
     "Problem",
     "Random",
     "SearchMethod",
+    "Separate",
     "Taylor",
 ]
 

@@ -208,7 +208,7 @@ def test_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
 def test_code_of_the_page_on_methods_runs(tmp_path, monkeypatch, capsys):
     page = Path(__file__).parents[1] / "docs" / "methods.md"
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     monkeypatch.chdir(tmp_path)
     exec("\n".join(blocks), {"__name__": "__main__"})
     assert (tmp_path / "calibration.safetensors").exists()

@@ -14,13 +14,15 @@ from fxprune import methods
 
 NAMES = {
     "compile", "trace", "couple", "plan", "rewrite", "verify", "save", "load", "report", "transfer", "methods",
-    "calibrate", "compensate", "Calibration", "sweep", "Sweep", "select_tasks", "combination_costs", "CombinationCosts",
+    "calibrate", "compensate", "Calibration", "sweep", "Sweep", "select_tasks", "merge",
+    "combination_costs", "CombinationCosts",
     "Traced", "Coupling", "Plan", "Budget", "Constraints", "Task", "Verification", "Report",
     "FxPruneError", "TraceError", "CouplingError", "PlanError", "RewriteError", "VerificationError", "ArtifactError",
 }  # fmt: skip
 METHODS = {
     "BatchNormScale", "CATRO", "Choice", "FilterBackward", "FilterOMP", "FromTorchPruning", "HBGS", "HBGTS", "Joint",
-    "Magnitude", "Method", "PAGCP", "PathMethod", "Problem", "Random", "SearchMethod", "Taylor",
+    "MTZ", "Magnitude", "Method", "PAGCP", "PAM", "PathMethod", "Problem", "Random", "SearchMethod", "Separate",
+    "Taylor",
 }  # fmt: skip
 KEYWORD_ONLY = {
     "compile": ["method", "calibration", "tasks", "constraints", "on_conflict", "verify", "unknown", "progress"],
@@ -28,6 +30,7 @@ KEYWORD_ONLY = {
     "plan": ["method", "calibration", "tasks", "constraints", "on_conflict"],
     "calibrate": ["max_bytes", "positions", "by_class", "progress"],
     "compensate": ["damping"],
+    "merge": ["method", "example_inputs", "tasks"],
     "combination_costs": ["combinations", "latency"],
     "sweep": ["method", "calibration", "tasks", "constraints"],
     "load": ["example_inputs"],

@@ -13,7 +13,7 @@ from fxprune import sharing
 from fxprune.calibrating import Calibration, Moments
 from fxprune.coupling import Coupling
 from fxprune.criteria.magnitude import magnitude
-from fxprune.eliminating import DAMPING, Elimination, Unit, damped_inverse, eliminate
+from fxprune.eliminating import CHUNK, DAMPING, Elimination, Unit, damped_inverse, eliminate
 from fxprune.errors import PlanError
 from fxprune.grouping import Group
 from fxprune.layers import channels_of
@@ -27,6 +27,7 @@ def joint_paths(
     keep: np.ndarray | None = None,
     damping: float = DAMPING,
     compensate: bool = True,
+    chunk: float = CHUNK,
 ) -> list[RemovalPath]:
     """Return the removal path of every group, with the error of each step for each task.
 
@@ -40,6 +41,7 @@ def joint_paths(
         keep: (channels,) what stays of the other groups, which then count at that width; all without it.
         damping: share of the mean diagonal that is added to moments before they are inverted.
         compensate: the weights that stay are corrected. Without, errors are those of the plain removal.
+        chunk: one of so many of the choices that are left goes at once; infinite for one at a time.
 
     Raises:
         PlanError: the calibration is of another network.
@@ -51,10 +53,12 @@ def joint_paths(
     reader = Reader(coupling, calibration, scale, damping=damping, compensate=compensate)
     keep = np.ones(coupling.num_channels, dtype=bool) if keep is None else keep
     rest = magnitude(coupling)
-    return sharing.spread("paths", lambda group: _path(reader, group, keep, rest, damping), coupling.groups())
+    return sharing.spread("paths", lambda group: _path(reader, group, keep, rest, damping, chunk), coupling.groups())
 
 
-def _path(reader: Reader, group: Group, keep: np.ndarray, rest: np.ndarray, damping: float) -> RemovalPath:
+def _path(
+    reader: Reader, group: Group, keep: np.ndarray, rest: np.ndarray, damping: float, chunk: float
+) -> RemovalPath:
     coupling = reader.coupling
     choices = np.concatenate(group.cells)
     channels, which = coupling.members.of(choices)
@@ -78,7 +82,7 @@ def _path(reader: Reader, group: Group, keep: np.ndarray, rest: np.ndarray, damp
     cells = [np.flatnonzero(~frozen[a:b]) + a for a, b in pairwise(first)]
     steps = min(len(cell) // take for cell, take in zip(cells, group.takes, strict=True))
     found: Elimination = eliminate(
-        units, cells, group.takes, steps=steps, tasks=len(reader.scale), own=own, damping=damping
+        units, cells, group.takes, steps=steps, tasks=len(reader.scale), own=own, damping=damping, chunk=chunk
     )
     return RemovalPath(group.index, choices[found.order], found.errors, group.takes)
 
