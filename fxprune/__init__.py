@@ -21,6 +21,7 @@ from fxprune.errors import (
     TraceError,
     VerificationError,
 )
+from fxprune.latencies import LatencyModel
 from fxprune.planning import plan
 from fxprune.plans import Plan
 from fxprune.reporting import Report, report
@@ -29,6 +30,7 @@ from fxprune.saving import load, save
 from fxprune.selecting import select_tasks
 from fxprune.sweeping import Sweep, sweep
 from fxprune.tasks import Task
+from fxprune.timing import MeasuredLatency, measure_latency
 from fxprune.traced import Traced
 from fxprune.tracing import trace
 from fxprune.transferring import transfer
@@ -45,6 +47,8 @@ __all__ = [
     "Coupling",
     "CouplingError",
     "FxPruneError",
+    "LatencyModel",
+    "MeasuredLatency",
     "Plan",
     "PlanError",
     "Report",
@@ -61,6 +65,7 @@ __all__ = [
     "compile",
     "couple",
     "load",
+    "measure_latency",
     "methods",
     "plan",
     "report",

@@ -212,7 +212,7 @@ class Labelling(TorchDispatchMode):
             run = convolving(x, original, bias, results[0], stride, padding, dilation, transposed, self.record.machine)
             sizes = [self.term(t) for t in (x, weight, results[0])]
             sizes += [self.term(t, d) for t, d in ((x, 1), (results[0], 1), (weight, 1))]
-            self.record.convolutions.append(Convolution(step, run, tuple(sizes)))
+            self.record.convolutions.append(Convolution(step, self.ledger.node, run, tuple(sizes)))
         elif op in _OF_CONTIGUOUS and not args[0].is_contiguous():
             fixed, dims = self.term(args[0])
             self.record.buffers.append(Buffer(fixed * args[0].element_size(), dims, step, step))

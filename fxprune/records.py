@@ -49,9 +49,10 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Convolution:
-    """A convolution on the CPU, at a step: what its workspace depends on, in the order of `workspaces.Sizes`."""
+    """A convolution on the CPU, by its step and node: what its workspace depends on, as in `workspaces.Sizes`."""
 
     step: int
+    node: str
     run: Convolving
     sizes: tuple[Term, ...]
 

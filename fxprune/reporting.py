@@ -11,7 +11,7 @@ from typing import Any
 from tabulate import tabulate
 from torch import nn
 
-from fxprune.costs import RESOURCES, CostChange
+from fxprune.costs import CostChange
 from fxprune.coupling import Coupling
 from fxprune.covering import Coverage
 from fxprune.errors import FxPruneError
@@ -108,7 +108,7 @@ class Report:
         groups = [[g.name, g.kind, g.sites, g.before, g.after] for g in self.groups]
         costs = [
             [n, f"{getattr(self.costs.before, n):,}", f"{getattr(self.costs.after, n):,}", f"{self.costs.share(n):.1%}"]
-            for n in RESOURCES
+            for n in self.costs.before.to_dict()
         ]
         tables = [
             tabulate(costs, headers=["cost", "before", "after", "share"], tablefmt="html", disable_numparse=True),

@@ -1,0 +1,211 @@
+"""Run a network at some choices of widths, op by op and as a whole, and fit a latency model to what it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from fxprune.allocating import Allocation, steps_of_all
+from fxprune.cloning import submodule
+from fxprune.constraining import Constraints
+from fxprune.coupling import Coupling, couple
+from fxprune.errors import PlanError, RewriteError, TraceError
+from fxprune.latencies import LatencyModel, OpLatency, fit, machine, shares
+from fxprune.operands import Operands, calls_of
+from fxprune.paths import paths_by_score
+from fxprune.planning import plan_of
+from fxprune.products import Counter, Sizes
+from fxprune.rewriting import rewrite
+from fxprune.timing import clock_of, take_turns
+from fxprune.traced import Traced
+
+LEVELS = (0.2, 0.4, 0.6, 0.8, 1.0)
+"""Shares of its width that a group is measured at."""
+NETWORKS = 25
+"""How many choices of widths are measured, besides the dense network."""
+ROUNDS = 8
+"""How often each network is run, op by op and as a whole."""
+
+
+class TimedRunner(fx.Interpreter):
+    """Runs a graph and notes how long each call takes, without the interpreter's own work."""
+
+    def __init__(self, module: fx.GraphModule, clock: Callable[[], float]) -> None:
+        super().__init__(module)
+        self._clock = clock
+        self._name = ""
+        self.seconds: dict[str, float] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node."""
+        self._name = n.name
+        return super().run_node(n)
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Call a module."""
+        return self._call(self.fetch_attr(target), args, kwargs)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Call a function."""
+        return self._call(target, args, kwargs)
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Call a method of the first argument."""
+        return self._call(getattr(args[0], target), args[1:], kwargs)
+
+    def _call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        start = self._clock()
+        value = function(*args, **kwargs)
+        self.seconds[self._name] = self._clock() - start
+        return value
+
+
+def measure(traced: Traced, device: str, batch: int) -> LatencyModel:
+    """Measure a latency model; see `LatencyModel.measure`."""
+    if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
+        raise PlanError(f"batch={batch!r} is no positive number. Pass how many examples run at once.")
+    if torch.device(device).type not in ("cpu", "cuda"):
+        raise PlanError(f"device={device!r}: latency is measured on 'cpu' or 'cuda'.")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise PlanError(f"device={device!r}: torch sees no such device here. Measure where the network will run.")
+    place = torch.device(device)
+    args, kwargs = pytree.tree_map_only(
+        torch.Tensor, lambda t: resized(t, batch).to(place), (traced.args, traced.kwargs)
+    )
+    coupling = _rewritable(traced)
+    sizes = Sizes(coupling.channels)
+    operands = Operands(sizes, coupling.record, coupling.traced.graph)
+    counter = Counter(sizes.rows)
+    samples, times, wholes = [], [], []
+    for keep in choices(coupling):
+        slim = rewrite(coupling, plan_of(coupling, keep)).to(place).eval()
+        try:
+            whole, seconds = _timed(slim, args, kwargs, place)
+        except RuntimeError as error:
+            raise TraceError(
+                f"the network does not run on a batch of {batch}: {error}. Pass a `batch=` that it takes."
+            ) from error
+        samples.append(operands(counter.sizes(counter.by_row(keep))))
+        times.append([seconds[name] for name in operands.names])
+        wholes.append(whole)
+    return _model(coupling, np.array(samples), np.array(times), np.array(wholes), device, batch)
+
+
+def resized(t: torch.Tensor, batch: int) -> torch.Tensor:
+    """Cut or repeat a tensor along dim 0."""
+    if t.ndim == 0 or len(t) in (0, batch):
+        return t
+    return t[torch.arange(batch, device=t.device) % len(t)]
+
+
+def _rewritable(traced: Traced) -> Coupling:
+    """Couple a network; what cannot be rewritten at a small choice is frozen."""
+    freeze: dict[str, str] = {}
+    while True:
+        coupling = couple(traced, freeze=freeze)
+        try:
+            for keep in choices(coupling):
+                rewrite(coupling, plan_of(coupling, keep))
+                return coupling
+        except RewriteError as error:
+            fresh = {node: reason for node, reason in error.nodes.items() if node not in freeze}
+            if not fresh:
+                raise
+            freeze |= fresh
+
+
+def choices(coupling: Coupling) -> Iterator[np.ndarray]:
+    """Yield (channels,) what stays: the least network, random ones that use all levels equally often, the dense one.
+
+    Channels are taken in blocks where there are several, else in fourths: what lies between is like its neighbours.
+    """
+    scores = paths_by_score(coupling, np.ones(coupling.num_channels))
+    allocation = steps_of_all(coupling, scores, "uniform", Constraints())
+    groups, rng = coupling.groups(), np.random.default_rng(0)
+    drawn = np.array([rng.permutation(NETWORKS) % len(LEVELS) for _ in groups]).reshape(len(groups), NETWORKS)
+    for levels in (np.zeros(len(groups), dtype=np.int64), *drawn.T, np.full(len(groups), len(LEVELS) - 1)):
+        yield allocation.keep(_taken(coupling, allocation, levels))
+
+
+def _taken(coupling: Coupling, allocation: Allocation, levels: np.ndarray) -> np.ndarray:
+    taken = np.zeros(len(allocation), dtype=bool)
+    for group, level in zip(coupling.groups(), levels, strict=True):
+        grain = max(min(coupling.record.machine.block, group.width // 4), 1)
+        wanted = min(int(np.ceil(LEVELS[level] * group.width / grain)) * grain, group.width)
+        own = allocation.group == group.index
+        taken |= own & (np.cumsum(own) * sum(group.takes) <= group.width - wanted)
+    return taken
+
+
+def _timed(
+    slim: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
+) -> tuple[float, dict[str, float]]:
+    """Return median seconds of a forward pass as a whole, and of each node."""
+    whole = float(np.median(take_turns([slim], args, kwargs, ROUNDS, device)))
+    runner = TimedRunner(slim, clock_of(device))
+    names = [n.name for n in calls_of(slim.graph)]
+    inputs = [kwargs[n.target] for n in slim.graph.nodes if n.op == "placeholder" and n.target in kwargs]
+    runs = np.empty((ROUNDS, len(names)))
+    with torch.no_grad():
+        for i in range(-1, ROUNDS):
+            runner.run(*pytree.tree_map_only(torch.Tensor, torch.clone, (*args, *inputs)))
+            if i >= 0:
+                runs[i] = [runner.seconds[name] for name in names]
+    return whole, dict(zip(names, np.median(runs, axis=0).tolist(), strict=True))
+
+
+def _model(
+    coupling: Coupling, samples: np.ndarray, times: np.ndarray, wholes: np.ndarray, device: str, batch: int
+) -> LatencyModel:
+    """Fit every class of ops, then the networks as wholes.
+
+    Args:
+        coupling: of the network.
+        samples: (networks, 2, calls) elements that go in and come out; the last network is the dense one.
+        times: (networks, calls) seconds.
+        wholes: (networks,) seconds.
+        device: it ran on.
+        batch: it ran at.
+    """
+    block = coupling.record.machine.block
+    found, order = [], []
+    names = [n.name for n in calls_of(coupling.traced.graph)]
+    for (kind, inputs, outputs, into, out), calls in _classes(coupling, samples[-1], device).items():
+        read, written = (samples[:, side, calls].ravel() for side in (0, 1))
+        x, y = shares(read, inputs, into, block), shares(written, outputs, out, block)
+        weights = fit(x, y, times[:, calls].ravel() * 1e6)
+        found.append(OpLatency(kind, tuple(names[i] for i in calls), inputs, outputs, into, out, weights))
+        order += calls
+    plain = LatencyModel(
+        tuple(found), block, 1.0, 0.0, 0.0, device, batch, machine(device), torch.__version__, torch.get_num_threads()
+    )
+    each = plain.at(range(len(order)))
+    sums = np.array([each.each(*sample[:, order]).sum() for sample in samples])
+    overhead, scale, *_ = fit(sums, np.zeros(len(sums)), wholes * 1e6)
+    error = float(np.median(np.abs((scale * sums + overhead) / (wholes * 1e6) - 1)))
+    return replace(plain, scale=scale, overhead=overhead, error=error)
+
+
+def _classes(coupling: Coupling, dense: np.ndarray, device: str) -> dict[tuple[str, int, int, int, int], list[int]]:
+    """Return calls by kind, elements in and out, and channels in and out where they come in blocks."""
+    record, blocked = coupling.record, set()
+    if device == "cpu":
+        blocked = {c.node for c in record.convolutions}
+    found: dict[tuple[str, int, int, int, int], list[int]] = {}
+    for i, n in enumerate(calls_of(coupling.traced.graph)):
+        shapes = [t.shape for source in n.all_input_nodes for t in record.nodes.get(source.name, [])]
+        made = [t.shape for t in record.nodes.get(n.name, [])]
+        into, out = (shapes[0][1], made[0][1]) if n.name in blocked else (0, 0)
+        kind = str(n.target)
+        if n.op == "call_module":
+            module = submodule(coupling.traced.root, kind)
+            kind = f"{type(module).__name__}({module.extra_repr()})"
+        key = (f"{kind} {shapes} -> {made}", int(dense[0, i]), int(dense[1, i]), into, out)
+        found.setdefault(key, []).append(i)
+    return found
