@@ -1,9 +1,10 @@
 """How long a network takes, for any choice of channels: a latency model, measured once on the machine that will run it.
 
-Every op takes a time that grows with what it reads and what it writes: `w0 + w1 x + w2 y + w3 x y`, where x and y are
-the shares that are left of the elements that go in and come out, and no weight is negative. In blocks as wide as a
-vector register, as oneDNN convolves, x and y count whole blocks: a channel more costs nothing, or a block. So the time
-of a network is a sum that never falls when a channel is kept: what searches for widths can rely on that, as for macs.
+Every op takes a time that grows with what it reads and what it writes: `w0 + w1 x + w2 y + w3 x y + w4 h`, where x and y
+are the shares that are left of the elements that go in and come out, h is by how much their mean is over a half (wide
+layers leave the caches), and no weight is negative. In blocks as wide as a vector register, as oneDNN convolves, x and y
+count whole blocks: a channel more costs nothing, or a block. So the time of a network is a sum that never falls when a
+channel is kept: what searches for widths can rely on that, as for macs.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from fxprune.errors import ArtifactError
 
 SCHEMA = 1
 """Version of the JSON form of a latency model."""
+TERMS = 5
+"""How many weights an op has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,7 @@ class OpLatency:
         outputs: elements that come out.
         channels_in: channels that go in; 0 where they do not come in blocks.
         channels_out: channels that come out; 0 where they do not come in blocks.
-        weights: microseconds: of a call, and by the shares left of inputs, of outputs and of their product.
+        weights: (5,) microseconds: what the terms above are multiplied by.
     """
 
     kind: str
@@ -45,7 +48,7 @@ class OpLatency:
     outputs: int
     channels_in: int
     channels_out: int
-    weights: tuple[float, float, float, float]
+    weights: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +161,7 @@ class OpTimes:
         self._inputs, self._outputs, self._channels_in, self._channels_out = (
             np.array([getattr(op, name) for op in ops], dtype=np.int64) for name in names
         )
-        self._weights = np.array([op.weights for op in ops], dtype=np.float64).reshape(-1, 4)
+        self._weights = np.array([op.weights for op in ops], dtype=np.float64).reshape(-1, TERMS)
         self._model = model
 
     def each(self, inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:
@@ -188,8 +191,8 @@ def _typed(entry: Mapping[str, Any], types: Mapping[str, type]) -> dict[str, Any
 
 def _op(entry: Mapping[str, Any]) -> OpLatency:
     weights = tuple(map(float, entry["weights"]))
-    if len(weights) != 4 or not all(0 <= w < np.inf for w in weights):  # else more channels could take less time
-        raise ValueError(f"weights are {entry['weights']!r:.60}, not four numbers that are not negative")
+    if len(weights) != TERMS or not all(0 <= w < np.inf for w in weights):  # else more channels could take less time
+        raise ValueError(f"weights are {entry['weights']!r:.60}, not five numbers that are not negative")
     return OpLatency(**{**_typed(entry, OP), "nodes": tuple(map(str, entry["nodes"])), "weights": weights})
 
 
@@ -203,31 +206,30 @@ def shares(elements: np.ndarray, dense: np.ndarray | int, channels: np.ndarray |
 
 
 def terms(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return (n, 4) what the weights of an op are multiplied by, at shares (n,) of inputs and outputs."""
-    return np.stack([np.ones_like(x), x, y, x * y], axis=1)
+    """Return (n, TERMS) what the weights of an op are multiplied by, at shares (n,) of inputs and outputs."""
+    return np.stack([np.ones_like(x), x, y, x * y, np.maximum(x + y - 1, 0)], axis=1)
 
 
-def fit(x: np.ndarray, y: np.ndarray, microseconds: np.ndarray) -> tuple[float, float, float, float]:
+def fit(rows: np.ndarray, microseconds: np.ndarray) -> tuple[float, ...]:
     """Return weights that are not negative, with the least squared relative errors.
 
-    There are four: the solution is the best of those of all sixteen sets of them that are not held at zero.
+    They are few: the solution is the best of those of all sets of weights that are not held at zero.
 
     Args:
-        x: (n,) shares of inputs.
-        y: (n,) shares of outputs.
+        rows: (n, weights) what the weights are multiplied by.
         microseconds: (n,) measured.
     """
-    goal = np.maximum(microseconds, 1e-3)
-    rows = terms(x, y) / goal[:, None]
-    best, least = np.zeros(4), np.inf
-    for number in range(1, 16):
-        chosen = [i for i in range(4) if number >> i & 1]
-        found = np.linalg.lstsq(rows[:, chosen], np.ones(len(goal)), rcond=None)[0]
+    count = rows.shape[1]
+    rows = rows / np.maximum(microseconds, 1e-3)[:, None]
+    best, least = np.zeros(count), np.inf
+    for number in range(1, 2**count):
+        chosen = [i for i in range(count) if number >> i & 1]
+        found = np.linalg.lstsq(rows[:, chosen], np.ones(len(rows)), rcond=None)[0]
         rest = float(((rows[:, chosen] @ found - 1) ** 2).sum())
         if (found >= 0).all() and rest < least - 1e-12:
-            best, least = np.zeros(4), rest
+            best, least = np.zeros(count), rest
             best[chosen] = found
-    return tuple(map(float, best))  # pyright: ignore[reportReturnType]
+    return tuple(map(float, best))
 
 
 def machine(device: str) -> str:

@@ -16,7 +16,7 @@ from fxprune.cloning import submodule
 from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling, couple
 from fxprune.errors import PlanError, RewriteError, TraceError
-from fxprune.latencies import LatencyModel, OpLatency, fit, machine, shares
+from fxprune.latencies import LatencyModel, OpLatency, fit, machine, shares, terms
 from fxprune.operands import Operands, calls_of
 from fxprune.paths import paths_by_score
 from fxprune.planning import plan_of
@@ -24,13 +24,16 @@ from fxprune.products import Counter, Sizes
 from fxprune.rewriting import rewrite
 from fxprune.timing import clock_of, take_turns
 from fxprune.traced import Traced
+from fxprune.values import bind
 
 LEVELS = (0.2, 0.4, 0.6, 0.8, 1.0)
 """Shares of its width that a group is measured at."""
 NETWORKS = 25
 """How many choices of widths are measured, besides the dense network."""
-ROUNDS = 8
-"""How often each network is run, op by op and as a whole."""
+ROUNDS = (8, 50)
+"""How often each network is run, op by op and as a whole, at least and at most."""
+SECONDS = 0.1
+"""How long the dense network runs beside each other one, between these."""
 
 
 class TimedRunner(fx.Interpreter):
@@ -39,13 +42,12 @@ class TimedRunner(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, clock: Callable[[], float]) -> None:
         super().__init__(module)
         self._clock = clock
-        self._name = ""
-        self.seconds: dict[str, float] = {}
+        self.runs: list[list[float]] = []
 
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node."""
-        self._name = n.name
-        return super().run_node(n)
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Run the graph; `runs` gets the seconds of each call."""
+        self.runs.append([])
+        self.run(*bind(self.graph, args, kwargs), enable_io_processing=False)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Call a module."""
@@ -62,7 +64,7 @@ class TimedRunner(fx.Interpreter):
     def _call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         start = self._clock()
         value = function(*args, **kwargs)
-        self.seconds[self._name] = self._clock() - start
+        self.runs[-1].append(self._clock() - start)
         return value
 
 
@@ -82,19 +84,21 @@ def measure(traced: Traced, device: str, batch: int) -> LatencyModel:
     sizes = Sizes(coupling.channels)
     operands = Operands(sizes, coupling.record, coupling.traced.graph)
     counter = Counter(sizes.rows)
-    samples, times, wholes = [], [], []
+    dense = rewrite(coupling, plan_of(coupling, np.ones(coupling.num_channels, dtype=bool))).to(place).eval()
+    samples, seconds, parts = [], [], []
     for keep in choices(coupling):
         slim = rewrite(coupling, plan_of(coupling, keep)).to(place).eval()
         try:
-            whole, seconds = _timed(slim, args, kwargs, place)
+            whole, share = _timed(dense, slim, args, kwargs, place)
         except RuntimeError as error:
             raise TraceError(
                 f"the network does not run on a batch of {batch}: {error}. Pass a `batch=` that it takes."
             ) from error
         samples.append(operands(counter.sizes(counter.by_row(keep))))
-        times.append([seconds[name] for name in operands.names])
-        wholes.append(whole)
-    return _model(coupling, np.array(samples), np.array(times), np.array(wholes), device, batch)
+        seconds.append(float(np.median(whole)))
+        parts.append(share)
+    times = np.array(parts) * np.median(seconds) * 1e6
+    return _model(coupling, np.array(samples), times[:, 1:], times[:, 0], device, batch)
 
 
 def resized(t: torch.Tensor, batch: int) -> torch.Tensor:
@@ -144,20 +148,18 @@ def _taken(coupling: Coupling, allocation: Allocation, levels: np.ndarray) -> np
 
 
 def _timed(
-    slim: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
-) -> tuple[float, dict[str, float]]:
-    """Return median seconds of a forward pass as a whole, and of each node."""
-    whole = float(np.median(take_turns([slim], args, kwargs, ROUNDS, device)))
+    dense: fx.GraphModule, slim: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (rounds,) seconds of the dense network, and (1 + calls,) of the slim one and its calls, as shares of that.
+
+    All three take turns: a machine is faster now, and slower then.
+    """
+    once = float(take_turns([dense], args, kwargs, 1, device).item())
+    rounds = int(np.clip(SECONDS / max(once, 1e-6), *ROUNDS))
     runner = TimedRunner(slim, clock_of(device))
-    names = [n.name for n in calls_of(slim.graph)]
-    inputs = [kwargs[n.target] for n in slim.graph.nodes if n.op == "placeholder" and n.target in kwargs]
-    runs = np.empty((ROUNDS, len(names)))
-    with torch.no_grad():
-        for i in range(-1, ROUNDS):
-            runner.run(*pytree.tree_map_only(torch.Tensor, torch.clone, (*args, *inputs)))
-            if i >= 0:
-                runs[i] = [runner.seconds[name] for name in names]
-    return whole, dict(zip(names, np.median(runs, axis=0).tolist(), strict=True))
+    seconds = take_turns([dense, slim, runner], args, kwargs, rounds, device)
+    parts = np.vstack([seconds[1], np.array(runner.runs[-rounds:]).T])
+    return seconds[0], np.median(parts / seconds[0], axis=1)
 
 
 def _model(
@@ -168,8 +170,8 @@ def _model(
     Args:
         coupling: of the network.
         samples: (networks, 2, calls) elements that go in and come out; the last network is the dense one.
-        times: (networks, calls) seconds.
-        wholes: (networks,) seconds.
+        times: (networks, calls) microseconds.
+        wholes: (networks,) microseconds.
         device: it ran on.
         batch: it ran at.
     """
@@ -179,7 +181,7 @@ def _model(
     for (kind, inputs, outputs, into, out), calls in _classes(coupling, samples[-1], device).items():
         read, written = (samples[:, side, calls].ravel() for side in (0, 1))
         x, y = shares(read, inputs, into, block), shares(written, outputs, out, block)
-        weights = fit(x, y, times[:, calls].ravel() * 1e6)
+        weights = fit(terms(x, y), times[:, calls].ravel())
         found.append(OpLatency(kind, tuple(names[i] for i in calls), inputs, outputs, into, out, weights))
         order += calls
     plain = LatencyModel(
@@ -187,8 +189,8 @@ def _model(
     )
     each = plain.at(range(len(order)))
     sums = np.array([each.each(*sample[:, order]).sum() for sample in samples])
-    overhead, scale, *_ = fit(sums, np.zeros(len(sums)), wholes * 1e6)
-    error = float(np.median(np.abs((scale * sums + overhead) / (wholes * 1e6) - 1)))
+    overhead, scale = fit(np.stack([np.ones_like(sums), sums], axis=1), wholes)
+    error = float(np.median(np.abs((scale * sums + overhead) / wholes - 1)))
     return replace(plain, scale=scale, overhead=overhead, error=error)
 
 
