@@ -1,8 +1,8 @@
 """How long a network takes, for any choice of channels: a latency model, measured once on the machine that will run it.
 
-Every op takes a time that grows with what it reads and what it writes: `w0 + w1 x + w2 y + w3 x y + w4 h`, where x and y
-are the shares that are left of the elements that go in and come out, h is by how much their mean is over a half (wide
-layers leave the caches), and no weight is negative. In blocks as wide as a vector register, as oneDNN convolves, x and y
+Every op takes a time that grows with what it reads and what it writes: `w0 + w1 x + w2 y + w3 x y + w4 h`, where x and
+y are the shares that are left of the elements that go in and come out, h is by how much x + y is over one (wide layers
+leave the caches), and no weight is negative. Where a convolution pads to blocks as wide as a vector register, x or y
 count whole blocks: a channel more costs nothing, or a block. So the time of a network is a sum that never falls when a
 channel is kept: what searches for widths can rely on that, as for macs.
 """
@@ -210,26 +210,27 @@ def terms(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.stack([np.ones_like(x), x, y, x * y, np.maximum(x + y - 1, 0)], axis=1)
 
 
-def fit(rows: np.ndarray, microseconds: np.ndarray) -> tuple[float, ...]:
-    """Return weights that are not negative, with the least squared relative errors.
+def fit(rows: np.ndarray, microseconds: np.ndarray, counts: np.ndarray) -> tuple[tuple[float, ...], float]:
+    """Return weights that are not negative, with the least squared relative errors, and the sum of these.
 
     They are few: the solution is the best of those of all sets of weights that are not held at zero.
 
     Args:
         rows: (n, weights) what the weights are multiplied by.
         microseconds: (n,) measured.
+        counts: (n,) how much the error of each counts.
     """
-    count = rows.shape[1]
-    rows = rows / np.maximum(microseconds, 1e-3)[:, None]
+    count, goal = rows.shape[1], np.sqrt(counts)
+    rows = rows * (goal / np.maximum(microseconds, 1e-3))[:, None]
     best, least = np.zeros(count), np.inf
     for number in range(1, 2**count):
         chosen = [i for i in range(count) if number >> i & 1]
-        found = np.linalg.lstsq(rows[:, chosen], np.ones(len(rows)), rcond=None)[0]
-        rest = float(((rows[:, chosen] @ found - 1) ** 2).sum())
+        found = np.linalg.lstsq(rows[:, chosen], goal, rcond=None)[0]
+        rest = float(((rows[:, chosen] @ found - goal) ** 2).sum())
         if (found >= 0).all() and rest < least - 1e-12:
             best, least = np.zeros(count), rest
             best[chosen] = found
-    return tuple(map(float, best))
+    return tuple(map(float, best)), least
 
 
 def machine(device: str) -> str:

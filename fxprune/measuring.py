@@ -26,10 +26,8 @@ from fxprune.timing import clock_of, take_turns
 from fxprune.traced import Traced
 from fxprune.values import bind
 
-LEVELS = (0.2, 0.4, 0.6, 0.8, 1.0)
-"""Shares of its width that a group is measured at."""
-NETWORKS = 25
-"""How many choices of widths are measured, besides the dense network."""
+NETWORKS = 31
+"""How many choices of widths are measured, besides the least and the dense network."""
 ROUNDS = (8, 50)
 """How often each network is run, op by op and as a whole, at least and at most."""
 SECONDS = 0.1
@@ -41,13 +39,13 @@ class TimedRunner(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, clock: Callable[[], float]) -> None:
         super().__init__(module)
-        self._clock = clock
+        self._clock, self._graph = clock, module.graph
         self.runs: list[list[float]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """Run the graph; `runs` gets the seconds of each call."""
         self.runs.append([])
-        self.run(*bind(self.graph, args, kwargs), enable_io_processing=False)
+        self.run(*bind(self._graph, args, kwargs), enable_io_processing=False)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Call a module."""
@@ -125,25 +123,23 @@ def _rewritable(traced: Traced) -> Coupling:
 
 
 def choices(coupling: Coupling) -> Iterator[np.ndarray]:
-    """Yield (channels,) what stays: the least network, random ones that use all levels equally often, the dense one.
+    """Yield (channels,) what stays: the least network, random ones, the dense one.
 
-    Channels are taken in blocks where there are several, else in fourths: what lies between is like its neighbours.
+    The widths of a group are spread evenly over all that it can have (a Latin hypercube), whatever the others have.
     """
     scores = paths_by_score(coupling, np.ones(coupling.num_channels))
     allocation = steps_of_all(coupling, scores, "uniform", Constraints())
     groups, rng = coupling.groups(), np.random.default_rng(0)
-    drawn = np.array([rng.permutation(NETWORKS) % len(LEVELS) for _ in groups]).reshape(len(groups), NETWORKS)
-    for levels in (np.zeros(len(groups), dtype=np.int64), *drawn.T, np.full(len(groups), len(LEVELS) - 1)):
-        yield allocation.keep(_taken(coupling, allocation, levels))
+    drawn = [(rng.permutation(NETWORKS) + rng.random(NETWORKS)) / NETWORKS for _ in groups]
+    for shares_gone in (np.ones(len(groups)), *np.array(drawn).reshape(len(groups), NETWORKS).T, np.zeros(len(groups))):
+        yield allocation.keep(_taken(coupling, allocation, shares_gone))
 
 
-def _taken(coupling: Coupling, allocation: Allocation, levels: np.ndarray) -> np.ndarray:
+def _taken(coupling: Coupling, allocation: Allocation, shares_gone: np.ndarray) -> np.ndarray:
     taken = np.zeros(len(allocation), dtype=bool)
-    for group, level in zip(coupling.groups(), levels, strict=True):
-        grain = max(min(coupling.record.machine.block, group.width // 4), 1)
-        wanted = min(int(np.ceil(LEVELS[level] * group.width / grain)) * grain, group.width)
+    for group, gone in zip(coupling.groups(), shares_gone, strict=True):
         own = allocation.group == group.index
-        taken |= own & (np.cumsum(own) * sum(group.takes) <= group.width - wanted)
+        taken |= own & (np.cumsum(own) <= gone * own.sum())
     return taken
 
 
@@ -178,10 +174,16 @@ def _model(
     block = coupling.record.machine.block
     found, order = [], []
     names = [n.name for n in calls_of(coupling.traced.graph)]
+    counts = np.ones(len(times))
+    counts[-1] = len(times) / 2  # budgets are shares of the dense network
     for (kind, inputs, outputs, into, out), calls in _classes(coupling, samples[-1], device).items():
         read, written = (samples[:, side, calls].ravel() for side in (0, 1))
-        x, y = shares(read, inputs, into, block), shares(written, outputs, out, block)
-        weights = fit(terms(x, y), times[:, calls].ravel())
+        tried = []
+        for channels in {(0, 0), (into, 0), (0, out), (into, out)}:  # which way the kernel pads is seen best
+            x, y = shares(read, inputs, channels[0], block), shares(written, outputs, channels[1], block)
+            weights, rest = fit(terms(x, y), times[:, calls].ravel(), np.repeat(counts, len(calls)))
+            tried.append((rest, channels, weights))
+        _, (into, out), weights = min(tried)
         found.append(OpLatency(kind, tuple(names[i] for i in calls), inputs, outputs, into, out, weights))
         order += calls
     plain = LatencyModel(
@@ -189,7 +191,7 @@ def _model(
     )
     each = plain.at(range(len(order)))
     sums = np.array([each.each(*sample[:, order]).sum() for sample in samples])
-    overhead, scale = fit(np.stack([np.ones_like(sums), sums], axis=1), wholes)
+    (overhead, scale), _ = fit(np.stack([np.ones_like(sums), sums], axis=1), wholes, counts)
     error = float(np.median(np.abs((scale * sums + overhead) / wholes - 1)))
     return replace(plain, scale=scale, overhead=overhead, error=error)
 

@@ -43,7 +43,11 @@ def device_of(network: nn.Module) -> torch.device:
 
 @torch.no_grad()
 def take_turns(
-    networks: Sequence[Callable[..., Any]], args: tuple[Any, ...], kwargs: dict[str, Any], rounds: int, device: torch.device
+    networks: Sequence[Callable[..., Any]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    rounds: int,
+    device: torch.device,
 ) -> np.ndarray:
     """Return (networks, rounds) seconds of a forward pass, of all networks in turn, each first as often as last.
 

@@ -15,7 +15,8 @@ from fxprune import methods
 NAMES = {
     "compile", "trace", "couple", "plan", "rewrite", "verify", "save", "load", "report", "transfer", "methods",
     "calibrate", "compensate", "Calibration", "sweep", "Sweep", "select_tasks", "combination_costs", "CombinationCosts",
-    "LatencyModel", "MeasuredLatency", "measure_latency", "Traced", "Coupling", "Plan", "Budget", "Constraints", "Task", "Verification", "Report",
+    "LatencyModel", "MeasuredLatency", "measure_latency",
+    "Traced", "Coupling", "Plan", "Budget", "Constraints", "Task", "Verification", "Report",
     "FxPruneError", "TraceError", "CouplingError", "PlanError", "RewriteError", "VerificationError", "ArtifactError",
 }  # fmt: skip
 METHODS = {
