@@ -220,8 +220,14 @@ def fit(rows: np.ndarray, microseconds: np.ndarray, counts: np.ndarray) -> tuple
         microseconds: (n,) measured.
         counts: (n,) how much the error of each counts.
     """
-    count, goal = rows.shape[1], np.sqrt(counts)
-    rows = rows * (goal / np.maximum(microseconds, 1e-3))[:, None]
+    first, _ = _least_squares(rows, microseconds, np.sqrt(counts) / np.maximum(microseconds, 1e-3))
+    weights, rest = _least_squares(rows, microseconds, np.sqrt(counts) / np.maximum(rows @ first, 1e-3))
+    return tuple(map(float, weights)), rest  # relative to the first prediction: relative to noise, it would be too low
+
+
+def _least_squares(rows: np.ndarray, goal: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return weights that are not negative with the least squared errors times `scale`, and the sum of these."""
+    count, rows, goal = rows.shape[1], rows * scale[:, None], goal * scale
     best, least = np.zeros(count), np.inf
     for number in range(1, 2**count):
         chosen = [i for i in range(count) if number >> i & 1]
@@ -230,7 +236,7 @@ def fit(rows: np.ndarray, microseconds: np.ndarray, counts: np.ndarray) -> tuple
         if (found >= 0).all() and rest < least - 1e-12:
             best, least = np.zeros(count), rest
             best[chosen] = found
-    return tuple(map(float, best)), least
+    return best, least
 
 
 def machine(device: str) -> str:

@@ -125,21 +125,25 @@ def _rewritable(traced: Traced) -> Coupling:
 def choices(coupling: Coupling) -> Iterator[np.ndarray]:
     """Yield (channels,) what stays: the least network, random ones, the dense one.
 
-    The widths of a group are spread evenly over all that it can have (a Latin hypercube), whatever the others have.
+    The widths of a group are spread evenly over all that it can have (a Latin hypercube), whatever the others have;
+    every other time, they are whole blocks, as most are that a latency budget leads to.
     """
     scores = paths_by_score(coupling, np.ones(coupling.num_channels))
     allocation = steps_of_all(coupling, scores, "uniform", Constraints())
-    groups, rng = coupling.groups(), np.random.default_rng(0)
-    drawn = [(rng.permutation(NETWORKS) + rng.random(NETWORKS)) / NETWORKS for _ in groups]
-    for shares_gone in (np.ones(len(groups)), *np.array(drawn).reshape(len(groups), NETWORKS).T, np.zeros(len(groups))):
-        yield allocation.keep(_taken(coupling, allocation, shares_gone))
+    count, rng = len(coupling.groups()), np.random.default_rng(0)
+    drawn = [(rng.permutation(NETWORKS) + rng.random(NETWORKS)) / NETWORKS for _ in range(count)]
+    gone = (np.ones(count), *np.array(drawn).reshape(count, NETWORKS).T, np.zeros(count))
+    for i, each in enumerate(gone):
+        yield allocation.keep(_taken(coupling, allocation, each, coupling.record.machine.block if i % 2 else 1))
 
 
-def _taken(coupling: Coupling, allocation: Allocation, shares_gone: np.ndarray) -> np.ndarray:
+def _taken(coupling: Coupling, allocation: Allocation, gone: np.ndarray, block: int) -> np.ndarray:
+    """Return (steps,) which to take, for shares (groups,) of their steps that go; whole blocks stay."""
     taken = np.zeros(len(allocation), dtype=bool)
-    for group, gone in zip(coupling.groups(), shares_gone, strict=True):
-        own = allocation.group == group.index
-        taken |= own & (np.cumsum(own) <= gone * own.sum())
+    for group, share in zip(coupling.groups(), gone, strict=True):
+        own, per_step = allocation.group == group.index, sum(group.takes)
+        left = group.width - int(share * own.sum()) * per_step
+        taken |= own & (np.cumsum(own) * per_step <= group.width - -(-left // block) * block)
     return taken
 
 
