@@ -183,7 +183,8 @@ def _model(
     for (kind, inputs, outputs, into, out), calls in _classes(coupling, samples[-1], device).items():
         read, written = (samples[:, side, calls].ravel() for side in (0, 1))
         tried = []
-        for channels in {(0, 0), (into, 0), (0, out), (into, out)}:  # which way the kernel pads is seen best
+        ways = {(into, out)} if batch > 1 else {(0, 0), (into, 0), (0, out), (into, out)}
+        for channels in ways:  # a single image may take another kernel, which pads otherwise or not: the best fit tells
             x, y = shares(read, inputs, channels[0], block), shares(written, outputs, channels[1], block)
             weights, rest = fit(terms(x, y), times[:, calls].ravel(), np.repeat(counts, len(calls)))
             tried.append((rest, channels, weights))
