@@ -78,6 +78,8 @@ class LatencyModel:
     machine: str
     torch: str
     threads: int
+    curve: float = 0.0
+    """What a network takes besides, for the square of the microseconds of its ops: large ones crowd the caches."""
 
     @staticmethod
     def measure(traced: Any, device: str = "cpu", batch: int = 1) -> LatencyModel:
@@ -172,12 +174,13 @@ class OpTimes:
 
     def whole(self, inputs: np.ndarray, outputs: np.ndarray) -> int:
         """Return what the network of these calls takes, in whole microseconds."""
-        return round(self._model.scale * float(self.each(inputs, outputs).sum()) + self._model.overhead)
+        total, model = float(self.each(inputs, outputs).sum()), self._model
+        return round(model.overhead + model.scale * total + model.curve * total**2)
 
 
 MODEL = {
     "block": int, "scale": float, "overhead": float, "error": float, "device": str, "batch": int, "machine": str,
-    "torch": str, "threads": int,
+    "torch": str, "threads": int, "curve": float,
 }  # fmt: skip
 OP = {"kind": str, "nodes": list, "inputs": int, "outputs": int, "channels_in": int, "channels_out": int}
 

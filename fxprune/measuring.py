@@ -196,9 +196,11 @@ def _model(
     )
     each = plain.at(range(len(order)))
     sums = np.array([each.each(*sample[:, order]).sum() for sample in samples])
-    (overhead, scale), _ = fit(np.stack([np.ones_like(sums), sums], axis=1), wholes, counts)
-    error = float(np.median(np.abs((scale * sums + overhead) / wholes - 1)))
-    return replace(plain, scale=scale, overhead=overhead, error=error)
+    left = sums / sums[-1]
+    rows = np.stack([np.ones_like(left), left, left**2], axis=1)
+    (overhead, scale, curve), _ = fit(rows, wholes, counts**2)
+    error = float(np.median(np.abs(rows @ (overhead, scale, curve) / wholes - 1)))
+    return replace(plain, overhead=overhead, scale=scale / sums[-1], curve=curve / sums[-1] ** 2, error=error)
 
 
 def _classes(coupling: Coupling, dense: np.ndarray, device: str) -> dict[tuple[str, int, int, int, int], list[int]]:
