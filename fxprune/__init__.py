@@ -21,6 +21,7 @@ from fxprune.errors import (
     TraceError,
     VerificationError,
 )
+from fxprune.latencies import LatencyModel
 from fxprune.merging import merge
 from fxprune.planning import plan
 from fxprune.plans import Plan
@@ -30,6 +31,7 @@ from fxprune.saving import load, save
 from fxprune.selecting import select_tasks
 from fxprune.sweeping import Sweep, sweep
 from fxprune.tasks import Task
+from fxprune.timing import MeasuredLatency, measure_latency
 from fxprune.traced import Traced
 from fxprune.tracing import trace
 from fxprune.transferring import transfer
@@ -46,6 +48,8 @@ __all__ = [
     "Coupling",
     "CouplingError",
     "FxPruneError",
+    "LatencyModel",
+    "MeasuredLatency",
     "Plan",
     "PlanError",
     "Report",
@@ -62,6 +66,7 @@ __all__ = [
     "compile",
     "couple",
     "load",
+    "measure_latency",
     "merge",
     "methods",
     "plan",

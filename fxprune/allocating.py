@@ -117,7 +117,7 @@ class Allocation:
     def meet(self, bounds: Mapping[str, float]) -> np.ndarray | None:
         """Return which steps to take: the fewest from the start that fit, less those that can be given back.
 
-        Of each group that is one step, but as many as fit where memory is bound.
+        Of each group that is one step, but as many as fit where memory or latency is bound.
 
         Args:
             bounds: resource -> absolute bound; removing more never costs more.
@@ -142,7 +142,7 @@ class Allocation:
             else:
                 low = middle + 1
         taken = order < low
-        if "memory" in bounds and self.branches is None:
+        if not bounds.keys().isdisjoint(("memory", "latency")) and self.branches is None:
             return self._filled(taken, fits)
         for i in self._returnable(taken, bounds):
             taken[i] = False
@@ -153,7 +153,8 @@ class Allocation:
     def _filled(self, taken: np.ndarray, fits: Callable[[np.ndarray], bool]) -> np.ndarray:
         """Give back all steps that fit, latest first; a group whose next one does not fit gives back no more.
 
-        Most of a network has no part in its peak of memory, and need not shrink as far as what has.
+        Most of a network has no part in its peak of memory, and need not shrink as far as what has. Most channels cost
+        no time, as long as they fill a block of which there are others.
         """
         taken = taken.copy()
         done = np.zeros(int(self.group.max(initial=0)) + 1, dtype=bool)

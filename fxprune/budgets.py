@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fxprune.costs import RESOURCES, Costs
 from fxprune.errors import PlanError
+from fxprune.latencies import LatencyModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,11 +16,13 @@ class Budget:
     Attributes:
         macs: multiply-accumulates of one forward pass over the example inputs.
         params: elements of all parameters.
-        latency: not yet: it needs a latency model.
+        latency: microseconds of a forward pass, as `latency_model` predicts.
         memory: peak bytes of a forward pass: parameters, buffers, inputs and live activations.
+        latency_model: from `LatencyModel.measure`, on the network and the machine that count; also without a bound on
+            latency, so that plans and reports tell it.
 
     Raises:
-        PlanError: a value that is not positive, none at all, or a latency.
+        PlanError: a value that is not positive, none at all, or a latency without its model.
 
     Example:
         >>> Budget(macs=0.5, params=2_000_000)
@@ -30,18 +33,24 @@ class Budget:
     params: float | None = None
     latency: float | None = None
     memory: float | None = None
+    latency_model: LatencyModel | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.latency is not None:
+        if self.latency_model is not None and not isinstance(self.latency_model, LatencyModel):
             raise PlanError(
-                "Budget(latency=...) needs a latency model of the target, which this version does not have. Use "
-                "`macs=`, `params=` or `memory=`."
+                f"latency_model={self.latency_model!r:.60} is no latency model. Pass what "
+                "`fxprune.LatencyModel.measure(traced)` or `fxprune.LatencyModel.load(path)` returned."
+            )
+        if self.latency is not None and self.latency_model is None:
+            raise PlanError(
+                "Budget(latency=...) needs a latency model of the network on its target. Pass "
+                "`latency_model=fxprune.LatencyModel.measure(fxprune.trace(model, example_inputs))`."
             )
         given = {name: getattr(self, name) for name in RESOURCES if getattr(self, name) is not None}
         if not given:
             raise PlanError(
-                "Budget() bounds nothing. Pass at least one of `macs=`, `params=`, `memory=`, such as "
-                "`Budget(macs=0.5)`."
+                "Budget() bounds nothing. Pass at least one of `macs=`, `params=`, `memory=`, `latency=`, such "
+                "as `Budget(macs=0.5)`."
             )
         for name, value in given.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations as subsets
 from typing import Any
@@ -13,9 +12,8 @@ import numpy as np
 import torch
 from tabulate import tabulate
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
-from fxprune.costs import RESOURCES, CostModel, Costs, unlabelled
+from fxprune.costs import CostModel, Costs, unlabelled
 from fxprune.coupling import interpreted
 from fxprune.errors import TraceError
 from fxprune.outputs import checked_tasks, returned, tasks_of
@@ -24,6 +22,7 @@ from fxprune.reporting import Compiled
 from fxprune.saving import examples
 from fxprune.selecting import of_tasks, select_tasks
 from fxprune.slimming import RECORD
+from fxprune.timing import take_turns
 from fxprune.traced import Traced, used_state
 from fxprune.tracing import checked_inputs, trace
 
@@ -95,7 +94,7 @@ class CombinationCosts:
 
     def __str__(self) -> str:
         timed = self.whole.latency is not None
-        headers = ["tasks", *(h for name in RESOURCES for h in (name, "of all"))]
+        headers = ["tasks", *(h for name in self.whole.costs.to_dict() for h in (name, "of all"))]
         table = tabulate(
             [self._row(entry) for entry in self.entries],
             [*headers, "latency", "of all"] if timed else headers,
@@ -107,7 +106,7 @@ class CombinationCosts:
 
     def _row(self, entry: CombinationCost) -> list[str]:
         row = [entry.name]
-        for resource in RESOURCES:
+        for resource in self.whole.costs.to_dict():
             row += [f"{getattr(entry.costs, resource):,}", f"{self.share(entry.tasks, resource):.1%}"]
         if entry.latency is not None and entry.relative is not None:
             row += [f"{entry.latency * 1e3:.2f} ms", f"{entry.relative:.1%}"]
@@ -143,7 +142,9 @@ def combination_costs(
     found = combinations_of(value, combinations)
     entries = [CombinationCost(names, costs_of_tasks(traced, names)) for names in found]
     if latency:
-        seconds = _latencies(traced, [select_tasks(traced, names, share=True).eval() for names in found])
+        networks = [select_tasks(traced, names, share=True).eval() for names in found]
+        device = next((t.device for _, t, _ in traced.state), torch.device("cpu"))
+        seconds = take_turns(networks, traced.args, traced.kwargs, ROUNDS, device)
         ratios = np.median(seconds / seconds[-1], axis=1).tolist()
         entries = [
             replace(entry, latency=statistics.median(row), relative=ratio)
@@ -202,22 +203,3 @@ def _traced(network: nn.Module | Traced, example_inputs: Any) -> Traced:
     args, kwargs = checked_inputs(network, example_inputs)
     state = used_state(network, network.graph)
     return Traced(network, network, network.graph, args, kwargs, "graph", state=state)
-
-
-def _latencies(traced: Traced, networks: Sequence[nn.Module]) -> np.ndarray:
-    """Return (networks, rounds) seconds of a forward pass, of all networks in turn."""
-    device = next((t.device for _, t, _ in traced.state), torch.device("cpu"))
-    args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (traced.args, traced.kwargs))
-    wait: Callable[[], Any] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    seconds = np.empty((len(networks), ROUNDS))
-    for turn in range(-3, ROUNDS):
-        for i, network in enumerate(networks):
-            fresh = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
-            wait()
-            start = time.perf_counter()
-            with torch.no_grad():
-                network(*fresh[0], **fresh[1])
-            wait()
-            if turn >= 0:
-                seconds[i, turn] = time.perf_counter() - start
-    return seconds

@@ -119,6 +119,7 @@ def compile(
             compensate(coupling, chosen, slim, known, damping=damping_of(method))
         _step(bar, "done")
     notes = tuple(f"node {node!r} was frozen: {reason}" for node, reason in freeze.items())
+    notes += () if budget.latency_model is None else budget.latency_model.warnings()
     report = make_report(coupling, chosen, verification, notes)
     slim.meta[RECORD] = Compiled(report, describe_inputs(traced.args, traced.kwargs), freeze, names)
     return slim

@@ -1,26 +1,28 @@
-"""What a plan costs: multiply-accumulates, parameters and memory, exact for any choice of kept channels.
+"""What a plan costs: multiply-accumulates, parameters and memory, exact for any choice of kept channels; latency.
 
 Every op's macs, every parameter and every activation is a product of dims, and a dim is either fixed or counted from
-its labels. So a cost is a few array lookups, through all coupled layers, without tracing again.
+its labels. So a cost is a few array lookups, through all coupled layers, without tracing again. What an op takes by a
+latency model follows from the elements that go in and come out, which are such products too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import numpy as np
 
-from fxprune.atoms import and_fixed
+from fxprune import workspaces
 from fxprune.cloning import State
-from fxprune.closing import distinct, owner, spans
-from fxprune.labels import Extent, Labels, Shape, extents
-from fxprune.records import Interpretation, Term
-from fxprune.workspaces import Sizes, Workspaces
+from fxprune.closing import distinct, spans
+from fxprune.labels import extents
+from fxprune.operands import Timed, Timing
+from fxprune.products import Counter, Sizes, evaluate, products, table
+from fxprune.records import Interpretation
 
-RESOURCES = ("macs", "params", "memory")
+RESOURCES = ("macs", "params", "memory", "latency")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +33,17 @@ class Costs:
         macs: multiply-accumulates of convolutions and matrix products (biases not counted).
         params: elements of all parameters that take part.
         memory: peak bytes: parameters, buffers, inputs and live activations of an eager forward without gradients.
+        latency: microseconds, as a latency model predicts; None without one.
     """
 
     macs: int
     params: int
     memory: int
+    latency: int | None = None
 
     def to_dict(self) -> dict[str, int]:
-        """Return the three numbers by name."""
-        return asdict(self)
+        """Return the numbers that are known, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,84 +59,15 @@ class CostChange:
         return getattr(self.after, resource) / before if before else 1.0
 
 
-class _Sizes:
-    """Distinct labelled dims, counted together."""
-
-    def __init__(self, to_channels: Callable[[np.ndarray], np.ndarray]) -> None:
-        self._to_channels = to_channels
-        self._by_id: dict[tuple[int, int], int] = {}
-        self._by_owner: dict[tuple[int, int], int] = {}
-        self._by_content: dict[tuple[bytes, int], int] = {}
-        self._alive: list[np.ndarray] = []
-        self.rows: list[np.ndarray] = []
-
-    def index(self, extent: Extent) -> int:
-        """Return the number of a labelled dim."""
-        ids, dim = extent
-        found = self._by_id.get((id(ids), dim))
-        if found is None:
-            found = self._by_id[id(ids), dim] = self._find(ids, dim)
-            self._alive.append(ids)
-        return found
-
-    def _find(self, ids: np.ndarray, dim: int) -> int:
-        plain = ids.size == ids.shape[dim]
-        home = owner(ids) if plain else ids
-        found = self._by_owner.get((id(home), -1 if plain else dim))
-        if found is None:
-            channels = self._to_channels(ids)
-            rows = channels.reshape(1, -1) if plain else _distinct_rows(channels, dim)
-            key = (rows.tobytes(), rows.shape[1])
-            found = self._by_content.setdefault(key, len(self.rows))
-            if found == len(self.rows):
-                self.rows.append(rows)
-            self._by_owner[id(home), -1 if plain else dim] = found
-            self._alive.append(home)
-        return found
-
-
-def _distinct_rows(channels: np.ndarray, dim: int) -> np.ndarray:
-    """Return (rows, width) channels along `dim`; of equal neighbours (the filters of a group) only the first."""
-    rows = np.moveaxis(channels, dim, -1).reshape(-1, channels.shape[dim])
-    return rows[np.append(True, (rows[1:] != rows[:-1]).any(axis=1))]
-
-
-_ONE = np.ones(1, dtype=np.int64)
-
-
-class _Counter:
-    """Kept sizes of all labelled dims: a dim has one or several rows of channels, the longest counts."""
-
-    def __init__(self, rows: list[np.ndarray]) -> None:
-        """Lay all rows out end to end: `rows` holds (rows, width) channels for every dim."""
-        self.flat = np.concatenate([r.ravel() for r in rows] or [np.empty(0, dtype=np.int64)])
-        widths = np.concatenate([np.full(len(r), r.shape[1]) for r in rows] or [np.empty(0, dtype=np.int64)])
-        heights = np.array([len(r) for r in rows], dtype=np.int64)
-        self.widths = widths
-        """(rows,) how many positions every row has."""
-        self.row_of = np.repeat(np.arange(len(widths)), widths)
-        self.dim_of = np.repeat(np.arange(len(rows)), heights)
-        self._row_starts = np.cumsum(widths) - widths
-        self._starts = np.cumsum(heights) - heights
-
-    def by_row(self, keep: np.ndarray) -> np.ndarray:
-        """Return how many positions of every row stay; `keep` is (channels,) bool."""
-        return (
-            np.add.reduceat(and_fixed(keep)[self.flat], self._row_starts, dtype=np.int64)
-            if len(self.flat)
-            else self.flat
-        )
-
-    def sizes(self, by_row: np.ndarray) -> np.ndarray:
-        """Return the size of every dim, and a last one of 1."""
-        return np.concatenate((np.maximum.reduceat(by_row, self._starts) if len(by_row) else by_row, _ONE))
-
-
 class CostModel:
     """Costs as a function of the kept channels."""
 
     def __init__(
-        self, record: Interpretation, to_channels: Callable[[np.ndarray], np.ndarray], unlabelled: tuple[int, int]
+        self,
+        record: Interpretation,
+        to_channels: Callable[[np.ndarray], np.ndarray],
+        unlabelled: tuple[int, int],
+        timed: Timed | None = None,
     ) -> None:
         """Read the record of an interpretation.
 
@@ -140,18 +75,22 @@ class CostModel:
             record: what the interpretation noted.
             to_channels: from atoms to channels.
             unlabelled: elements of parameters, and bytes of parameters and buffers, that carry no labels.
+            timed: a latency model, and the graph that it is for; None for costs without latency.
+
+        Raises:
+            PlanError: the latency model does not know a node of the graph.
         """
-        sizes = _Sizes(to_channels)
-        self._work = _products(sizes, ((w.fixed, w.dims) for w in record.work))
+        sizes = Sizes(to_channels)
+        self._work = products(sizes, ((w.fixed, w.dims) for w in record.work))
         tensors = list(record.issued.values())
         terms = {
             id(ls): (math.prod([n for n, ids in zip(s, ls, strict=True) if ids is None]), extents(ls))
             for s, ls in {id(ls): (s, ls) for s, ls, _, _ in tensors}.values()
         }  # once for all vectors of a batch norm, which share their labels
-        self._state = _products(sizes, [terms[id(ls)] for _, ls, _, _ in tensors])
+        self._state = products(sizes, [terms[id(ls)] for _, ls, _, _ in tensors])
         self._itemsize = np.array([item for _, _, item, _ in tensors], dtype=np.int64)
         self._is_parameter = np.array([p for _, _, _, p in tensors], dtype=bool)
-        self._buffers = _products(sizes, ((b.fixed, b.dims) for b in record.buffers))
+        self._buffers = products(sizes, ((b.fixed, b.dims) for b in record.buffers))
         distinct = {id(t.labels): t.labels for ts in record.nodes.values() for t in ts}
         for labels in distinct.values():
             for extent in extents(labels):
@@ -161,12 +100,13 @@ class CostModel:
         self._steps = record.steps + 2
         sometimes = [(i, b.unlike) for i, b in enumerate(record.buffers) if b.unlike]
         self._sometimes = np.array([i for i, _ in sometimes], dtype=np.int64)
-        self._unlike = [_products(sizes, [pair[side] for _, pair in sometimes]) for side in (0, 1)]
-        self._workspaces = Workspaces([c.run for c in record.convolutions], record.machine)
+        self._unlike = [products(sizes, [pair[side] for _, pair in sometimes]) for side in (0, 1)]
+        self._workspaces = workspaces.Workspaces([c.run for c in record.convolutions], record.machine)
         self._runs_at = np.array([c.step for c in record.convolutions], dtype=np.int64)
-        self._run_dims = _table(sizes, [dims for c in record.convolutions for dims in c.dims])
+        self._run_dims = table(sizes, [dims for c in record.convolutions for dims in c.dims])
+        self._timing = None if timed is None else Timing(sizes, record, *timed)
         self._unlabelled = unlabelled
-        self._counter = _Counter(sizes.rows)
+        self._counter = Counter(sizes.rows)
         self._extents = sizes.rows
 
     def emptied(self, keep: np.ndarray) -> list[np.ndarray]:
@@ -183,7 +123,7 @@ class CostModel:
         return self._costs(self._counter.sizes(self._counter.widths))
 
     def _costs(self, sizes: np.ndarray) -> Costs:
-        return Costs(self._macs(sizes), self._params(sizes), self._memory(sizes))
+        return Costs(**{name: measure(sizes) for name, measure in self._measure.items()})
 
     def within(self, keep: np.ndarray, bounds: Mapping[str, float]) -> bool:
         """Say whether the network of the channels `keep` (channels,) costs at most `bounds`: resource -> number."""
@@ -195,24 +135,25 @@ class CostModel:
 
     @property
     def _measure(self) -> dict[str, Callable[[np.ndarray], int]]:
-        return {"macs": self._macs, "params": self._params, "memory": self._memory}
+        known = {"macs": self._macs, "params": self._params, "memory": self._memory}
+        return known if self._timing is None else known | {"latency": self._timing}
 
     def _macs(self, sizes: np.ndarray) -> int:
-        return int(_evaluate(self._work, sizes).sum())
+        return int(evaluate(self._work, sizes).sum())
 
     def _params(self, sizes: np.ndarray) -> int:
-        return int(_evaluate(self._state, sizes)[self._is_parameter].sum()) + self._unlabelled[0]
+        return int(evaluate(self._state, sizes)[self._is_parameter].sum()) + self._unlabelled[0]
 
     def _memory(self, sizes: np.ndarray) -> int:
-        state = int((_evaluate(self._state, sizes) * self._itemsize).sum())
+        state = int((evaluate(self._state, sizes) * self._itemsize).sum())
         return state + self._unlabelled[1] + int(self._live(sizes).max(initial=0))
 
     def _live(self, sizes: np.ndarray) -> np.ndarray:
         """Return (steps,) the bytes of all activations and workspaces that exist at each step."""
         change = np.zeros(self._steps + 1, dtype=np.int64)
-        activations = _evaluate(self._buffers, sizes)
+        activations = evaluate(self._buffers, sizes)
         if len(self._sometimes):
-            one, other = (_evaluate(terms, sizes) for terms in self._unlike)
+            one, other = (evaluate(terms, sizes) for terms in self._unlike)
             activations[self._sometimes] *= one != other
         np.add.at(change, self._born, activations)
         np.add.at(change, self._dies + 1, -activations)
@@ -222,7 +163,7 @@ class CostModel:
             dims = fixed * sizes[indices]
             x, weight, out = dims.reshape(-1, 3, dims.shape[1]).transpose(1, 0, 2)
             elements = x.prod(axis=1), weight.prod(axis=1), out.prod(axis=1)
-            live[self._runs_at] += self._workspaces(Sizes(*elements, x[:, 1], out[:, 1], weight[:, 1]))
+            live[self._runs_at] += self._workspaces(workspaces.Sizes(*elements, x[:, 1], out[:, 1], weight[:, 1]))
         return live
 
     def macs_with(self, keep: np.ndarray, part: np.ndarray, count: int) -> np.ndarray:
@@ -268,35 +209,3 @@ def unlabelled(record: Interpretation, state: Iterable[State]) -> tuple[int, int
     rest = [(t, is_parameter) for name, t, is_parameter in state if name not in record.issued]
     elements = sum(t.numel() for t, is_parameter in rest if is_parameter)
     return elements, sum(t.numel() * t.element_size() for t, _ in rest)
-
-
-_Products = tuple[np.ndarray, np.ndarray]
-
-
-def _products(sizes: _Sizes, terms: Iterable[Term]) -> _Products:
-    """Lay terms out as a vector of fixed factors and a matrix of indices of labelled dims, padded with -1."""
-    listed = [(fixed, [sizes.index(e) for e in dims]) for fixed, dims in terms]
-    rank = max((len(dims) for _, dims in listed), default=0)
-    factors = np.array([fixed for fixed, _ in listed], dtype=np.int64)
-    indices = np.array([dims + [-1] * (rank - len(dims)) for _, dims in listed], dtype=np.int64).reshape(
-        len(listed), rank
-    )
-    return factors, indices
-
-
-def _table(sizes: _Sizes, shapes: Sequence[tuple[Shape, Labels]]) -> _Products:
-    """Lay shapes out as a matrix of the dims without labels, 1 elsewhere, and one of indices of the others, else -1."""
-    rank = max((len(shape) for shape, _ in shapes), default=0)
-    fixed, indices = np.ones((len(shapes), rank), dtype=np.int64), np.full((len(shapes), rank), -1)
-    for row, (shape, labels) in enumerate(shapes):
-        for d, ids in enumerate(labels):
-            if ids is None:
-                fixed[row, d] = shape[d]
-            else:
-                indices[row, d] = sizes.index((ids, d))
-    return fixed, indices
-
-
-def _evaluate(products: _Products, sizes: np.ndarray) -> np.ndarray:
-    factors, indices = products
-    return factors * sizes[indices].prod(axis=1) if len(factors) else factors

@@ -134,7 +134,9 @@ class Coupling:
     @cached_property
     def costs(self) -> CostModel:
         """Costs as a function of the kept channels."""
-        return CostModel(self.record, self.channels, unlabelled(self.record, self.traced.state))
+        model = self.traced.latency_model
+        timed = None if model is None else (model, self.traced.graph)
+        return CostModel(self.record, self.channels, unlabelled(self.record, self.traced.state), timed)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -252,8 +252,13 @@ def plan_decomposed(
         unknown: as of `couple`.
 
     Raises:
-        PlanError: no convolution can be a pair, the budget cannot be met, or data are missing.
+        PlanError: no convolution can be a pair, the budget cannot be met or bounds latency, or data are missing.
     """
+    if budget.latency is not None:
+        raise PlanError(
+            "the latency model knows nothing of the 1x1 convolutions that `decompose=True` adds. Pass "
+            "`decompose=False`, or bound something else."
+        )
     dense = coupling.costs.dense
     paired = pair_up(coupling.traced, constraints, unknown=unknown)
     given = calibration.batches if isinstance(calibration, Calibration) else calibration

@@ -65,7 +65,7 @@ class Guard:
         best = self._at(choose, bounds)
         if best.excess <= 0:
             return best.keep
-        dense = costs(np.ones(len(best.keep), dtype=bool)).to_dict()
+        dense = costs.dense.to_dict()
         inside: Judged | None = None
         low, high = 0.0, 1.0  # share of the way from the dense network to the bounds
         for _ in range(HALVINGS):

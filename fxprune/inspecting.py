@@ -11,7 +11,7 @@ from tabulate import tabulate
 
 from fxprune.allocating import Allocation, steps_of_all
 from fxprune.constraining import Constraints
-from fxprune.costs import RESOURCES, Costs
+from fxprune.costs import Costs
 from fxprune.coupling import Coupling
 from fxprune.covering import Coverage
 from fxprune.freezing import FrozenRow, frozen_rows
@@ -75,11 +75,11 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
-        return asdict(self)
+        return asdict(self) | {"costs": self.costs.to_dict(), "least": self.least.to_dict()}
 
     def _costs(self) -> str:
         rows = []
-        for name in RESOURCES:
+        for name in self.costs.to_dict():
             dense, least = getattr(self.costs, name), getattr(self.least, name)
             rows.append([name, f"{dense:,}", f"{least:,}", f"{least / max(dense, 1):.1%}"])
         return _table("lrrr", ["cost", "dense", "least possible", "share"], rows)

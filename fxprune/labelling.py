@@ -210,7 +210,7 @@ class Labelling(TorchDispatchMode):
             original = self._origin[id(weight)][1] if id(weight) in self._origin else weight
             run = convolving(x, original, bias, results[0], stride, padding, dilation, transposed, self.record.machine)
             dims = [(tuple(t.shape), self.labels(t)) for t in (x, weight, results[0])]
-            self.record.convolutions.append(Convolution(step, run, dims))
+            self.record.convolutions.append(Convolution(step, self.ledger.node, run, dims))
         elif op in _OF_CONTIGUOUS and not args[0].is_contiguous():
             fixed, dims = self.term(args[0])
             self.record.buffers.append(Buffer(fixed * args[0].element_size(), dims, step, step))

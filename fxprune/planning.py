@@ -21,6 +21,7 @@ from fxprune.coupling import Coupling
 from fxprune.errors import ArtifactError, PlanError
 from fxprune.labels import Labels
 from fxprune.methods import SCOPES, AnyMethod, PathMethod, SearchMethod, default_method
+from fxprune.operands import check_model
 from fxprune.pausing import without_collector
 from fxprune.plans import GroupWidth, Plan, frozen
 from fxprune.tasks import Task
@@ -80,6 +81,7 @@ def _plan(
 ) -> Plan:
     from fxprune.restricting import restrict  # it rewrites, and rewriting reads plans
 
+    coupling = timed(coupling, budget)
     restriction = restrict(coupling, tasks)
     dense = coupling.costs.dense
     if restriction is not None:
@@ -91,6 +93,19 @@ def _plan(
     chosen = plan_of(bound, keep, method=repr(method), budget=budget.to_dict())
     chosen = replace(chosen, weights=chooser.weights(keep))
     return chosen if restriction is None else restriction.widened(chosen)
+
+
+def timed(coupling: Coupling, budget: Budget) -> Coupling:
+    """Return a coupling whose costs tell latency too, where the budget has a model of it.
+
+    Raises:
+        PlanError: the model is of another network.
+    """
+    model = budget.latency_model
+    if model is None:
+        return coupling
+    check_model(model, coupling.record, coupling.channels, coupling.traced.graph)
+    return replace(coupling, traced=replace(coupling.traced, latency_model=model))
 
 
 def check_request(

@@ -216,7 +216,7 @@ def costs_table(costs: CostChange) -> str:
     """Return macs, params and memory before and after, as text."""
     rows = [
         [name, f"{getattr(costs.before, name):,}", f"{getattr(costs.after, name):,}", f"{costs.share(name):.1%}"]
-        for name in RESOURCES
+        for name in costs.before.to_dict()
     ]
     return tabulate(
         rows,

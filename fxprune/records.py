@@ -49,9 +49,10 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Convolution:
-    """A convolution on the CPU, at a step: what its workspace depends on; `dims` of its input, weight and output."""
+    """A convolution on the CPU: its step, its node, what its workspace depends on, `dims` of input, weight, output."""
 
     step: int
+    node: str
     run: Convolving
     dims: list[tuple[Shape, Labels]]
 

@@ -14,11 +14,10 @@ from fxprune.budgets import Budget
 from fxprune.calibrating import Calibration
 from fxprune.choosing import Chooser, probe_of
 from fxprune.constraining import Constraints, constrain
-from fxprune.costs import RESOURCES
 from fxprune.coupling import Coupling
 from fxprune.errors import PlanError
 from fxprune.methods import AnyMethod, PathMethod, SearchMethod, default_method
-from fxprune.planning import check_request, plan_of
+from fxprune.planning import check_request, plan_of, timed
 from fxprune.plans import Plan
 from fxprune.probing import Probe
 from fxprune.problems import gathered
@@ -61,11 +60,12 @@ class Sweep:
 
     def __str__(self) -> str:
         tasks = list(self.points[0].rises) if self.points else []
+        names = list(self.points[0].plan.costs.before.to_dict()) if self.points else []
         rows = [
-            [*(f"{p.plan.costs.share(name):.1%}" for name in RESOURCES), *(f"{p.rises[t]:+.1%}" for t in tasks)]
+            [*(f"{p.plan.costs.share(name):.1%}" for name in names), *(f"{p.rises[t]:+.1%}" for t in tasks)]
             for p in self.points
         ]
-        return tabulate(rows, [*RESOURCES, *(f"{task} loss" for task in tasks)], colalign=["right"] * len(rows[0]))
+        return tabulate(rows, [*names, *(f"{task} loss" for task in tasks)], colalign=["right"] * len(rows[0]))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
@@ -112,6 +112,10 @@ def sweep(
     data = list(calibration) if isinstance(calibration, Iterator) else calibration
     agreeing.check_request(tasks, method=method, budgets=asked, constraints=constraints)
     agreeing.check_network(coupling)
+    models = {id(b.latency_model): b for b in asked if b.latency_model is not None}
+    if len(models) > 1:
+        raise PlanError("the budgets of a sweep have different latency models. Pass one and the same to all.")
+    coupling = timed(coupling, next(iter(models.values()), asked[0]))
     dense = coupling.costs.dense
     restriction = restrict(coupling, tasks)
     coupling = coupling if restriction is None else restriction.part

@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from fxprune.cloning import State, named_part, named_state
+from fxprune.latencies import LatencyModel
 
 TRAINING = "fxprune_training"
 """Name of the submodule that answers whether the network is in training mode."""
@@ -43,6 +44,7 @@ class Traced:
         notes: what a user should know about this trace.
         sources: node -> file and line of the user's code.
         state: (name, tensor, is a parameter) of everything that takes part in forward.
+        latency_model: what predicts how long it takes; None without one.
     """
 
     model: nn.Module = field(repr=False)
@@ -55,6 +57,7 @@ class Traced:
     notes: tuple[str, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict, repr=False)
     state: tuple[State, ...] = field(default=(), repr=False)
+    latency_model: LatencyModel | None = field(default=None, repr=False)
 
     @cached_property
     def module(self) -> fx.GraphModule:

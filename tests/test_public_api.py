@@ -15,7 +15,7 @@ from fxprune import methods
 NAMES = {
     "compile", "trace", "couple", "plan", "rewrite", "verify", "save", "load", "report", "transfer", "methods",
     "calibrate", "compensate", "Calibration", "sweep", "Sweep", "select_tasks", "merge",
-    "combination_costs", "CombinationCosts",
+    "combination_costs", "CombinationCosts", "LatencyModel", "MeasuredLatency", "measure_latency",
     "Traced", "Coupling", "Plan", "Budget", "Constraints", "Task", "Verification", "Report",
     "FxPruneError", "TraceError", "CouplingError", "PlanError", "RewriteError", "VerificationError", "ArtifactError",
 }  # fmt: skip
@@ -34,6 +34,7 @@ KEYWORD_ONLY = {
     "combination_costs": ["combinations", "latency"],
     "sweep": ["method", "calibration", "tasks", "constraints"],
     "load": ["example_inputs"],
+    "measure_latency": ["rounds"],
     "transfer": ["model"],
 }
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import quantiles
 from typing import Any
 
 import matplotlib  # noqa: F401 (`draw_groups` needs it: better missed now than after the training)
@@ -32,31 +32,6 @@ CONSTRAINTS = fxprune.Constraints(multiple_of=8)  # odd widths save macs but lit
 
 
 @dataclass(frozen=True, slots=True)
-class Latency:
-    """Milliseconds of a forward pass, dense and slim taking turns.
-
-    Attributes:
-        batch_size: how many scenes at once.
-        dense: (runs,) of the dense network.
-        slim: (runs,) of the slim network, each right beside the dense one.
-    """
-
-    batch_size: int
-    dense: tuple[float, ...]
-    slim: tuple[float, ...]
-
-    @property
-    def change(self) -> float:
-        """Median over the pairs of slim / dense - 1."""
-        return median(s / d for s, d in zip(self.slim, self.dense, strict=True)) - 1
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return medians and quartiles, in milliseconds."""
-        runs = {"dense": quantiles(self.dense), "slim": quantiles(self.slim)}
-        return {"batch_size": self.batch_size, "pairs": len(self.dense), "quartiles_ms": runs, "change": self.change}
-
-
-@dataclass(frozen=True, slots=True)
 class Outcome:
     """What a run of the demo found.
 
@@ -65,7 +40,7 @@ class Outcome:
         cut: the same of the slim network as it was compiled.
         tuned: the same after fine-tuning.
         report: of the compilation.
-        latencies: one per batch size.
+        latencies: batch size -> milliseconds of the dense and of the slim network.
         seconds: stage -> wall-clock seconds.
         machine: what it ran on.
     """
@@ -74,7 +49,7 @@ class Outcome:
     cut: Scores
     tuned: Scores
     report: fxprune.Report
-    latencies: tuple[Latency, ...]
+    latencies: Mapping[int, fxprune.MeasuredLatency]
     seconds: Mapping[str, float]
     machine: str
 
@@ -96,16 +71,16 @@ class Outcome:
         for resource in ("macs", "params"):
             before, after = getattr(self.report.costs.before, resource), getattr(self.report.costs.after, resource)
             yield resource, f"{before:,}", f"{after:,}", f"{after:,}", _percent(self.report.costs.share(resource) - 1)
-        for latency in self.latencies:
-            name = f"latency, batch of {latency.batch_size}, ms"
-            yield name, _spread(latency.dense), "", _spread(latency.slim), _percent(latency.change)
+        for size, latency in self.latencies.items():
+            name = f"latency, batch of {size}, ms"
+            yield name, _spread(latency.before), "", _spread(latency.after), _percent(latency.change)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
         return {
             "metrics": {"dense": dict(self.dense), "cut": dict(self.cut), "tuned": dict(self.tuned)},
             "report": self.report.to_dict(),
-            "latencies": [latency.to_dict() for latency in self.latencies],
+            "latencies": [{"batch_size": size, **latency.to_dict()} for size, latency in self.latencies.items()],
             "seconds": dict(self.seconds),
             "machine": self.machine,
         }
@@ -163,7 +138,7 @@ def run(*, seed: int = 0, budget: float = 0.5, out: Path = Path("fxprune_demo"),
         train(slim, splits.train, recipe.tune_epochs, recipe.tune_learning_rate, seed + 1, label="fine-tuning")
     with _timed("measuring", seconds):
         tuned = evaluate(slim, splits.test)
-        latencies = tuple(measure(dense, slim, splits.test.images[:size]) for size in BATCH_SIZES)
+        latencies = {size: measure(dense, slim, splits.test.images[:size]) for size in BATCH_SIZES}
     with _timed("saving", seconds):
         fxprune.save(slim, out / "slim")
         check_saved(slim, out / "slim", splits.test.images[:8])
@@ -197,21 +172,10 @@ def _network(seed: int) -> SceneNet:
         return SceneNet()
 
 
-@torch.no_grad()
-def measure(dense: nn.Module, slim: nn.Module, images: Tensor, budget_ms: float = 4_000) -> Latency:
-    """Time both networks in turns, in evaluation mode, until at least ten pairs and the given time are spent."""
-    pair = (dense.eval(), slim.eval())
+def measure(dense: nn.Module, slim: nn.Module, images: Tensor) -> fxprune.MeasuredLatency:
+    """Time both networks in turns, more often on few images."""
     images = images.contiguous(memory_format=torch.channels_last)  # as `train` leaves the weights
-    for network in pair * 3:  # warm up
-        network(images)
-    runs: tuple[list[float], list[float]] = ([], [])
-    start = time.perf_counter()
-    while len(runs[0]) < 10 or (time.perf_counter() - start) * 1e3 < budget_ms:
-        for which in (0, 1) if len(runs[0]) % 2 else (1, 0):  # neither always goes first
-            began = time.perf_counter()
-            pair[which](images)
-            runs[which].append((time.perf_counter() - began) * 1e3)
-    return Latency(len(images), tuple(runs[0]), tuple(runs[1]))
+    return fxprune.measure_latency(dense, slim, images, rounds=max(1000 // len(images), 100))
 
 
 @torch.no_grad()

@@ -1,0 +1,102 @@
+"""Latency budgets against the clock: what a latency model predicts, and what networks take.
+
+Two networks on one thread: ResNet-18 (64 px, 8 images) and the network of the demo (32 px, 1 and 8 images). Of each, a
+latency model is measured; random choices of channels, and plans by `Budget(latency=...)`, are then run in turns with
+the dense network. Writes `docs/benchmarks/latency.md`.
+
+    python tests/benchmarks/latency.py
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tabulate import tabulate
+from torch import nn
+from torchvision.models import resnet18
+
+import fxprune
+from fxprune.examples.networks import SceneNet
+from fxprune.planning import plan_of, timed
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from plans import random_keep
+
+PAGE = Path(__file__).parents[2] / "docs" / "benchmarks" / "latency.md"
+CHOICES = 8
+SHARES = (0.7, 0.5)
+ROUNDS = 40
+JOBS = {
+    "SceneNet, 32 px, 8 images": (SceneNet, (8, 1, 32, 32)),
+    "ResNet-18, 64 px, 8 images": (resnet18, (8, 3, 64, 64)),
+    "SceneNet, 32 px, 1 image": (SceneNet, (1, 1, 32, 32)),
+}
+
+
+def run(name: str, network: nn.Module, x: torch.Tensor) -> tuple[list[str], list[list[str]]]:
+    """Return a row on predictions, and one for each budget."""
+    traced = fxprune.trace(network, x)
+    coupling = fxprune.couple(traced)
+    start = time.process_time()
+    model = fxprune.LatencyModel.measure(traced, batch=len(x))
+    seconds = time.process_time() - start
+    costs = timed(coupling, fxprune.Budget(macs=1.0, latency_model=model)).costs
+    dense = costs(np.ones(coupling.num_channels, dtype=bool)).latency
+    predicted, measured = [], []
+    for seed in range(CHOICES):
+        keep = random_keep(coupling, seed)
+        slim = fxprune.rewrite(coupling, plan_of(coupling, keep))
+        predicted.append((costs(keep).latency or 0) / (dense or 1))
+        measured.append(fxprune.measure_latency(network, slim, x, rounds=ROUNDS).share)
+    off = np.array(predicted) / measured - 1
+    spread = f"{min(measured):.2f} .. {max(measured):.2f}"
+    correlation = np.corrcoef(predicted, measured)[0, 1]
+    about = [
+        name, f"{seconds:.0f} s", f"{model.error:.1%}", spread, f"{correlation:.3f}", f"{np.median(np.abs(off)):.1%}",
+        f"{np.median(off):+.1%}", f"{np.abs(off).max():.1%}",
+    ]  # fmt: skip
+    rows = []
+    for share in SHARES:
+        plan = fxprune.plan(coupling, fxprune.Budget(latency=share, latency_model=model))
+        found = fxprune.measure_latency(network, fxprune.rewrite(coupling, plan), x, rounds=ROUNDS)
+        low, middle, high = found.quartiles()["share"]
+        rows.append([
+            name, f"{share:.0%}", f"{plan.costs.share('latency'):.1%}", f"{middle:.1%} ({low:.1%} .. {high:.1%})",
+            f"{middle / share - 1:+.1%}", f"{plan.costs.share('macs'):.1%}",
+        ])  # fmt: skip
+    return about, rows
+
+
+def main() -> None:
+    """Run all jobs and write the page."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    found = []
+    for name, (build, shape) in JOBS.items():
+        found.append(run(name, build().eval(), torch.randn(shape)))
+        print(*found[-1], sep="\n", flush=True)
+    headers = ["network", "measuring", "fit", "shares measured", "correlation", "median error", "bias", "largest"]
+    asked = ["network", "asked", "predicted", "measured (quartiles)", "off", "macs"]
+    system = f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    PAGE.write_text(
+        "# Latency\n\n"
+        f"By `tests/benchmarks/latency.py`, on one thread, {system}, on a machine that others used at the same time. "
+        f"Shares are of the dense network's latency; measured ones are medians of {ROUNDS} paired runs, in the time "
+        "that the thread has computed.\n\n"
+        f"## Predictions\n\n{CHOICES} random choices of channels, none of which was measured for the model. "
+        "fit: median error on those that were. bias: median of predicted / measured - 1.\n\n"
+        + tabulate([about for about, _ in found], headers, tablefmt="github", disable_numparse=True)
+        + "\n\n## Budgets\n\nPlans by `Magnitude()` for `Budget(latency=...)`. off: measured / asked - 1.\n\n"
+        + tabulate([r for _, rows in found for r in rows], asked, tablefmt="github", disable_numparse=True)
+        + "\n",
+        encoding="utf-8",
+    )
+
+
+if __name__ == "__main__":
+    main()
