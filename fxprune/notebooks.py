@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from fxprune.costs import RESOURCES, CostChange
+from fxprune.costs import CostChange
 from fxprune.freezing import FrozenRow, frozen_rows
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def _costs(costs: CostChange) -> str:
     rows = [
         [name, f"{getattr(costs.before, name):,}", f"{getattr(costs.after, name):,}", f"{costs.share(name):.1%}"]
-        for name in RESOURCES
+        for name in costs.before.to_dict()
     ]
     return str(tabulate(rows, headers=["cost", "before", "after", "share"], tablefmt="html", disable_numparse=True))
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import networkx as nx
 
 from fxprune.boxes import Box
-from fxprune.costs import RESOURCES
 from fxprune.drawing import colors_of, pale
 from fxprune.errors import FxPruneError
 from fxprune.layering import lay_out
@@ -67,7 +66,10 @@ def page_data(report: Report) -> dict[str, Any]:
     """Return what the script of the page reads."""
     sketch = report.sketch
     budget = ", ".join(f"{name}={value:g}" for name, value in report.budget.items())
-    costs = [[name, getattr(report.costs.before, name), getattr(report.costs.after, name)] for name in RESOURCES]
+    costs = [
+        [name, getattr(report.costs.before, name), getattr(report.costs.after, name)]
+        for name in report.costs.before.to_dict()
+    ]
     blocked = [[b.macs, b.params, b.node, b.reason, b.source] for b in report.coverage.blocked]
     return {
         "network": sketch.network,

@@ -254,6 +254,19 @@ def test_compile_takes_data_tasks_and_methods(folder, capsys):
     assert "budget macs=0.5, params=400" in out
 
 
+def test_compile_and_sweep_take_a_latency_model(folder, capsys):
+    model = fxprune.LatencyModel.measure(trace(seeded(0), parse_input("1,3,8,8")))
+    model.save("latency.json")
+    options = ["some_networks:small", *INPUT, "--latency-model", "latency.json", "--json"]
+    assert main(["compile", *options, "--macs", "0.5", "--out", "slim"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 0 < found["costs"]["after"]["latency"] <= found["costs"]["before"]["latency"]
+    assert "cannot be met. latency" in refusal(capsys, "compile", *options, "--latency", "1.01", "--out", "small")
+    assert main(["sweep", *options, "--macs", "0.5"]) == 0
+    assert json.loads(capsys.readouterr().out)["points"][0]["costs"]["before"] == found["costs"]["before"]
+    assert "latency model" in refusal(capsys, "compile", *options, "--latency-model", "none.json", *HALF, "--out", "s")
+
+
 def test_report_tells_of_a_folder(folder, capsys):
     assert main(["compile", "some_networks:small", *HALF, "--out", "slim", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)

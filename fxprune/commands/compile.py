@@ -26,8 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_network(parser)
     options.add_inputs(parser)
     for name in RESOURCES:
-        text = f"most {name} to keep: a share up to 1, or a number" + (" of bytes" if name == "memory" else "")
+        text = f"most {name} to keep: a share up to 1, or a number{options.UNITS.get(name, '')}"
         parser.add_argument(f"--{name}", type=float, metavar="BOUND", help=text)
+    options.add_latency_model(parser)
     options.add_method(parser)
     options.add_weights(parser)
     options.add_output(parser)
@@ -38,10 +39,12 @@ def run(args: argparse.Namespace) -> None:
     """Compile, save, tell."""
     bounds = {name: getattr(args, name) for name in RESOURCES if getattr(args, name) is not None}
     if not bounds:
-        raise PlanError("no budget is given. Pass at least one of `--macs`, `--params`, `--memory`: `--macs 0.5`.")
+        raise PlanError(
+            "no budget is given. Pass at least one of `--macs`, `--params`, `--memory`, `--latency`: `--macs 0.5`."
+        )
     options.check_paths(args)
-    budget = Budget(**bounds)
     network, request = options.network_of(args), options.request_of(args)
+    budget = Budget(**bounds, latency_model=options.latency_model_of(args, network))
     slim = compile(network, options.inputs_of(args), budget, progress=sys.stderr.isatty(), **request)
     save(slim, args.out)
     options.show(report(slim), args)

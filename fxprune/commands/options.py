@@ -14,7 +14,9 @@ from torch import nn
 from fxprune import methods
 from fxprune.commands.networks import fill, load_batches, load_network, load_tasks, parse_input
 from fxprune.errors import ArtifactError, FxPruneError
+from fxprune.latencies import LatencyModel
 from fxprune.reporting import Report
+from fxprune.tracing import trace
 
 METHODS: dict[str, Callable[[], Any]] = {
     "joint": methods.Joint,
@@ -30,6 +32,9 @@ METHODS: dict[str, Callable[[], Any]] = {
     "hbgts": methods.HBGTS,
 }
 
+UNITS = {"memory": " of bytes", "latency": " of microseconds"}
+"""What numbers of resources count, where the name does not tell."""
+
 
 def add_network(parser: argparse.ArgumentParser) -> None:
     """Add the network."""
@@ -42,6 +47,12 @@ def add_inputs(parser: argparse.ArgumentParser, *, known: bool = False) -> None:
     text = "an example input, such as 1,3,224,224 or 2,16:int64; once per argument"
     text += " (default: those of the plan)" if known else ""
     parser.add_argument("--input", action="append", required=not known, metavar="SHAPE[:DTYPE]", help=text)
+
+
+def add_latency_model(parser: argparse.ArgumentParser) -> None:
+    """Add what predicts latencies."""
+    text = "what `fxprune.LatencyModel.save` wrote (default: with --latency, one is measured here, for these inputs)"
+    parser.add_argument("--latency-model", type=Path, metavar="FILE", help=text)
 
 
 def add_weights(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
@@ -93,6 +104,16 @@ def request_of(args: argparse.Namespace) -> dict[str, Any]:
         "calibration": load_batches(args.calibration) if args.calibration else None,
         "tasks": load_tasks(args.tasks) if args.tasks else None,
     }
+
+
+def latency_model_of(args: argparse.Namespace, network: nn.Module) -> LatencyModel | None:
+    """Return the latency model of a file, or else, if latency is bounded, one measured now."""
+    if args.latency_model:
+        return LatencyModel.load(args.latency_model)
+    if not args.latency:
+        return None
+    inputs = inputs_of(args) or ()
+    return LatencyModel.measure(trace(network, inputs), batch=next((len(x) for x in inputs if x.ndim), 1))
 
 
 def check_paths(args: argparse.Namespace) -> None:

@@ -26,8 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_inputs(parser)
     bounds = parser.add_mutually_exclusive_group(required=True)
     for name in RESOURCES:
-        text = f"budgets on {name}: shares up to 1, or numbers"
+        text = f"budgets on {name}: shares up to 1, or numbers{options.UNITS.get(name, '')}"
         bounds.add_argument(f"--{name}", type=float, nargs="+", metavar="BOUND", help=text)
+    options.add_latency_model(parser)
     options.add_method(parser)
     options.add_weights(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -35,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Plan for every budget, tell."""
-    budgets = [Budget(**{name: bound}) for name in RESOURCES for bound in getattr(args, name) or ()]
     network, request = options.network_of(args), options.request_of(args)
+    model = options.latency_model_of(args, network)
+    asked = [{name: bound} for name in RESOURCES for bound in getattr(args, name) or ()]
+    budgets = [Budget(**bounds, latency_model=model) for bounds in asked]
     points = sweep(couple(trace(network, options.inputs_of(args))), budgets, **request)
     print(json.dumps(points.to_dict(), indent=2) if args.json else points)

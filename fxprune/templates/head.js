@@ -11,7 +11,8 @@ function showHead() {
   for (const [name, before, after] of data.costs) {
     const bar = make("div");
     bar.style.width = percent(after, before);
-    const line = `${percent(after, before)} of ${name}${name === "memory" ? ", bytes at the peak" : ""}`;
+    const unit = { memory: ", bytes at the peak", latency: ", predicted microseconds" }[name] || "";
+    const line = `${percent(after, before)} of ${name}${unit}`;
     at("cards").append(
       make("div", { class: "card" }, line, make("b", {}, change(before, after)), make("div", { class: "track" }, bar)),
     );

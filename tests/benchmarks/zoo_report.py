@@ -159,7 +159,8 @@ def header(args: argparse.Namespace, rows: Sequence[Row]) -> str:
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": f"{platform.platform()}, {platform.machine()}, {os.cpu_count()} CPUs, {args.threads} thread(s)",
         "versions": ", ".join([f"python {platform.python_version()}"] + [f"{p} {known.get(p, '-')}" for p in PACKAGES]),
-        "command": f"`python tests/benchmarks/zoo.py {' '.join(sys.argv[1:])}`".replace(" `", "`"),
+        "command": f"`python tests/benchmarks/zoo.py {' '.join(sys.argv[1:])}`".replace(" `", "`")
+        + (", which keeps the rows of earlier runs" if args.resume else ""),
         "limits": f"{args.limit:g} s for a stage of fxprune, {args.other_limit:g} s for a run of Torch-Pruning, "
         f"{args.memory:g} GB",
         "time": f"{sum(row['wall'] for row in rows) / 60:.0f} minutes of processes",
