@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from fxprune.subtasks import are_numbers, part_of, renumbered, targets_of
 from fxprune.tasks import Task
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Memberships:
     """The classes of one batch.
 
@@ -25,8 +26,9 @@ class Memberships:
     labels: torch.Tensor
     count: int
 
+    @cached_property
     def of_samples(self) -> torch.Tensor:
-        """Return (b, classes) float64: the share of each sample that is of a class."""
+        """(b, classes) float64: the share of each sample that is of a class."""
         labels = self.labels
         if not are_numbers(labels):
             return labels.double().flatten(2).mean(2) if labels.ndim > 2 else labels.double()
@@ -45,11 +47,11 @@ class Memberships:
         """
         labels = self.labels
         if not are_numbers(labels) or labels.ndim == 1 or labels.ndim != len(sizes):
-            return self.of_samples()[places[0].to(labels.device)]
+            return self.of_samples[places[0].to(labels.device)]
         index = [places[0].to(labels.device)]
         for place, size, there in zip(places[1:], sizes[1:], labels.shape[1:], strict=True):
             index.append(((place.to(labels.device) * 2 + 1) * there).div(2 * size, rounding_mode="floor"))
-        return Memberships(labels[tuple(index)], self.count).of_samples()
+        return Memberships(labels[tuple(index)], self.count).of_samples
 
 
 @dataclass(slots=True)

@@ -186,11 +186,11 @@ def _rows(x: torch.Tensor, members: Memberships) -> tuple[torch.Tensor, torch.Te
     space = x.ndim - 2
     dense = space > 0 and members.labels.ndim == space + 1 and are_numbers(members.labels)
     if space == 0 or space not in POOLS:
-        return (x.flatten(2).mean(2) if space else x).cpu(), members.of_samples().cpu()
+        return (x.flatten(2).mean(2) if space else x).cpu(), members.of_samples.cpu()
     cells = [min(n, DENSE_CELLS if dense else CELLS) for n in x.shape[2:]]
     pooled = POOLS[space](x, cells).cpu()
     if not dense:
-        return pooled.flatten(1), members.of_samples().cpu()
+        return pooled.flatten(1), members.of_samples.cpu()
     sizes = (len(x), *cells)
     places = torch.unravel_index(torch.arange(int(np.prod(sizes))), sizes)
     return pooled.movedim(1, -1).flatten(0, -2), members.at(places, sizes).cpu()

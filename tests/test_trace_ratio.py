@@ -57,7 +57,7 @@ def test_streamed_scatters_are_those_of_the_definition_however_batches_are_cut()
         reader, sums = LabelReader(None), None
         for i in range(0, 50, size):
             x = torch.from_numpy(features[i : i + size])
-            shares = reader.read((x, torch.from_numpy(labels[i : i + size])))["labels"].of_samples()
+            shares = reader.read((x, torch.from_numpy(labels[i : i + size])))["labels"].of_samples
             sums = ScatterSums(x) if sums is None else sums
             sums.add(x, shares)
         assert sums is not None

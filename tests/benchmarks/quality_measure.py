@@ -46,7 +46,7 @@ class Job:
 def measure(job: Job, options: Options) -> list[Row]:
     """Return a row for every budget; what cannot be done is told in its row."""
     torch.set_num_threads(1)
-    problem, splits = _bench(job.network, options)
+    problem, splits = bench(job.network, options)
     network, seconds = trained(problem, splits, job.seed, options.cache)
     about = {"network": job.network, "seed": job.seed, "method": job.method}
     if job.method == DENSE:
@@ -57,7 +57,8 @@ def measure(job: Job, options: Options) -> list[Row]:
 
 
 @cache
-def _bench(name: str, options: Options) -> tuple[Problem, Splits]:
+def bench(name: str, options: Options) -> tuple[Problem, Splits]:
+    """Return a problem and its data."""
     problem = problems(options.cifar10, quick=options.quick)[name]
     return problem, problem.split(problem.recipe.counts)
 
@@ -78,12 +79,12 @@ def _rows(
         try:
             slim = prune(share)
             seconds = prepared + time.perf_counter() - began
-            yield share, {"seconds": seconds} | _judged(slim, network, problem, splits, job.seed, options)
+            yield share, {"seconds": seconds} | judged(slim, network, problem, splits, job.seed, options)
         except Exception as error:
             yield share, {"error": _told(error)}
 
 
-def _judged(slim: nn.Module, network: nn.Module, problem: Problem, splits: Splits, seed: int, options: Options) -> Row:
+def judged(slim: nn.Module, network: nn.Module, problem: Problem, splits: Splits, seed: int, options: Options) -> Row:
     """Test a slim network as it is, after a refresh of its batch norms, and after fine-tuning."""
     inputs, recipe = splits.test.inputs[:1], problem.recipe
     row: Row = {
@@ -95,13 +96,14 @@ def _judged(slim: nn.Module, network: nn.Module, problem: Problem, splits: Split
     row["refreshed"] = test(slim, splits.test, problem)
     if options.tune:
         rate = recipe.tune_learning_rate
-        few = _first(splits.train, max(len(splits.train) // 4, TUNED_ON))
-        fit(slim, few, problem, epochs=recipe.tune_epochs, learning_rate=rate, seed=seed + 1)
+        fit(slim, first(splits.train), problem, epochs=recipe.tune_epochs, learning_rate=rate, seed=seed + 1)
         row["tuned"] = test(slim, splits.test, problem)
     return row
 
 
-def _first(table: Table, count: int) -> Table:
+def first(table: Table) -> Table:
+    """Return what fine-tuning sees of the training images."""
+    count = max(len(table) // 4, TUNED_ON)
     return Table(table.inputs[:count], {name: target[:count] for name, target in table.targets.items()})
 
 

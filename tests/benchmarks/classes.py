@@ -1,0 +1,271 @@
+"""Classes: plans from a few labelled images, and networks for some of the classes, on the quality benchmark's networks.
+
+Few images: the methods that look at data plan from 1, 5 and 20 calibration images of each class. Subtasks: networks
+for 2, 3 and 5 of the ten classes, planned and fine-tuned for these alone, beside networks for all classes, which are
+tested on the same images and told which classes there can be. Scatter: what CATRO's statistics cost, in forward passes.
+
+Results are JSON, one line for each, appended as they come (`docs/benchmarks/classes.jsonl`), a Markdown summary
+(`docs/benchmarks/classes.md`), and a plot.
+
+Run: ``python tests/benchmarks/classes.py [--parts ...] [--networks ...] [--seeds ...] [--jobs N] [--resume] [--quick]
+[--cache DIR] [--out DIR]``
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from classes_report import report
+from quality_data import Splits, Table
+from quality_measure import Options, bench, first, judged
+from quality_methods import CONTENDERS
+from quality_problems import Problem
+from quality_training import fit, macs_of, trained
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+import fxprune
+from fxprune import methods
+from fxprune.calibrating import calibrate
+from fxprune.scattering import scatter
+
+Row = dict[str, Any]
+NETWORKS = ("resnet20", "mobilenetv2", "vgg")
+FEW = ("joint", "joint-classes", "catro", "taylor-global", "tp-taylor", "tp-taylor-global", "tp-hessian-global",
+       "tp-activation-global")  # fmt: skip
+PER_CLASS, BUDGETS = (1, 5, 20), (0.7, 0.5, 0.3, 0.15)
+SIZES = (2, 3, 5)
+SHARES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.03)
+CLASSES, LABEL = 10, "digit"
+ROUNDS = 9
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A part of the benchmark on one network of one seed; of few images, with one method."""
+
+    part: str
+    network: str
+    seed: int
+    method: str = ""
+
+
+def measure(job: Job, options: Options) -> list[Row]:
+    """Return the rows of a job."""
+    torch.set_num_threads(1)
+    problem, splits = bench(job.network, options)
+    network, _ = trained(problem, splits, job.seed, options.cache)
+    about = {"part": job.part, "network": job.network, "seed": job.seed}
+    run: Callable[[Job, Options, Problem, Splits, nn.Module], Iterator[Row]] = PARTS[job.part]
+    return [about | row for row in run(job, options, problem, splits, network)]
+
+
+def few_images(job: Job, options: Options, problem: Problem, splits: Splits, network: nn.Module) -> Iterator[Row]:
+    """Plan from some images of each class; the most are fine-tuned as well."""
+    for count in PER_CLASS:
+        part = replace(splits, calibration=of_each_class(splits.calibration, count))
+        batches = list(part.calibration.batches(problem.recipe.batch_size))
+        prune = CONTENDERS[job.method].start(network, problem, batches)
+        for share in BUDGETS:
+            tune = replace(options, tune=options.tune and count == max(PER_CLASS))
+            row = judged(prune(share), network, problem, part, job.seed, tune)
+            yield {"method": job.method, "per_class": count, "budget": share} | row
+
+
+def of_each_class(table: Table, count: int) -> Table:
+    """Return the first images of each class."""
+    labels = table.targets[LABEL]
+    return rows_of(table, torch.cat([torch.nonzero(labels == c)[:count, 0] for c in range(CLASSES)]).sort().values)
+
+
+def rows_of(table: Table, rows: Tensor) -> Table:
+    """Return some rows."""
+    return Table(table.inputs[rows], {name: target[rows] for name, target in table.targets.items()})
+
+
+def subsets(seed: int) -> list[list[int]]:
+    """Return some of the classes, of each size, by chance."""
+    rng = np.random.default_rng(seed)
+    return [sorted(map(int, rng.choice(CLASSES, size, replace=False))) for size in SIZES]
+
+
+def subtasks(job: Job, options: Options, problem: Problem, splits: Splits, network: nn.Module) -> Iterator[Row]:
+    """Prune for all classes, and for some, down to small shares; test on these."""
+    chosen = subsets(job.seed)
+    dense = {"kind": "dense", "budget": 1.0, "macs": 1.0}
+    yield from (dense | row for row in on_classes(network, splits.test, chosen, "cut"))
+    for share, slim in shrinking(network, problem, splits.calibration, methods.Joint(), None):
+        yield from pruned(slim, share, network, problem, splits, chosen, job.seed, "all classes")
+    for classes in chosen:
+        mine = Splits(*(only(part, classes) for part in (splits.train, splits.calibration, splits.test)))
+        for share, slim in shrinking(network, problem, splits.calibration, methods.Joint(), classes):
+            yield from pruned(slim, share, network, problem, mine, [classes], job.seed, "some classes")
+
+
+def only(table: Table, classes: Sequence[int]) -> Table:
+    """Return the images of some classes, labelled by their places among them."""
+    part = rows_of(table, torch.nonzero(torch.isin(table.targets[LABEL], torch.tensor(classes)))[:, 0])
+    return Table(part.inputs, {LABEL: torch.searchsorted(torch.tensor(classes), part.targets[LABEL])})
+
+
+def shrinking(
+    network: nn.Module, problem: Problem, table: Table, method: methods.AnyMethod, classes: Sequence[int] | None
+) -> Iterator[tuple[float, nn.Module]]:
+    """Yield a slim network for each share that can be reached, of some classes or all."""
+    batches = list(table.batches(problem.recipe.batch_size))
+    task = fxprune.Task(
+        lambda outputs, batch: cross_entropy(outputs, batch[1][LABEL]),
+        classes=classes,
+        slice_outputs=classes is not None,
+        target=LABEL,
+    )
+    coupling = fxprune.couple(fxprune.trace(network, table.inputs[:1]))
+    known = calibrate(coupling, batches, {LABEL: task})
+    for share in SHARES:
+        try:
+            slim = fxprune.compile(
+                network, table.inputs[:1], fxprune.Budget(macs=share), method=method, calibration=known,
+                tasks={LABEL: task}, verify=False, progress=False,
+            )  # fmt: skip
+        except fxprune.PlanError:
+            return  # no network is so small
+        yield share, slim
+
+
+def pruned(
+    slim: nn.Module,
+    share: float,
+    network: nn.Module,
+    problem: Problem,
+    splits: Splits,
+    chosen: Sequence[Sequence[int]],
+    seed: int,
+    kind: str,
+) -> Iterator[Row]:
+    """Yield rows of a slim network: as it is, and after a short fine-tuning on the images of its classes."""
+    macs = macs_of(slim, splits.test.inputs[:1]) / macs_of(network, splits.test.inputs[:1])
+    about = {"kind": kind, "budget": share, "macs": macs}
+    rows = [about | row for row in on_classes(slim, splits.test, chosen, "cut")]
+    fit(slim, first(splits.train), problem, epochs=problem.recipe.tune_epochs,
+        learning_rate=problem.recipe.tune_learning_rate, seed=seed + 1)  # fmt: skip
+    for row, tuned in zip(rows, on_classes(slim, splits.test, chosen, "tuned"), strict=True):
+        yield row | tuned
+
+
+@torch.no_grad()
+def on_classes(network: nn.Module, test: Table, chosen: Sequence[Sequence[int]], stage: str) -> Iterator[Row]:
+    """Yield the accuracy on each choice of classes; a network for all ten is told which there can be."""
+    logits = torch.cat([network.eval()(inputs) for inputs, _ in test.batches(250)])
+    for classes in chosen:
+        rows = torch.isin(test.targets[LABEL], torch.tensor(classes))
+        if logits.shape[1] == CLASSES:
+            among, labels = logits[rows][:, list(classes)], only(test, classes).targets[LABEL]
+        else:
+            among, labels = logits, test.targets[LABEL]
+        yield {"classes": list(classes), stage: (among.argmax(1) == labels).float().mean().item()}
+
+
+def scattering(job: Job, options: Options, problem: Problem, splits: Splits, network: nn.Module) -> Iterator[Row]:
+    """Compare the time of CATRO's statistics, 20 images of each class, with that of a forward pass, in turns."""
+    table = of_each_class(splits.calibration, max(PER_CLASS))
+    batches = list(table.batches(problem.recipe.batch_size))
+    coupling = fxprune.couple(fxprune.trace(network, batches[0][0][:1]))
+
+    def forward() -> None:
+        with torch.no_grad():
+            for inputs, _ in batches:
+                coupling.traced.module(inputs)
+
+    ratios = []
+    for number in range(ROUNDS + 1):
+        spent = [_spent(run) for run in (partial(scatter, coupling, batches), forward)]
+        ratios += [spent[0] / spent[1]] if number else []  # the first round warms up
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    yield {"images": len(table), "ratio": middle, "low": low, "high": high}
+
+
+def _spent(run: Callable[[], object]) -> float:
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+PARTS: dict[str, Callable[[Job, Options, Problem, Splits, nn.Module], Iterator[Row]]] = {
+    "few": few_images,
+    "subtasks": subtasks,
+    "scatter": scattering,
+}
+
+
+def jobs_for(args: argparse.Namespace, there: Sequence[Row]) -> list[Job]:
+    """Return what has no rows yet."""
+    jobs = []
+    for seed in args.seeds:
+        for network in args.networks:
+            jobs += [Job("scatter", network, seed)] if seed == args.seeds[0] else []
+            jobs += [Job("subtasks", network, seed)]
+            jobs += [Job("few", network, seed, method) for method in FEW]
+    known = {(r["part"], r["network"], r["seed"], r.get("method", "")) for r in there}
+    left = [job for job in jobs if (job.part, job.network, job.seed, job.method) not in known]
+    return [job for job in left if job.part in args.parts]
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    add("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    add("--jobs", type=int, default=1, help="processes at a time, of one thread each (default: %(default)s)")
+    add("--resume", action="store_true", help="keep the rows there are, and run the others")
+    add("--quick", action="store_true", help="tiny sizes, to try the command; the networks stay poor")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxprune" / "quality"
+    add("--cache", type=Path, default=cache, help="where trained weights are kept (default: the user's cache)")
+    add("--out", type=Path, default=Path("docs/benchmarks"), help="where classes.jsonl, classes.md and the plot go")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is missing; write the summary and the plot of all rows there are."""
+    args = parse(argv)
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # for the processes that are started
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "classes.jsonl"
+    if not args.resume:
+        path.unlink(missing_ok=True)
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    options = Options(args.cache, None, args.quick, tune=True)
+    words = " ".join(word for word in sys.argv[1:] if word not in ("--out", str(args.out)))
+    jobs = jobs_for(args, rows)
+    with (
+        ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool,
+        path.open("a") as file,
+        tqdm(total=len(jobs), unit="job", disable=None) as bar,
+    ):
+        for done in as_completed([pool.submit(measure, job, options) for job in jobs]):
+            for row in done.result():
+                rows.append(row | {"command": f"python tests/benchmarks/classes.py {words}".strip()})
+                print(json.dumps(rows[-1], sort_keys=True), file=file, flush=True)
+            bar.update()
+    (args.out / "classes.md").write_text(report(rows, args.out), encoding="utf-8")
+    print(f"{len(rows)} rows in {args.out / 'classes.md'}")
+
+
+if __name__ == "__main__":
+    main()
