@@ -21,7 +21,7 @@ from fxprune.atoms import FIXED
 from fxprune.calibrating import layers_of, samples_in
 from fxprune.coupling import Coupling
 from fxprune.errors import PlanError
-from fxprune.gathering import call_of
+from fxprune.gathering import CONVOLUTIONS
 from fxprune.layers import channels_of
 from fxprune.memberships import LabelReader, Memberships
 from fxprune.shares import Share
@@ -62,14 +62,14 @@ class ScatterSums:
 
     def add(self, features: torch.Tensor, shares: torch.Tensor) -> None:
         """Add rows of features (rows, n), of which `shares` (rows, classes) says how far each is of each class."""
-        x, shares = features.double() - self._origin, shares.double()
+        x, shares = features.to(torch.float64, copy=True).sub_(self._origin), shares.double()
         more = shares.shape[1] - len(self._weight)
         if more > 0:
             self._weight = F.pad(self._weight, (0, more))
             self._total = F.pad(self._total, (0, 0, 0, more))
         self._weight[: shares.shape[1]] += shares.sum(0)
         self._total[: shares.shape[1]] += shares.T @ x
-        self._squares += shares.sum(1) @ x.square()
+        self._squares += shares.sum(1) @ x.square_()
 
     def scatters(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the between and within scatter of every feature, (n,) each.
@@ -133,6 +133,9 @@ class _Reader(TorchFunctionMode):
                 channels = channels_of(coupling, layer)[side].ravel()
                 known[layer.name] = np.where(done[channels], FIXED, channels)
             done[np.concatenate([*known.values(), [FIXED]])] = True
+        for known in (self._inputs, self._outputs):
+            for name in [name for name, channels in known.items() if (channels == FIXED).all()]:
+                del known[name]
 
     def start(self, batch: dict[str, Memberships], samples: int) -> None:
         """Begin a batch of so many samples."""
@@ -141,22 +144,23 @@ class _Reader(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function; read what goes into a layer."""
         out = func(*args, **(kwargs or {}))
-        call = call_of(self._names, func, args, kwargs or {})
-        if call is not None and call.layer.name in self._inputs:
-            name, x = call.layer.name, args[0]
-            if not hasattr(x, "_is_read"):  # or another layer has read the same tensor
-                self._read(f"{name}|in", x, self._inputs[name], is_conv=bool(call.kernel))
-            self._read(f"{name}|out", out, self._outputs[name], is_conv=bool(call.kernel))
+        is_conv = func in CONVOLUTIONS
+        if (is_conv or func is F.linear) and args:
+            weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
+            name = self._names.get(id(weight), "")
+            if name in self._inputs and not hasattr(args[0], "_is_read"):  # or another layer has read the same tensor
+                self._read(f"{name}|in", args[0], self._inputs[name], is_conv=is_conv)
+            if name in self._outputs:
+                self._read(f"{name}|out", out, self._outputs[name], is_conv=is_conv)
         return out
 
     def _read(self, where: str, x: torch.Tensor, channels: np.ndarray, *, is_conv: bool) -> None:
-        at = np.flatnonzero(channels != FIXED)
-        if not len(at) or x.shape[0] != self._samples:
+        if x.shape[0] != self._samples:
             return
         x._is_read = True  # pyright: ignore[reportAttributeAccessIssue]
         x = x if is_conv else x.movedim(-1, 1)
-        if len(at) < x.shape[1]:
-            x = x[:, torch.from_numpy(at).to(x.device)]
+        if FIXED in channels:
+            x = x[:, torch.from_numpy(np.flatnonzero(channels != FIXED)).to(x.device)]
         for task, members in self._batch.items():
             rows, shares = _rows(x, members)
             sums = self._sums.get((where, task))
