@@ -1,11 +1,9 @@
-"""The documentation: its code runs, its messages are those of the code, its reference is complete, its links lead."""
+"""The documentation: its code runs, its reference is complete, its links lead somewhere."""
 
 from __future__ import annotations
 
-import ast
 import importlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,13 +13,24 @@ import fxprune
 from fxprune import methods
 
 RUN = {
-    "README.md": (3, 4),
+    "README.md": (4, 7),
+    "docs/command_line.md": (1, 5),
+    "docs/comparison.md": (1, 0),
+    "docs/guides/classes.md": (4, 0),
+    "docs/guides/cnn.md": (5, 0),
+    "docs/guides/detection.md": (5, 0),
+    "docs/guides/several_tasks.md": (5, 0),
+    "docs/guides/shipping.md": (7, 0),
+    "docs/guides/transformers.md": (4, 0),
+    "docs/how_it_works.md": (4, 0),
+    "docs/index.md": (1, 0),
+    "docs/methods.md": (9, 2),
+    "docs/troubleshooting.md": (2, 1),
+    "docs/writing_rules.md": (8, 0),
 }
 """Page -> blocks of Python, commands. A page with code that is not here fails."""
 LANGUAGES = {"python", "console", "text"}
 WITH_CODE = [page for page in PAGES if any(b.language in ("python", "console") for b in blocks_of(page))]
-WILD = ".."
-"""What stands for the part of a message that differs."""
 
 
 def test_no_page_and_no_block_is_missed() -> None:
@@ -62,39 +71,6 @@ def test_what_runs_elsewhere_is_on_some_page() -> None:
     shown = {line for page in PAGES for b in blocks_of(page) if b.language == "console" for line in commands_of(b)}
     assert set(ELSEWHERE) <= shown
     assert all(any(line.startswith(start) for line in shown) for start in COMMANDS)
-
-
-def _texts(node: ast.AST) -> Iterator[str]:
-    """Yield the strings of a file, with `..` for what is put into them; what is added up counts as one."""
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        yield "".join(text for side in (node.left, node.right) for text in _texts(side))
-    for child in ast.iter_child_nodes(node):
-        yield from _texts(child)
-    if isinstance(node, ast.JoinedStr):
-        yield "".join(v.value if isinstance(v, ast.Constant) else WILD for v in node.values)  # type: ignore[misc]
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        yield node.value
-
-
-MESSAGES = [
-    text
-    for path in sorted((ROOT / "fxprune").rglob("*.py"))
-    for text in _texts(ast.parse(path.read_text(encoding="utf-8")))
-]
-QUOTED = re.findall(r"\*\*`([^`]+)`\*\*", PAGES["docs/troubleshooting.md"].read_text(encoding="utf-8"))
-
-
-@pytest.mark.parametrize("quoted", QUOTED)
-def test_troubleshooting_quotes_messages_that_there_are(quoted: str) -> None:
-    pattern = re.compile(".*".join(map(re.escape, quoted.split(WILD))), re.DOTALL)
-    assert any(pattern.search(text) for text in MESSAGES)
-
-
-def test_troubleshooting_quotes_are_found_and_mistakes_are_seen() -> None:
-    assert len(QUOTED) > 50
-    assert len(set(QUOTED)) == len(QUOTED)
-    assert "the budget cannot be met." in QUOTED
-    assert not any("the budget can not be met" in text for text in MESSAGES)
 
 
 def test_the_reference_names_everything_public_once() -> None:
