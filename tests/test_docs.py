@@ -22,7 +22,7 @@ RUN = {
     "docs/guides/several_tasks.md": (5, 0),
     "docs/guides/shipping.md": (7, 0),
     "docs/guides/transformers.md": (4, 0),
-    "docs/how_it_works.md": (4, 0),
+    "docs/how_it_works.md": (8, 0),
     "docs/index.md": (1, 0),
     "docs/methods.md": (9, 2),
     "docs/troubleshooting.md": (2, 1),
