@@ -15,7 +15,7 @@ from fxprune import methods
 RUN = {
     "README.md": (4, 7),
     "docs/command_line.md": (1, 5),
-    "docs/comparison.md": (1, 0),
+    "docs/comparison.md": (3, 0),
     "docs/guides/classes.md": (4, 0),
     "docs/guides/cnn.md": (5, 0),
     "docs/guides/detection.md": (5, 0),
@@ -123,3 +123,26 @@ def _exists(name: str) -> bool:
                 return False
         found = getattr(found, part)
     return True
+
+
+def test_numbers_of_benchmarks_are_those_of_their_tables() -> None:
+    zoo = next(line for line in _text("docs/benchmarks/zoo.md").splitlines() if line.startswith("| all "))
+    networks, half, _, exact, *_, tp_exact, differs, unchanged, runs, raises, long, killed = map(
+        int, zoo.split("|")[2:-1]
+    )
+    comparison, readme = (" ".join(_text(page).split()) for page in ("docs/comparison.md", "README.md"))
+    assert networks == half == exact
+    assert killed == 0
+    assert f"Of the [{networks} networks]" in comparison
+    assert f"fxprune cuts all {networks}, each equal" in comparison
+    assert f"does so with {tp_exact}; {differs} differs, {unchanged} come back unchanged" in comparison
+    assert f"{runs} run and cannot be compared, {raises} raise, and {long} took longer" in comparison
+    assert f"(all {networks} at half of their macs, equal to the masked original; {tp_exact} by Torch-Pruning)" in readme
+    table = _text("docs/benchmarks/speed.md").partition("## Same job, side by side")[2].partition("## ")[0]
+    ratios = re.findall(r"\| (\d\.\d+) +\|$", table, re.MULTILINE)
+    assert len(ratios) == 4
+    assert f"takes {min(ratios)} to {max(ratios)} times as long" in comparison
+
+
+def _text(page: str) -> str:
+    return PAGES[page].read_text(encoding="utf-8")
