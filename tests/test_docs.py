@@ -137,7 +137,7 @@ def test_numbers_of_benchmarks_are_those_of_their_tables() -> None:
     assert f"fxprune cuts all {networks}, each equal" in comparison
     assert f"does so with {tp_exact}; {differs} differs, {unchanged} come back unchanged" in comparison
     assert f"{runs} run and cannot be compared, {raises} raise, and {long} took longer" in comparison
-    assert f"(all {networks} at half of their macs, equal to the masked original; {tp_exact} by Torch-Pruning)" in readme
+    assert f"(all {networks} at half of their macs, equal to the masked original; {tp_exact} by Torch" in readme
     table = _text("docs/benchmarks/speed.md").partition("## Same job, side by side")[2].partition("## ")[0]
     ratios = re.findall(r"\| (\d\.\d+) +\|$", table, re.MULTILINE)
     assert len(ratios) == 4
