@@ -294,7 +294,7 @@ class FromTorchPruning:
     """Rank channels by an importance of Torch-Pruning. See `fxprune.criteria.torch_pruning`.
 
     Attributes:
-        importance: any object of `torch_pruning.importance`. Those that read gradients need calibration and tasks.
+        importance: an object of `torch_pruning.importance`. Those that read gradients need calibration and tasks.
         scope: "uniform" or "global".
     """
 

@@ -2,8 +2,6 @@
 
 import json
 import math
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -186,29 +184,6 @@ def test_training_lowers_the_loss_and_ends_in_evaluation_mode():
     training.train(network, some, epochs=5, learning_rate=1e-2, progress=False, batch_size=16)
     assert not network.training
     assert loss() < before
-
-
-def test_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
-    readme = Path(__file__).parents[1] / "README.md"
-    blocks = re.findall(r"^```python\n(.*?)^```", readme.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 3
-    monkeypatch.chdir(tmp_path)
-    exec("\n".join(blocks), {})
-    promised = [line[2:] for line in blocks[2].splitlines() if line.startswith("# ")]
-    assert "\n".join(promised) in capsys.readouterr().out
-
-
-def test_code_of_the_page_on_methods_runs(tmp_path, monkeypatch, capsys):
-    page = Path(__file__).parents[1] / "docs" / "methods.md"
-    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 7
-    monkeypatch.chdir(tmp_path)
-    exec("\n".join(blocks), {"__name__": "__main__"})
-    assert (tmp_path / "calibration.safetensors").exists()
-    printed = capsys.readouterr().out
-    assert "torch.Size([16, 3])\n{'output': (2, 5, 7)}" in printed
-    assert "edges + depth" in printed
-    assert "outputs loss" in printed
 
 
 def test_distilling_brings_a_student_nearer_to_its_teacher() -> None:
