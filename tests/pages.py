@@ -73,9 +73,10 @@ def blocks_of(page: str) -> list[Block]:
 
 
 def commands_of(block: Block) -> list[str]:
-    """Return the commands of a block; a backslash at the end of a line goes on in the next."""
+    """Return the commands of a block: one a line, or several joined by `&&`; a backslash continues a line."""
     assert all(line.startswith(("$ ", "    ")) for line in block.text.splitlines()), block.text
-    return [line[2:] for line in re.sub(r" *\\\n +", " ", block.text).splitlines()]
+    lines = re.sub(r" *\\\n +", " ", block.text).splitlines()
+    return [command for line in lines for command in line[2:].split(" && ")]
 
 
 def fxprune_runs(arguments: list[str]) -> None:
