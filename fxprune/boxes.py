@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import networkx as nx
 import numpy as np
+import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
@@ -15,6 +17,7 @@ from fxprune.atoms import FIXED
 from fxprune.coupling import Coupling
 from fxprune.grouping import Group
 
+CONCATS = (torch.cat, torch.concat, torch.ops.aten.cat.default)
 LONGEST_NAME = 26
 """Characters of a layer's name; longer ones lose their first parts."""
 
@@ -67,6 +70,8 @@ def change(before: int, after: int) -> str:
 def find_boxes(coupling: Coupling, keep: np.ndarray) -> tuple[dict[str, Box], nx.DiGraph]:
     """Return what to draw: layers that own parameters, joins, inputs and outputs, and the edges between them.
 
+    A concat of all that an earlier one holds, and more, is drawn as reading that one: dense blocks are chains then.
+
     Args:
         coupling: the coupled network.
         keep: (channels,) which stay.
@@ -76,6 +81,7 @@ def find_boxes(coupling: Coupling, keep: np.ndarray) -> tuple[dict[str, Box], nx
     boxes: dict[str, Box] = {}
     graph = nx.DiGraph()
     reach: dict[fx.Node, list[str]] = {}
+    concats: dict[tuple[Any, ...], fx.Node] = {}
 
     def add(box: Box, sources: Iterable[str]) -> list[str]:
         boxes[box.node] = box
@@ -84,7 +90,7 @@ def find_boxes(coupling: Coupling, keep: np.ndarray) -> tuple[dict[str, Box], nx
         return [box.node]
 
     for node in coupling.traced.graph.nodes:
-        sources = list(dict.fromkeys(s for n in node.all_input_nodes for s in reach[n]))
+        sources = list(dict.fromkeys(s for n in _read(node, concats) for s in reach[n]))
         if node.op == "output":
             for name, leaf in _outputs(node).items():
                 add(Box(f"output:{name}", "output", name), reach[leaf])
@@ -104,6 +110,22 @@ def find_boxes(coupling: Coupling, keep: np.ndarray) -> tuple[dict[str, Box], nx
             else:
                 reach[node] = sources
     return boxes, graph
+
+
+def _read(node: fx.Node, concats: dict[tuple[Any, ...], fx.Node]) -> list[fx.Node]:
+    """Return what a node reads; instead of the first inputs of a concat, the longest earlier concat of just these.
+
+    Args:
+        node: the node.
+        concats: (dim, inputs) -> node, of all concats so far; this one is added.
+    """
+    if node.target not in CONCATS or not node.args or not isinstance(node.args[0], (tuple, list)):
+        return node.all_input_nodes
+    along, inputs = (*node.args[1:], *node.kwargs.items()), tuple(node.args[0])
+    first = next((n for n in range(len(inputs) - 1, 1, -1) if (along, inputs[:n]) in concats), 0)
+    earlier = concats.get((along, inputs[:first]))
+    concats[along, inputs] = node
+    return node.all_input_nodes if earlier is None else [earlier, *inputs[first:]]
 
 
 def _same(sources: list[str], boxes: dict[str, Box], segments: tuple[Segment, ...]) -> bool:
