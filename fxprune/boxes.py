@@ -41,6 +41,7 @@ class Box:
         name: what is written.
         segments: the channels of the output, group by group.
         layer: the qualified name of a layer, of which `name` may be the end.
+        spread: the widths of a box that stands for several, as text.
     """
 
     node: str
@@ -48,12 +49,13 @@ class Box:
     name: str
     segments: tuple[Segment, ...] = ()
     layer: str = ""
+    spread: str = ""
 
     @property
     def size(self) -> str:
         """The width of the output: before, and after where that is another."""
-        if not self.segments:
-            return ""
+        if self.spread or not self.segments:
+            return self.spread
         return change(sum(s.before for s in self.segments), sum(s.after for s in self.segments))
 
     @property
@@ -62,7 +64,7 @@ class Box:
         return [s.group for s in self.segments if s.group is not None]
 
 
-def change(before: int, after: int) -> str:
+def change(before: int | str, after: int | str) -> str:
     """Return a width before, and after where that is another."""
     return f"{before}" if before == after else f"{before}\N{RIGHTWARDS ARROW}{after}"
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from fxprune import Budget, FxPruneError, couple, layering, plan, trace
 from fxprune.boxes import find_boxes
-from fxprune.drawing import COLORS, STAYS, draw_groups
+from fxprune.drawing import draw_groups
+from fxprune.figures import COLORS, STAYS
 from fxprune.layering import lay_out
 
 
