@@ -102,7 +102,7 @@ def _wide(card: Card) -> float:
 
 def _about(card: Card) -> str:
     """Return what a card says besides its layer."""
-    words = "makes rows" if card.made else card.words
+    words = "no parameter" if card.made else card.words
     return words if card.width == card.size else f"{words} {card.width} of {card.size}"
 
 
@@ -180,5 +180,5 @@ def _draw_card(axes: Axes, card: Card, y: float) -> None:
         shape = "round,pad=0,rounding_size=0.09"
         axes.add_patch(FancyBboxPatch((middle - room / 2, y - NODE / 2), room, NODE, shape, **look))
         axes.text(middle, y - 0.008, _nodes(card), color=INK, ha="center", **style)
-        where = {"ha": "left" if side < 0 else "right", "color": "#666666", **style}
-        axes.text(-side * (SPINE / 2 + 0.1), y - 0.008, _source(card).replace("$", r"\$"), **where)
+    where = {"ha": "left" if side < 0 else "right", "color": "#666666", **style}
+    axes.text(-side * (SPINE / 2 + 0.1), y - 0.008, _source(card).replace("$", r"\$"), **where)
