@@ -123,7 +123,8 @@ def _read(node: fx.Node, concats: dict[tuple[Any, ...], fx.Node]) -> list[fx.Nod
     """
     if node.target not in CONCATS or not node.args or not isinstance(node.args[0], (tuple, list)):
         return node.all_input_nodes
-    along, inputs = (*node.args[1:], *node.kwargs.items()), tuple(node.args[0])
+    along = (*node.args[1:], *node.kwargs.items())
+    inputs = tuple([n for n in node.args[0] if isinstance(n, fx.Node)])
     first = next((n for n in range(len(inputs) - 1, 1, -1) if (along, inputs[:n]) in concats), 0)
     earlier = concats.get((along, inputs[:first]))
     concats[along, inputs] = node

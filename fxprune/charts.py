@@ -22,8 +22,8 @@ ROW, COLUMN, HEAD, MARGIN = 0.22, 0.62, 0.95, 0.3
 """Inches: a row and a column of the heat map, what is above it, and around it."""
 SHADES, PALEST, WHITE_ABOVE = "Blues", 1e-4, 0.6
 """From white to dark blue; the smallest rise that has a colour of its own; from which shade on text is white."""
-SCALE_ROOM = 0.95
-"""Inches for the scale of colours."""
+SCALE_ROOM, SCALE_HEIGHT, LEAST_WIDTH = 0.95, 1.3, 5.2
+"""Inches for the scale of colours, its height at least, and the width of the heat map at least, for its title."""
 PANEL, PANEL_HEIGHT, FRAME, LEGEND = 3.6, 3.3, 0.75, 0.45
 """Inches: a panel of a sweep, its height, left and below it for numbers, above it for the legend."""
 LINEAR = 0.01
@@ -58,13 +58,13 @@ def draw_sensitivity(sensitivity: Sensitivity, path: str | Path | None = None, *
     names = [f"{g}  {short(layer_of(sensitivity[g].name))}  {sensitivity[g].width}" for g in listed]
     room = CHARACTER * max(map(len, names)) + 0.25
     wide, high = COLUMN * rises.shape[1], ROW * len(listed)
-    width, height = MARGIN + room + wide + SCALE_ROOM + MARGIN, HEAD + high + MARGIN
-    figure = new_figure(max(width, 5.2), height)
-    width = figure.get_figwidth()
-    axes = figure.add_axes(((MARGIN + room) / width, MARGIN / height, wide / width, high / height))
+    tall = max(high, SCALE_HEIGHT)
+    width, height = max(MARGIN + room + wide + SCALE_ROOM + MARGIN, LEAST_WIDTH), HEAD + tall + MARGIN
+    figure = new_figure(width, height)
+    axes = figure.add_axes(((MARGIN + room) / width, 1 - (HEAD + high) / height, wide / width, high / height))
     _draw_cells(axes, rises[listed], sensitivity)
     axes.set_yticks(range(len(listed)), names, fontsize=FONT)
-    scale = figure.add_axes(((MARGIN + room + wide + 0.2) / width, MARGIN / height, 0.14 / width, high / height))
+    scale = figure.add_axes(((MARGIN + room + wide + 0.2) / width, MARGIN / height, 0.14 / width, tall / height))
     _draw_scale(scale, rises[listed])
     what = "change of the outputs" if sensitivity.tasks == (WHOLE,) else "rise of the loss"
     title = f"{what} when one group alone shrinks"

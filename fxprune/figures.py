@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,11 +38,30 @@ def new_figure(width: float, height: float) -> Figure:
         FxPruneError: matplotlib is not installed.
     """
     try:
-        from matplotlib.figure import Figure
+        return _picture_class()(figsize=(width, height), dpi=DPI)
     except ModuleNotFoundError as error:
         message = 'drawing needs matplotlib, which is not installed. Run `pip install "fxprune[examples]"`.'
         raise FxPruneError(message) from error
-    return Figure(figsize=(width, height), dpi=DPI)
+
+
+@cache
+def _picture_class() -> type[Figure]:
+    from matplotlib.figure import Figure
+
+    class Picture(Figure):
+        """A figure that shows itself in a notebook, whether pyplot is imported or not."""
+
+        def _repr_png_(self) -> bytes:
+            return png_of(self)
+
+    return Picture
+
+
+def png_of(figure: Figure) -> bytes:
+    """Return a figure as a PNG file."""
+    with io.BytesIO() as file:
+        figure.savefig(file, format="png")
+        return file.getvalue()
 
 
 def saved(figure: Figure, path: str | Path | None) -> Figure:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -84,9 +83,9 @@ def _picture(draw: Callable[[], Figure]) -> str:
     """Return a picture as part of a page; nothing where matplotlib is not installed."""
     if find_spec("matplotlib") is None:
         return ""
-    with io.BytesIO() as file:
-        draw().savefig(file, format="png")
-        data = base64.b64encode(file.getvalue()).decode()
+    from fxprune.figures import png_of
+
+    data = base64.b64encode(png_of(draw())).decode()
     return f'<img alt="" style="max-width: 100%" src="data:image/png;base64,{data}">'
 
 

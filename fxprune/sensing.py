@@ -105,7 +105,7 @@ class Sensitivity:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; None for what was not measured."""
-        rises = np.where(np.isnan(self.rises), None, self.rises.astype(object))
+        rises = [[[None if np.isnan(rise) else rise for rise in row] for row in rows] for rows in self.rises.tolist()]
         return {
             "method": self.method,
             "tasks": list(self.tasks),
@@ -117,7 +117,7 @@ class Sensitivity:
                     "kind": c.kind,
                     "widths": c.widths.tolist(),
                     "errors": c.errors.tolist(),
-                    "rises": rises[i].tolist(),
+                    "rises": rises[i],
                 }
                 for i, c in enumerate(self.curves)
             ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,8 @@ BAR, BARS, CURVES, NUMBERS, ROOM, TICKS = 0.16, 2.6, 3.0, 1.35, 0.2, 0.4
 """Inches: height of a bar, width of the bars, of the curves and of the numbers, between the last two, on the right."""
 ROW, TALL_ROW, HEAD, FOOT, MARGIN = 0.24, 0.46, 1.05, 0.5, 0.3
 """Inches: a row without and with a curve, what is above and below them, and left and right of everything."""
-SMALLEST = 1e-4
-"""Where the axis of comparable errors begins."""
+DECADES = 5
+"""How many powers of ten the axis of comparable errors has."""
 
 
 def draw_plan(
@@ -85,7 +85,7 @@ def _check(plan: Plan, sensitivity: Sensitivity) -> None:
 
 
 def _title(plan: Plan, shown: int) -> str:
-    title = f"{len(plan.groups)} groups, widths before and after"
+    title = f"{len(plan.groups)} group{'' if len(plan.groups) == 1 else 's'}, widths before and after"
     if shown < len(plan.groups):
         title += f"; the {shown} that lose the largest shares"
     costs = ", ".join(f"{plan.costs.share(name):.1%} of {name}" for name in plan.costs.before.to_dict())
@@ -119,7 +119,7 @@ def _set_frame(axes: Axes, rows: int, label: str) -> None:
 def _draw_curves(axes: Axes, listed: Sequence[int], groups: Sequence[GroupWidth], sensitivity: Sensitivity) -> None:
     """Draw each group's errors in a row of its own, 0.85 high, the axis of widths as that of the bars."""
     place = _place(sensitivity)
-    levels = {place(t): f"{100 * t:,g}%" for t in _ticks(sensitivity)} if sensitivity.comparable else {}
+    levels = {place(t): f"{100 * t:,.10g}%" for t in _ticks(sensitivity)} if sensitivity.comparable else {}
     for i, (number, group) in enumerate(zip(listed, groups, strict=True)):
         floor, curve = i + 0.4, sensitivity[number]
         axes.axhline(floor, color=EDGE, lw=0.6)
@@ -135,7 +135,9 @@ def _draw_curves(axes: Axes, listed: Sequence[int], groups: Sequence[GroupWidth]
             y = [floor - 0.85 * place(error / scale) for error in errors]
             axes.plot(curve.widths / curve.width, y, color=color, lw=1.3, zorder=3, gid=f"curve:{number}:{task}")
             cut = floor - 0.85 * place(at[task] / scale)
-            axes.plot(kept, cut, "o", ms=4, color=color, mec=INK, mew=0.5, zorder=4, gid=f"cut:{number}:{task}")
+            axes.plot(
+                kept, cut, "o", ms=4, color=color, mec=INK, mew=0.5, zorder=4, clip_on=False, gid=f"cut:{number}:{task}"
+            )
     for level, words in levels.items():
         axes.text(1.02, 0.4 - 0.85 * level, words, fontsize=FONT - 2, va="center", color="#555555")
     _set_frame(axes, len(groups), "share of the channels that is kept")
@@ -159,21 +161,20 @@ def _draw_key(axes: Axes, sensitivity: Sensitivity) -> None:
 
 
 def _ticks(sensitivity: Sensitivity) -> list[float]:
-    """Return the powers of ten that comparable errors are read by, at most four."""
-    powers = range(-4, _top(sensitivity) + 1)
-    step = -(-len(powers) // 4)
-    return [10.0**k for k in powers[::step]]
+    """Return powers of ten that comparable errors are read by."""
+    top = _top(sensitivity)
+    return [10.0**k for k in range(top - DECADES, top + 1, 2)]
 
 
 def _top(sensitivity: Sensitivity) -> int:
     """Return the power of ten that no error is above."""
     highest = max((float(c.errors.max(initial=0.0)) for c in sensitivity), default=0.0)
-    return int(np.ceil(np.log10(max(highest, 100 * SMALLEST))))
+    return int(np.ceil(np.log10(highest))) if highest > 0 else 0
 
 
-def _place(sensitivity: Sensitivity) -> Any:
+def _place(sensitivity: Sensitivity) -> Callable[[float], float]:
     """Return the function from an error to its height, from 0 to 1."""
     if not sensitivity.comparable:
         return lambda error: min(max(float(error), 0.0), 1.0)
-    span = np.log(10.0 ** _top(sensitivity) / SMALLEST)
-    return lambda error: float(np.log(max(float(error), SMALLEST) / SMALLEST) / span)
+    bottom = _top(sensitivity) - DECADES
+    return lambda error: max(float(np.log10(max(float(error), 1e-300))) - bottom, 0.0) / DECADES
