@@ -74,7 +74,9 @@ def find_group(coupling: Coupling, wanted: int | str | Vertex) -> Group:
         return named[0]
     name, dim = (wanted, None) if isinstance(wanted, str) else wanted
     sites = [s for s in coupling.sites if s.name == name and dim in (None, s.dim)]
-    found = [g for g in groups if any(_of_group(coupling, g)[s.channels].any() for s in sites)]
+    channels = np.unique(np.concatenate([s.channels.ravel() for s in sites])) if sites else np.empty(0, dtype=np.int64)
+    found = [g for g in groups if np.isin(np.concatenate(g.cells), channels).any()]
+    found = found or [g for g in groups if _of_group(coupling, g)[channels].any()]
     if len(found) == 1:
         return found[0]
     if not sites:
@@ -195,7 +197,8 @@ def fold(cards: Sequence[Card]) -> tuple[list[Card], dict[int, tuple[int, int]]]
 
 
 def _look(card: Card) -> tuple[str, ...]:
-    return tuple(re.sub(r"\d+", "#", word) for word in (card.layer, card.words, str(card.reads), *card.ties))
+    ties = [re.sub(r"_\d+$", "", tie) for tie in card.ties]
+    return tuple(re.sub(r"\d+", "#", word) for word in (card.layer, card.words, str(card.reads), *ties))
 
 
 def _joined(repeat: Repeat, cards: Sequence[Card]) -> Iterable[tuple[int, Card]]:

@@ -133,7 +133,7 @@ def _source(card: Card) -> str:
 def _draw_head(axes: Axes, group: Group, coupling: Coupling, width: str, sites: int, left: float) -> None:
     name = type(coupling.traced.model).__name__
     title = f"group {group.index} of {name}: {width} {'rows' if group.kind == 'rows' else 'channels'}"
-    axes.text(left, MARGIN - 0.17, title, fontsize=FONT + 3, weight="bold", color=INK, va="center")
+    axes.text(left, MARGIN - 0.17, title, fontsize=FONT + 3, weight="bold", color=INK, va="center", gid="title")
     words = f"{sites} site{'' if sites == 1 else 's'}{STEPS[group.kind]}"
     axes.text(left, MARGIN - 0.38, words, fontsize=FONT + 0.5, color=INK, va="center")
     style: dict[str, Any] = {"fontsize": FONT + 0.5, "style": "italic", "color": INK, "va": "center"}

@@ -152,8 +152,10 @@ def _joined(boxes: Sequence[Box]) -> Box:
 
 def named_together(first: str, last: str) -> str:
     """Return one name for several that differ in numbers: `layer3.1` and `layer3.35` are `layer3.1-35`."""
-    pairs = zip(re.split(r"(\d+)", first), re.split(r"(\d+)", last), strict=True)
-    return "".join(a if a == b else f"{a}\N{EN DASH}{b}" for a, b in pairs)
+    parts, others = re.split(r"(\d+)", first), re.split(r"(\d+)", last)
+    if len(parts) != len(others):
+        return f"{first}\N{EN DASH}{last}"
+    return "".join(a if a == b else f"{a}\N{EN DASH}{b}" for a, b in zip(parts, others, strict=True))
 
 
 def _range(values: Sequence[int]) -> str:
