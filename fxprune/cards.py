@@ -61,6 +61,8 @@ class Card:
 def find_group(coupling: Coupling, wanted: int | str | Vertex) -> Group:
     """Return the group of a number, of a parameter, or of one dim of it.
 
+    A parameter alone stands for the channels that it makes, if it makes some.
+
     Raises:
         CouplingError: there is no such group, or there are several.
     """
@@ -77,6 +79,9 @@ def find_group(coupling: Coupling, wanted: int | str | Vertex) -> Group:
     channels = np.unique(np.concatenate([s.channels.ravel() for s in sites])) if sites else np.empty(0, dtype=np.int64)
     found = [g for g in groups if np.isin(np.concatenate(g.cells), channels).any()]
     found = found or [g for g in groups if _of_group(coupling, g)[channels].any()]
+    if len(found) > 1 and dim is None:
+        makers = makers_of(coupling)
+        found = [g for g in found if any(s.name == name for s in makers[g.index])] or found
     if len(found) == 1:
         return found[0]
     if not sites:

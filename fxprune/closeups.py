@@ -50,7 +50,7 @@ def draw_group(
 
     Args:
         coupling: from `couple`.
-        group: its number, a parameter, or (parameter, dim).
+        group: its number, a parameter that makes or has its channels, or (parameter, dim).
         path: where to write the picture: `.png`, `.svg` or `.pdf`.
         plan: what to tell the width after.
         collapse: draw layers that repeat once; by default where there are more than 40.

@@ -108,6 +108,14 @@ def test_ties_are_those_that_explain_names() -> None:
     assert {"tie:add", "tie:add_1"} <= set(named(fxprune.draw_group(coupling, group.index)))
 
 
+def test_a_parameter_stands_for_what_it_makes() -> None:
+    coupling = fxprune.couple(fxprune.trace(Chain().eval(), torch.zeros(1, 3, 8, 8)))
+    made, read = (find_group(coupling, ("conv2.weight", dim)) for dim in (0, 1))
+    assert made != read
+    assert find_group(coupling, "conv2.weight") == made
+    assert find_group(coupling, "bn.running_mean") == read
+
+
 def test_rows_show_the_nodes_that_make_them() -> None:
     coupling = fxprune.couple(fxprune.trace(Residual().eval(), torch.zeros(1, 3, 8, 8)))
     for group in coupling.groups():
