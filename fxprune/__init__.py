@@ -7,11 +7,14 @@ and heads, chooses what stays, and emits a slimmer `GraphModule` that is proved 
 from fxprune import methods
 from fxprune.budgets import Budget
 from fxprune.calibrating import Calibration, calibrate
+from fxprune.charts import draw_sensitivity, draw_sweep
+from fxprune.closeups import draw_group
 from fxprune.combining import CombinationCosts, combination_costs
 from fxprune.compensating import compensate
 from fxprune.compiling import compile
 from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling, couple
+from fxprune.drawing import draw_groups
 from fxprune.errors import (
     ArtifactError,
     CouplingError,
@@ -29,6 +32,7 @@ from fxprune.reporting import Report, report
 from fxprune.rewriting import rewrite
 from fxprune.saving import load, save
 from fxprune.selecting import select_tasks
+from fxprune.sensing import Sensitivity, sensitivity
 from fxprune.sweeping import Sweep, sweep
 from fxprune.tasks import Task
 from fxprune.timing import MeasuredLatency, measure_latency
@@ -36,6 +40,7 @@ from fxprune.traced import Traced
 from fxprune.tracing import trace
 from fxprune.transferring import transfer
 from fxprune.verifying import Verification, verify
+from fxprune.widths import draw_plan
 
 __version__ = "0.1.0"
 
@@ -54,6 +59,7 @@ __all__ = [
     "PlanError",
     "Report",
     "RewriteError",
+    "Sensitivity",
     "Sweep",
     "Task",
     "TraceError",
@@ -65,6 +71,11 @@ __all__ = [
     "compensate",
     "compile",
     "couple",
+    "draw_group",
+    "draw_groups",
+    "draw_plan",
+    "draw_sensitivity",
+    "draw_sweep",
     "load",
     "measure_latency",
     "merge",
@@ -74,6 +85,7 @@ __all__ = [
     "rewrite",
     "save",
     "select_tasks",
+    "sensitivity",
     "sweep",
     "trace",
     "transfer",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import networkx as nx
 import numpy as np
+import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
@@ -15,6 +17,7 @@ from fxprune.atoms import FIXED
 from fxprune.coupling import Coupling
 from fxprune.grouping import Group
 
+CONCATS = (torch.cat, torch.concat, torch.ops.aten.cat.default)
 LONGEST_NAME = 26
 """Characters of a layer's name; longer ones lose their first parts."""
 
@@ -38,6 +41,7 @@ class Box:
         name: what is written.
         segments: the channels of the output, group by group.
         layer: the qualified name of a layer, of which `name` may be the end.
+        spread: the widths of a box that stands for several, as text.
     """
 
     node: str
@@ -45,12 +49,13 @@ class Box:
     name: str
     segments: tuple[Segment, ...] = ()
     layer: str = ""
+    spread: str = ""
 
     @property
     def size(self) -> str:
         """The width of the output: before, and after where that is another."""
-        if not self.segments:
-            return ""
+        if self.spread or not self.segments:
+            return self.spread
         return change(sum(s.before for s in self.segments), sum(s.after for s in self.segments))
 
     @property
@@ -59,13 +64,15 @@ class Box:
         return [s.group for s in self.segments if s.group is not None]
 
 
-def change(before: int, after: int) -> str:
+def change(before: int | str, after: int | str) -> str:
     """Return a width before, and after where that is another."""
     return f"{before}" if before == after else f"{before}\N{RIGHTWARDS ARROW}{after}"
 
 
 def find_boxes(coupling: Coupling, keep: np.ndarray) -> tuple[dict[str, Box], nx.DiGraph]:
     """Return what to draw: layers that own parameters, joins, inputs and outputs, and the edges between them.
+
+    A concat of all that an earlier one holds, and more, is drawn as reading that one: dense blocks are chains then.
 
     Args:
         coupling: the coupled network.
@@ -76,6 +83,7 @@ def find_boxes(coupling: Coupling, keep: np.ndarray) -> tuple[dict[str, Box], nx
     boxes: dict[str, Box] = {}
     graph = nx.DiGraph()
     reach: dict[fx.Node, list[str]] = {}
+    concats: dict[tuple[Any, ...], fx.Node] = {}
 
     def add(box: Box, sources: Iterable[str]) -> list[str]:
         boxes[box.node] = box
@@ -84,7 +92,7 @@ def find_boxes(coupling: Coupling, keep: np.ndarray) -> tuple[dict[str, Box], nx
         return [box.node]
 
     for node in coupling.traced.graph.nodes:
-        sources = list(dict.fromkeys(s for n in node.all_input_nodes for s in reach[n]))
+        sources = list(dict.fromkeys(s for n in _read(node, concats) for s in reach[n]))
         if node.op == "output":
             for name, leaf in _outputs(node).items():
                 add(Box(f"output:{name}", "output", name), reach[leaf])
@@ -104,6 +112,23 @@ def find_boxes(coupling: Coupling, keep: np.ndarray) -> tuple[dict[str, Box], nx
             else:
                 reach[node] = sources
     return boxes, graph
+
+
+def _read(node: fx.Node, concats: dict[tuple[Any, ...], fx.Node]) -> list[fx.Node]:
+    """Return what a node reads; instead of the first inputs of a concat, the longest earlier concat of just these.
+
+    Args:
+        node: the node.
+        concats: (dim, inputs) -> node, of all concats so far; this one is added.
+    """
+    if node.target not in CONCATS or not node.args or not isinstance(node.args[0], (tuple, list)):
+        return node.all_input_nodes
+    along = (*node.args[1:], *node.kwargs.items())
+    inputs = tuple([n for n in node.args[0] if isinstance(n, fx.Node)])
+    first = next((n for n in range(len(inputs) - 1, 1, -1) if (along, inputs[:n]) in concats), 0)
+    earlier = concats.get((along, inputs[:first]))
+    concats[along, inputs] = node
+    return node.all_input_nodes if earlier is None else [earlier, *inputs[first:]]
 
 
 def _same(sources: list[str], boxes: dict[str, Box], segments: tuple[Segment, ...]) -> bool:

@@ -68,6 +68,11 @@ class Chooser:
         self._weights: dict[bytes, Mapping[str, torch.Tensor]] = {}
         self._guard = None if found is None else _guard(coupling, method, found)
 
+    @property
+    def paths(self) -> Sequence[RemovalPath]:
+        """The removal path of every group; none of a method that searches by itself."""
+        return self._paths
+
     def keep(self, bounds: Mapping[str, float], *, closest: bool = False) -> np.ndarray:
         """Return what stays, (channels,), within bounds and tolerances.
 
@@ -116,9 +121,24 @@ def _guard(coupling: Coupling, method: AnyMethod, found: Calibration) -> Guard |
     return Guard(probe_of(coupling, method, found, found.held_out), limits)
 
 
-def probe_of(coupling: Coupling, method: AnyMethod, calibration: Calibration, batches: Iterable[Any]) -> Probe:
-    """Return what measures a method's choices on some batches: with the weights corrected, where the method does so."""
-    return Probe(coupling, calibration, damping=damping_of(method), compensate=corrects(method), batches=batches)
+def probe_of(
+    coupling: Coupling,
+    method: AnyMethod,
+    calibration: Calibration,
+    batches: Iterable[Any],
+    samples: int | None = None,
+) -> Probe:
+    """Return what measures a method's choices on some batches: with the weights corrected, where the method does so.
+
+    Args:
+        coupling: of the network.
+        method: whose choices are measured.
+        calibration: what was gathered.
+        batches: to measure on.
+        samples: how many of them, at most; None for all.
+    """
+    damping, compensate = damping_of(method), corrects(method)
+    return Probe(coupling, calibration, samples=samples, damping=damping, compensate=compensate, batches=batches)
 
 
 def _checked(method: SearchMethod, found: Any, coupling: Coupling, bounds: Mapping[str, float]) -> np.ndarray:

@@ -2,122 +2,125 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 import numpy as np
 
-from fxprune.boxes import Box, change, find_boxes, short, shrinking
+from fxprune.boxes import Box, find_boxes
+from fxprune.collapsing import Repeat
+from fxprune.collapsing import collapse as collapsed
 from fxprune.coupling import Coupling
-from fxprune.errors import FxPruneError
-from fxprune.grouping import Group
+from fxprune.figures import CHARACTER, EDGE, FONT, HATCH, INK, STAYS, bold, colors_of, new_figure, pale, saved
 from fxprune.layering import Layers, lay_out
+from fxprune.legends import Legend
 from fxprune.planning import keep_of
 from fxprune.plans import Plan
+from fxprune.serving import serve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
-COLORS = ("#77AADD", "#EE8866", "#44BB99", "#FFAABB", "#BBCC33", "#99DDFF", "#EEDD88")
-"""Paul Tol's light scheme: colour-blind readers tell them apart, and dark text is legible on every one."""
-STAYS, INK, EDGE = "#DDDDDD", "#222222", "#999999"
-FONT, CHARACTER = 7.5, 0.066
-"""Size of the text in points, and the room for one of its characters in inches."""
-BOX, PITCH, GAP, LANE, LEGEND = 0.22, 0.36, 0.2, 0.2, 3.4
-"""Inches: height of a box, from row to row, between boxes, for an edge that passes, width of the legend."""
+BOX, PITCH, GAP, LANE = 0.22, 0.36, 0.2, 0.2
+"""Inches: height of a box, from row to row, between boxes, for an edge that passes."""
 TOP, MARGIN = 0.3, 0.45
 """Inches: from the origin down to the first row, and up to the top of the picture."""
-LEGEND_ROWS, LEGEND_ROW = 24, 0.19
-"""How many groups the legend names, and its inches from row to row."""
-HATCH: dict[str, Any] = {"hatch": "////", "ec": "#BBBBBB"}
+FRAME, FRAME_COLOR, TIMES_ROOM = 0.09, "#F1F1F1", 0.5
+"""Inches around the boxes of a block that repeats, and for how often it does."""
+BADGE, LONGEST_BADGE = 0.125, 4
+"""Inches: height of the mark that says which tasks a box serves; how many letters it has at most."""
+TIMES, ELLIPSIS = "\N{MULTIPLICATION SIGN}", "\N{HORIZONTAL ELLIPSIS}"
+MANY_BOXES = 60
+"""From how many boxes on blocks that repeat are drawn once, unless a picture is asked for otherwise."""
 
 
-def draw_groups(coupling: Coupling, path: str | Path | None = None, plan: Plan | None = None) -> Figure:
+def draw_groups(
+    coupling: Coupling, path: str | Path | None = None, plan: Plan | None = None, *, collapse: bool | None = None
+) -> Figure:
     """Draw the layers of a network from top to bottom, coloured by the group of their output channels.
 
     A norm is drawn in one box with the layer it follows. What stays as it is, is grey and hatched. Boxes carry the
     number of their group and their width; with a plan, the width before and after, and the part that goes is pale.
+    Where there are several outputs, letters mark what serves only some of them.
+
+    Equal blocks that follow each other may be drawn once, framed, with how often they occur. Names and widths then
+    tell from which to which they go, and `12..` is group 12 and those in its place in the other blocks.
 
     Args:
         coupling: from `couple`.
         path: where to write the picture: `.png`, `.svg` or `.pdf`.
         plan: what to show the effect of.
+        collapse: draw blocks that repeat once; by default where there are more than 60 boxes.
 
     Returns:
-        The figure. Patches carry the fx node they stand for as their `gid`.
+        The figure. Patches carry the fx node they stand for as their `gid`, frames and letters `repeat:` or `serves:`
+        before it.
 
     Raises:
         FxPruneError: matplotlib is not installed, or cannot write such a file.
         ArtifactError: the plan is of another network.
+
+    Example:
+        >>> fxprune.draw_groups(coupling, "groups.png")  # doctest: +SKIP
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        message = 'drawing needs matplotlib, which is not installed. Run `pip install "fxprune[examples]"`.'
-        raise FxPruneError(message) from error
     keep = np.ones(coupling.num_channels, dtype=bool) if plan is None else keep_of(coupling, plan)
     boxes, graph = find_boxes(coupling, keep)
+    repeats, stands = [], {}
+    if len(boxes) > MANY_BOXES if collapse is None else collapse:
+        boxes, graph, repeats, stands = collapsed(boxes, graph)
     layers = lay_out(graph, {name: _room(box) + GAP for name, box in boxes.items()}, LANE)
     colors = colors_of(graph, boxes)
-    listed = _largest(shrinking(coupling))
-    left, right, rows = _extent(layers, boxes)
-    height = max(rows * PITCH, LEGEND_ROW * (len(listed) + 4)) + TOP + MARGIN
-    figure = Figure(figsize=(right - left + LEGEND, height), dpi=110)
+    letters, served = serve(boxes, graph)
+    legend = Legend.of(coupling, boxes, colors, stands=stands, letters=letters, plan=plan, keep=keep)
+    left, right, rows = _extent(layers, boxes, repeats)
+    height = max(rows * PITCH, legend.height) + TOP + MARGIN
+    figure = new_figure(right - left + legend.width, height)
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(left, right + LEGEND), ylim=(MARGIN - height, MARGIN))
+    axes.set(xlim=(left, right + legend.width), ylim=(MARGIN - height, MARGIN))
     axes.axis("off")
+    for repeat in repeats:
+        _draw_frame(axes, repeat, layers, boxes)
     _draw_edges(axes, layers)
     for name, box in boxes.items():
-        _draw_box(axes, box, layers.at[name][0], _y(layers.at[name][1]), colors)
-    _draw_legend(axes, right, _handles(coupling, listed, keep, colors, plan), _title(coupling, listed, plan))
-    if path is not None:
-        _save(figure, Path(path))
-    return figure
+        x, y = layers.at[name][0], _y(layers.at[name][1])
+        _draw_box(axes, box, x, y, colors, stands)
+        if name in served:
+            _draw_badge(axes, box, x, y, served[name], len(letters))
+    legend.draw(axes, right)
+    return saved(figure, path)
 
 
 def _room(box: Box) -> float:
     """Return the inches that a box is wide."""
-    return CHARACTER * (len(box.name) + len(box.size) + (5 if len(box.groups) == 1 else 2)) + 0.1
+    return CHARACTER * (len(box.name) + len(box.size) + (6 if len(box.groups) == 1 else 2)) + 0.1
 
 
 def _y(row: int) -> float:
     return -row * PITCH - TOP
 
 
-def _extent(layers: Layers, boxes: Mapping[str, Box]) -> tuple[float, float, int]:
+def _extent(layers: Layers, boxes: Mapping[str, Box], repeats: Sequence[Repeat]) -> tuple[float, float, int]:
     """Return the left and right end of everything, with a margin, and the number of rows."""
     sides = [x + side * _room(boxes[name]) / 2 for name, (x, _) in layers.at.items() for side in (-1, 1)]
     sides += [x for points in layers.paths.values() for x, _ in points]
+    frames = [_frame(repeat, layers, boxes) for repeat in repeats]
     return (
-        min(sides, default=0.0) - GAP,
-        max(sides, default=0.0) + GAP,
+        min([*sides, *(left - TIMES_ROOM for left, *_ in frames)], default=0.0) - GAP,
+        max([*sides, *(right for _, right, *_ in frames)], default=0.0) + GAP,
         1 + max((row for _, row in layers.at.values()), default=0),
     )
 
 
-def colors_of(graph: nx.DiGraph, boxes: Mapping[str, Box]) -> dict[int, str]:
-    """Colour the groups so that those drawn near each other differ, and all colours are used about equally."""
-    near: dict[int, set[int]] = {}
-    around = nx.power(graph.to_undirected(), 3) if len(graph) else graph
-    for name, box in boxes.items():
-        for g in box.groups:
-            near.setdefault(g, set()).update(box.groups, *(boxes[other].groups for other in around[name]))
-    chosen: dict[int, str] = {}
-    for g in sorted(near):
-        taken = [chosen[other] for other in near[g] if other in chosen]
-        chosen[g] = min(COLORS, key=lambda c: (taken.count(c), list(chosen.values()).count(c)))
-    return chosen
-
-
-def pale(color: str) -> str:
-    """Mix a colour with three parts of white."""
-    parts = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
-    return "#" + "".join(f"{(part + 3 * 255) // 4:02X}" for part in parts)
+def _frame(repeat: Repeat, layers: Layers, boxes: Mapping[str, Box]) -> tuple[float, float, float, float]:
+    """Return left, right, bottom and top of what is around a block that repeats."""
+    nodes = repeat.blocks[0]
+    sides = [layers.at[n][0] + side * _room(boxes[n]) / 2 for n in nodes for side in (-1, 1)]
+    rows = [_y(layers.at[n][1]) for n in nodes]
+    room = BOX / 2 + FRAME / 2
+    return min(sides) - FRAME, max(sides) + FRAME, min(rows) - room, max(rows) + room
 
 
 def _draw_edges(axes: Axes, layers: Layers) -> None:
@@ -143,7 +146,7 @@ def _draw_edges(axes: Axes, layers: Layers) -> None:
     axes.add_collection(PathCollection(curves, facecolors="none", edgecolors=EDGE, linewidths=0.8, zorder=1))
 
 
-def _draw_box(axes: Axes, box: Box, x: float, y: float, colors: Mapping[int, str]) -> None:
+def _draw_box(axes: Axes, box: Box, x: float, y: float, colors: Mapping[int, str], stands: Mapping[int, Any]) -> None:
     from matplotlib.patches import FancyBboxPatch, Rectangle
 
     room = _room(box)
@@ -163,64 +166,39 @@ def _draw_box(axes: Axes, box: Box, x: float, y: float, colors: Mapping[int, str
         start += wide
     look = {"fc": "none", "ec": INK, "lw": 0.7, "ls": "-" if box.kind == "layer" else (0, (3, 1.5)), "gid": box.node}
     axes.add_patch(Rectangle((left, bottom), room, BOX, zorder=3, **look))
-    name = f"{_bold(box.groups[0])}  {box.name}" if len(box.groups) == 1 else box.name
+    groups = [f"{bold(str(g))}{ELLIPSIS if g in stands else ''}" for g in box.groups]
+    name = f"{groups[0]}  {box.name}" if len(groups) == 1 else box.name
     axes.text(left + 0.06, y - 0.008, name, ha="left", **style)
     axes.text(left + room - 0.06, y - 0.008, box.size, ha="right", **style)
 
 
-def _bold(number: int) -> str:
-    return f"$\\bf{{{number}}}$"
+def _draw_frame(axes: Axes, repeat: Repeat, layers: Layers, boxes: Mapping[str, Box]) -> None:
+    """Draw what is around a block that repeats, with how often it does."""
+    from matplotlib.patches import FancyBboxPatch
 
-
-def _largest(groups: list[Group]) -> list[Group]:
-    """Return the widest groups, in graph order."""
-    widest = sorted(groups, key=lambda group: (-group.width, group.index))[:LEGEND_ROWS]
-    return sorted(widest, key=lambda group: group.index)
-
-
-def _handles(
-    coupling: Coupling, listed: list[Group], keep: np.ndarray, colors: Mapping[int, str], plan: Plan | None
-) -> list[Patch]:
-    from matplotlib.patches import Patch
-
-    alive = coupling.members.total((keep & coupling.has_site).astype(np.float64)) > 0
-    handles = []
-    for group in listed:
-        width = change(group.width, int(alive[np.concatenate(group.cells)].sum()))
-        name = short(group.name.rpartition(".")[0] or group.name)
-        handles.append(Patch(fc=colors.get(group.index, STAYS), label=f"{_bold(group.index)}  {name}  {width}"))
-    handles.append(Patch(fc=STAYS, lw=0, label="stays as it is", **HATCH))
-    if plan is not None:
-        handles.append(Patch(fc=pale(COLORS[0]), label="pale: goes"))
-    return handles
-
-
-def _title(coupling: Coupling, listed: list[Group], plan: Plan | None) -> str:
-    count = len(shrinking(coupling))
-    title = f"{count} group{'' if count == 1 else 's'} of {type(coupling.traced.model).__name__}"
-    if count > len(listed):
-        title += f", the {len(listed)} widest"
-    if plan is not None:
-        title += f"\n{plan.costs.share('macs'):.1%} of macs, {plan.costs.share('params'):.1%} of params"
-    return title
-
-
-def _draw_legend(axes: Axes, x: float, handles: list[Patch], title: str) -> None:
-    corner: dict[str, Any] = {
-        "loc": "upper left",
-        "bbox_to_anchor": (x, 0.25),
-        "bbox_transform": axes.transData,
-        "borderaxespad": 0,
+    left, right, bottom, top = _frame(repeat, layers, boxes)
+    look: dict[str, Any] = {
+        "fc": FRAME_COLOR,
+        "ec": EDGE,
+        "lw": 0.8,
+        "zorder": 0,
+        "gid": f"repeat:{repeat.blocks[0][0]}",
     }
-    sizes: dict[str, Any] = {"fontsize": FONT + 0.5, "title_fontsize": FONT + 1.5, "handlelength": 1.6}
-    legend = axes.legend(handles=handles, title=title, frameon=False, alignment="left", **corner, **sizes)
-    legend.get_title().set_fontweight("bold")
+    style = "round,pad=0,rounding_size=0.06"
+    axes.add_patch(FancyBboxPatch((left, bottom), right - left, top - bottom, style, **look))
+    words = f"{TIMES} {repeat.count}"
+    axes.text(left - 0.06, top - 0.06, words, ha="right", va="top", fontsize=FONT + 3, weight="bold", color=INK)
 
 
-def _save(figure: Figure, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-    except (ValueError, OSError) as error:
-        message = f"cannot write {str(path)!r} ({error}). Name a file that ends in .png, .svg or .pdf."
-        raise FxPruneError(message) from error
+def _draw_badge(axes: Axes, box: Box, x: float, y: float, letters: Sequence[str], of: int) -> None:
+    """Mark which tasks a box serves, on its upper left corner."""
+    from matplotlib.patches import FancyBboxPatch
+
+    words = " ".join(letters) if len(letters) <= LONGEST_BADGE else f"{len(letters)} of {of}"
+    wide = BADGE + 0.052 * (len(words) - 1)
+    left, bottom = x - _room(box) / 2 - BADGE / 2, y + BOX / 2 - BADGE / 2 + 0.02
+    look: dict[str, Any] = {"fc": INK, "ec": "white", "lw": 0.6, "zorder": 5, "gid": f"serves:{box.node}"}
+    style = f"round,pad=0,rounding_size={BADGE / 2}"
+    axes.add_patch(FancyBboxPatch((left, bottom), wide, BADGE, style, label=words, **look))
+    where = {"ha": "center", "va": "center", "zorder": 6}
+    axes.text(left + wide / 2, bottom + BADGE / 2 - 0.006, words, fontsize=6, weight="bold", color="white", **where)

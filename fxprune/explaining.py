@@ -24,7 +24,7 @@ def dependency_graph(coupling: Coupling) -> nx.Graph:
     carry `node`, the fx node that tied the two, and `relation`: "tie", "row" or "crossing".
     """
     record = coupling.record
-    vertices, of_atom = _origins(coupling)
+    vertices, of_atom = origins(coupling)
     graph = nx.Graph()
     graph.add_nodes_from((site.name, site.dim) for site in coupling.sites)
 
@@ -50,7 +50,7 @@ def dependency_graph(coupling: Coupling) -> nx.Graph:
     return graph
 
 
-def _origins(coupling: Coupling) -> tuple[list[Vertex], np.ndarray]:
+def origins(coupling: Coupling) -> tuple[list[Vertex], np.ndarray]:
     """Return the vertices, and for each atom the index of the one it was born at."""
     record = coupling.record
     births = record.ledger.births

@@ -1,9 +1,11 @@
-"""What couplings, plans and reports look like in a notebook: small tables, everything else folded away."""
+"""What the results look like in a notebook: small tables and pictures, everything else folded away."""
 
 from __future__ import annotations
 
+import base64
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
@@ -12,9 +14,13 @@ from fxprune.costs import CostChange
 from fxprune.freezing import FrozenRow, frozen_rows
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from fxprune.coupling import Coupling
     from fxprune.plans import GroupWidth, Plan
     from fxprune.reporting import Report
+    from fxprune.sensing import Sensitivity
+    from fxprune.sweeping import Sweep
 
 
 def report_html(report: Report) -> str:
@@ -53,6 +59,34 @@ def coupling_html(coupling: Coupling) -> str:
             _folded("coverage", _plain(str(coupling.coverage()))),
         ]
     )
+
+
+def sensitivity_html(sensitivity: Sensitivity) -> str:
+    """Return a sensitivity: its picture, where matplotlib is there; the table on demand."""
+    from fxprune.charts import draw_sensitivity  # what it imports renders itself by this module
+
+    picture = _picture(lambda: draw_sensitivity(sensitivity)) if sensitivity.tasks else ""
+    table = _folded("groups", _plain(str(sensitivity)))
+    return _title(f"sensitivity, {sensitivity.method}") + picture + table
+
+
+def sweep_html(sweep: Sweep) -> str:
+    """Return a sweep: its table, and its picture where losses were measured and matplotlib is there."""
+    from fxprune.charts import draw_sweep
+
+    measured = len(sweep) > 0 and bool(sweep[0].rises)
+    picture = _picture(lambda: draw_sweep(sweep)) if measured else ""
+    return _title("sweep") + _plain(str(sweep)) + picture
+
+
+def _picture(draw: Callable[[], Figure]) -> str:
+    """Return a picture as part of a page; nothing where matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        return ""
+    from fxprune.figures import png_of
+
+    data = base64.b64encode(png_of(draw())).decode()
+    return f'<img alt="" style="max-width: 100%" src="data:image/png;base64,{data}">'
 
 
 def _title(text: str) -> str:

@@ -122,6 +122,20 @@ def check_request(
     """
     if not isinstance(budget, Budget):
         raise PlanError(f"the budget is {budget!r}. Pass `fxprune.Budget(macs=0.5)`.")
+    check_settings(method, calibration, tasks, constraints)
+
+
+def check_settings(
+    method: AnyMethod | None,
+    calibration: Iterable[Any] | Calibration | None,
+    tasks: Mapping[str, Task] | None,
+    constraints: Constraints | None,
+) -> None:
+    """Check the types of what is asked besides budgets.
+
+    Raises:
+        PlanError: one of them is something else.
+    """
     if method is not None:
         ranks = callable(getattr(method, "scores", None)) or isinstance(method, PathMethod)
         if isinstance(method, type) or not (isinstance(method, SearchMethod) or (ranks and hasattr(method, "scope"))):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -278,10 +278,35 @@ def _change(outputs: Any, dense: Any) -> float:
 
 def measured(probe: Probe, paths: Sequence[RemovalPath], shares: Sequence[float] = SHARES) -> list[RemovalPath]:
     """Return the paths with errors scaled to what was measured after some of their steps, each group on its own."""
+    return _spread("measured paths", probe, paths, lambda path: _measured(probe, path, shares))
+
+
+def rises_alone(probe: Probe, paths: Sequence[RemovalPath], shares: Sequence[float]) -> np.ndarray:
+    """Return (paths, shares, tasks) how much losses rise, relative, after shares of each path's steps, it alone.
+
+    A share stands for the nearest number of steps; where that is none, or all there are, it is NaN. See `Probe.rises`.
+    """
+
+    def one(path: RemovalPath) -> np.ndarray:
+        found = np.full((len(shares), len(probe.dense)), np.nan)
+        for i, share in enumerate(shares):
+            steps = round(share * len(path.choices))
+            if 0 < steps < len(path.choices):
+                found[i] = probe.rises(_without(probe.coupling, path, steps))
+        return found
+
+    return np.array(_spread("sensitivities", probe, paths, one)).reshape(len(paths), len(shares), len(probe.dense))
+
+
+Found = TypeVar("Found")
+
+
+def _spread(what: str, probe: Probe, paths: Sequence[RemovalPath], work: Callable[[RemovalPath], Found]) -> list[Found]:
+    """Return what is found for each path; ranks share the work, in the order in which what changes is read."""
     places = [probe.place(_without(probe.coupling, path, len(path.choices))) for path in paths]
     order = sorted(range(len(places)), key=places.__getitem__)
-    found = sharing.spread("measured paths", lambda i: (i, _measured(probe, paths[i], shares)), order)
-    return [path for _, path in sorted(found, key=itemgetter(0))]
+    found = sharing.spread(what, lambda i: (i, work(paths[i])), order)
+    return [each for _, each in sorted(found, key=itemgetter(0))]
 
 
 def _without(coupling: Coupling, path: RemovalPath, steps: int) -> np.ndarray:

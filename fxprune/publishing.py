@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import networkx as nx
 
 from fxprune.boxes import Box
-from fxprune.drawing import colors_of, pale
 from fxprune.errors import FxPruneError
+from fxprune.figures import colors_of, pale
 from fxprune.layering import lay_out
 
 if TYPE_CHECKING:

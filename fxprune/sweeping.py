@@ -9,19 +9,18 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from fxprune import agreeing, sharing
+from fxprune import agreeing, notebooks, sharing
 from fxprune.budgets import Budget
 from fxprune.calibrating import Calibration
-from fxprune.choosing import Chooser, probe_of
-from fxprune.constraining import Constraints, constrain
+from fxprune.choosing import probe_of
+from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling
 from fxprune.errors import PlanError
-from fxprune.methods import AnyMethod, PathMethod, SearchMethod, default_method
+from fxprune.methods import AnyMethod, default_method
 from fxprune.planning import check_request, plan_of, timed
 from fxprune.plans import Plan
+from fxprune.preparing import prepare
 from fxprune.probing import Probe
-from fxprune.problems import gathered
-from fxprune.restricting import restrict
 from fxprune.tasks import Task
 
 
@@ -66,6 +65,9 @@ class Sweep:
             for p in self.points
         ]
         return tabulate(rows, [*names, *(f"{task} loss" for task in tasks)], colalign=["right"] * len(rows[0]))
+
+    def _repr_html_(self) -> str:
+        return notebooks.sweep_html(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
@@ -117,24 +119,13 @@ def sweep(
         raise PlanError("the budgets of a sweep have different latency models. Pass one and the same to all.")
     coupling = timed(coupling, next(iter(models.values()), asked[0]))
     dense = coupling.costs.dense
-    restriction = restrict(coupling, tasks)
-    coupling = coupling if restriction is None else restriction.part
-    bound = constrain(coupling, constraints)
-    reads = isinstance(method, (PathMethod, SearchMethod))
-    known = None
-    if isinstance(data, Calibration) and restriction is not None:
-        data = restriction.cut(data)
-    if isinstance(data, Calibration) or (data is not None and reads):
-        known = gathered(coupling, method, data, tasks)
-    elif data is not None:
-        known = Calibration.of_batches(coupling, data, tasks)
-    chooser = Chooser(bound, method, constraints, known if reads else data, tasks)
-    batches = None if known is None else known.held_out or known.batches
-    probe = None if known is None or batches is None else probe_of(bound, method, known, batches)
+    ready = prepare(coupling, method, data, tasks, constraints)
+    restriction, known = ready.restriction, ready.known
+    probe = None if known is None or ready.batches is None else probe_of(ready.coupling, method, known, ready.batches)
     points = []
     for budget in asked:
-        keep = chooser.keep(budget.bounds(dense))
-        plan = agreeing.check_plan(plan_of(bound, keep, method=repr(method), budget=budget.to_dict()))
+        keep = ready.chooser.keep(budget.bounds(dense))
+        plan = agreeing.check_plan(plan_of(ready.coupling, keep, method=repr(method), budget=budget.to_dict()))
         rises = {} if probe is None else _rises(probe, keep, known)
         points.append(Point(plan if restriction is None else restriction.widened(plan), rises))
     return Sweep(tuple(points))

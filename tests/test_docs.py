@@ -25,6 +25,7 @@ RUN = {
     "docs/how_it_works.md": (8, 0),
     "docs/index.md": (1, 0),
     "docs/methods.md": (9, 2),
+    "docs/pictures.md": (1, 0),
     "docs/troubleshooting.md": (2, 1),
     "docs/writing_rules.md": (8, 0),
 }

@@ -10,10 +10,13 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from torch import nn
 
-from fxprune import Budget, FxPruneError, couple, layering, plan, trace
+from fxprune import Budget, FxPruneError, couple, draw_groups, layering, plan, select_tasks, trace
 from fxprune.boxes import find_boxes
-from fxprune.drawing import COLORS, STAYS, draw_groups
+from fxprune.collapsing import collapse
+from fxprune.examples.networks import SceneNet
+from fxprune.figures import COLORS, STAYS
 from fxprune.layering import lay_out
+from fxprune.planning import plan_of
 
 
 class Small(nn.Module):
@@ -177,3 +180,147 @@ def test_exported_networks_show_the_same_layers():
     assert coupling.traced.frontend == "export"
     assert [box.name for box in boxes.values() if box.kind == "layer"] == ["a", "b", "norm", "head"]
     assert [box.name for box in boxes.values() if box.kind == "output"] == ["output"]
+
+
+class Repeated(nn.Module):
+    """Two blocks of one layer more than the rest, then four equal residual blocks, a head."""
+
+    def __init__(self, widths=(8, 8, 8, 8), taps=()):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(4, w, 1), nn.Conv2d(w, 4, 1)) for w in widths)
+        self.head = nn.Conv2d(4 * (1 + len(taps)), 2, 1)
+        self.taps = taps
+
+    def forward(self, x):
+        x = self.stem(x)
+        tapped = []
+        for i, block in enumerate(self.blocks):
+            x = x + block(x)
+            if i in self.taps:
+                tapped.append(x)
+        return self.head(torch.cat([x, *tapped], 1) if tapped else x)
+
+
+def collapsed(model):
+    boxes, graph = find_boxes(*_dense(model))
+    return collapse(boxes, graph)
+
+
+def test_equal_blocks_are_drawn_once():
+    boxes, graph, (repeat,), stands = collapsed(Repeated())
+    assert (repeat.count, len(repeat.blocks[0])) == (4, 3)
+    assert [box.name for box in boxes.values()] == [
+        "x 1\N{MULTIPLICATION SIGN}3\N{MULTIPLICATION SIGN}8\N{MULTIPLICATION SIGN}8",
+        "stem",
+        "blocks.0\N{EN DASH}3.0",
+        "blocks.0\N{EN DASH}3.1",
+        "add",
+        "head",
+        "output",
+    ]
+    assert list(graph.edges) == [
+        ("x", "stem"), ("stem", "blocks_0_0"), ("stem", "add"), ("blocks_0_0", "blocks_0_1"), ("blocks_0_1", "add"),
+        ("add", "head"), ("head", "output:output"),
+    ]  # fmt: skip
+    assert list(map(len, stands.values())) == [4]  # each block has a group inside; that of the residual is one
+
+
+def test_blocks_that_differ_are_drawn_each():
+    assert [r.count for r in collapsed(Repeated((8, 8, 6, 6)))[2]] == [2, 2]
+    assert [r.count for r in collapsed(Repeated((8, 6, 8, 6)))[2]] == [2]  # pairs of blocks
+    assert [r.count for r in collapsed(Repeated((8, 6, 7, 4)))[2]] == []
+    assert [r.count for r in collapsed(Repeated(taps=(1,)))[2]] == [2, 2]  # what else is read ends a repeat
+    assert [r.count for r in collapsed(Repeated(taps=(0, 1, 2)))[2]] == []
+
+
+def test_widths_may_grow_by_equal_steps():
+    boxes, _, (repeat,), _ = collapsed(Repeated((8, 10, 12, 14)))
+    assert repeat.count == 4
+    assert boxes["blocks_0_0"].size == "8\N{EN DASH}14"
+
+
+def test_what_stands_for_several_tells_the_range_that_a_plan_leaves():
+    coupling, _ = _dense(Repeated())
+    keep = torch.ones(coupling.num_channels, dtype=torch.bool).numpy()
+    inner = [g for g in coupling.groups() if g.name.endswith(".0.weight") and g.width == 8]
+    for goes, group in enumerate(inner):
+        keep[group.cells[0][:goes]] = False
+    figure = draw_groups(coupling, plan=plan_of(coupling, coupling.settle(keep)), collapse=True)
+    words = [text.get_text() for text in figure.axes[0].texts]
+    assert "8\N{RIGHTWARDS ARROW}5\N{EN DASH}8" in words
+    assert "\N{MULTIPLICATION SIGN} 4" in words
+    assert "repeat:blocks_0_0" in patches(figure)
+    legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert any("8\N{RIGHTWARDS ARROW}5\N{EN DASH}8, 4 groups" in line for line in legend)
+
+
+def test_large_networks_are_collapsed_unless_told_otherwise():
+    coupling, _ = _dense(Repeated((8,) * 24))
+    assert sum(gid == "repeat:blocks_0_0" for gid in patches(draw_groups(coupling))) == 1
+    every = patches(draw_groups(coupling, collapse=False))
+    assert {f"blocks_{i}_1" for i in range(24)} <= set(every)
+    assert not any(gid.startswith("repeat:") for gid in every)
+
+
+def test_letters_say_which_layers_the_network_of_a_task_needs():
+    torch.manual_seed(0)
+    model, x = SceneNet().eval(), torch.zeros(1, 1, 16, 16)
+    coupling = couple(trace(model, x))
+    figure = draw_groups(coupling)
+    found = {gid.removeprefix("serves:"): p.get_label() for gid, p in patches(figure).items()
+             if gid.startswith("serves:")}  # fmt: skip
+    tasks = {"A": "segmentation", "B": "depth", "C": "presence"}
+    needed = {a: {n.name for n in select_tasks(coupling.traced, [task]).graph.nodes} for a, task in tasks.items()}
+    boxes, _ = find_boxes(coupling, torch.ones(coupling.num_channels, dtype=torch.bool).numpy())
+    for node, box in boxes.items():
+        if box.kind != "output":
+            letters = " ".join(letter for letter in tasks if node in needed[letter])
+            assert found.get(node, "A B C") == letters, node
+    assert {found[f"output:{task}"] for task in tasks.values()} == {"A", "B", "C"}
+    legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert [line for line in legend if "serves depth" in line] == ["$\\bf{B}$  serves depth"]
+
+
+def test_a_network_with_one_output_has_no_letters():
+    coupling, _ = _dense(Repeated())
+    assert not [gid for gid in patches(draw_groups(coupling)) if gid.startswith("serves:")]
+
+
+def test_the_legend_says_why_channels_stay(coupling):
+    legend = [text.get_text() for text in draw_groups(coupling).axes[0].get_legend().get_texts()]
+    assert "12 channels: is an output of the network" in [line.replace("\n ", "") for line in legend]
+
+
+def test_a_dense_block_is_a_chain():
+    class Dense(nn.Module):
+        def __init__(self, slices=False):
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(4 + 4 * i, 4, 1) for i in range(5))
+            self.slices = slices
+
+        def forward(self, x):
+            found = [x + 1]
+            for conv in self.convs:
+                y = conv(torch.cat(found, 1) if len(found) > 1 else found[0])
+                found.append(y)
+            if self.slices:
+                found[0] = found[0][:, :2]
+            return torch.cat(found, 1)
+
+    boxes, graph = find_boxes(*_dense4(Dense()))
+    cats = [node for node in boxes if node.startswith("cat")]
+    assert [list(graph.predecessors(cat)) for cat in cats[1:]] == [
+        [cats[i], f"convs_{i + 1}"] for i in range(len(cats) - 1)
+    ]
+    _, graph = find_boxes(*_dense4(Dense(slices=True)))
+    assert set(graph.predecessors(cats[-1])) == {"x", *(f"convs_{i}" for i in range(5))}
+
+
+def _dense4(model):
+    coupling = couple(trace(model, torch.zeros(1, 4, 8, 8)))
+    return coupling, torch.ones(coupling.num_channels, dtype=torch.bool).numpy()
+
+
+def test_pictures_show_themselves_in_notebooks(coupling):
+    assert draw_groups(coupling)._repr_png_().startswith(b"\x89PNG")

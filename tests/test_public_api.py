@@ -17,6 +17,7 @@ NAMES = {
     "calibrate", "compensate", "Calibration", "sweep", "Sweep", "select_tasks", "merge",
     "combination_costs", "CombinationCosts", "LatencyModel", "MeasuredLatency", "measure_latency",
     "Traced", "Coupling", "Plan", "Budget", "Constraints", "Task", "Verification", "Report",
+    "sensitivity", "Sensitivity", "draw_groups", "draw_group", "draw_plan", "draw_sensitivity", "draw_sweep",
     "FxPruneError", "TraceError", "CouplingError", "PlanError", "RewriteError", "VerificationError", "ArtifactError",
 }  # fmt: skip
 METHODS = {
@@ -33,6 +34,12 @@ KEYWORD_ONLY = {
     "merge": ["method", "example_inputs", "tasks"],
     "combination_costs": ["combinations", "latency"],
     "sweep": ["method", "calibration", "tasks", "constraints"],
+    "sensitivity": ["method", "calibration", "tasks", "constraints", "shares", "samples"],
+    "draw_groups": ["collapse"],
+    "draw_group": ["collapse"],
+    "draw_plan": ["most"],
+    "draw_sensitivity": ["most"],
+    "draw_sweep": ["resources"],
     "load": ["example_inputs"],
     "measure_latency": ["rounds"],
     "transfer": ["model"],
