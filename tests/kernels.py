@@ -34,8 +34,9 @@ def executed(path: Path) -> NotebookNode:
     notebook = nbformat.read(path, as_version=4)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
-        resources = {"metadata": {"path": folder}}
-        NotebookClient(notebook, timeout=300, record_timing=False, coalesce_streams=True, resources=resources).execute(env=environment)
+        client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": folder}})
+        client.record_timing, client.coalesce_streams = False, True
+        client.execute(env=environment)
     notebook.metadata = nbformat.from_dict(METADATA)
     for output in outputs(notebook):
         if "image/png" in output.get("data", {}):
