@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils import _pytree as pytree
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from fxprune import sharing
 from fxprune.agreeing import check_network, check_request

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from torch import fx, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from fxprune import sharing
 from fxprune.budgets import Budget

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -148,8 +149,14 @@ class Coupling:
             digest.update(channels.tobytes())
         return digest.hexdigest()
 
+    def __str__(self) -> str:
+        return notebooks.coupling_line(self)
+
     def _repr_html_(self) -> str:
         return notebooks.coupling_html(self)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))  # what a notebook stores besides: not all arrays
 
     @cached_property
     def graph(self) -> nx.Graph:

@@ -44,16 +44,20 @@ def plan_html(plan: Plan) -> str:
     return _title(plan.method) + _costs(plan.costs) + _folded("groups", _groups(plan.groups))
 
 
+def coupling_line(coupling: Coupling) -> str:
+    """Return what a coupling counts, in one line."""
+    groups, stays = len(coupling.groups()), int((coupling.is_frozen & coupling.has_site).sum())
+    line = f"{int(coupling.has_site.sum()):,} channels, {stays:,} frozen, others in {groups} group{'s' * (groups != 1)}"
+    return f"{line}; {coupling.coverage().headline}"
+
+
 def coupling_html(coupling: Coupling) -> str:
     """Return a coupling: what it counts; groups, what is frozen and the coverage on demand."""
-    groups, stays = coupling.groups(), int((coupling.is_frozen & coupling.has_site).sum())
-    line = f"{int(coupling.has_site.sum()):,} channels in {len(groups)} groups, {stays:,} frozen"
-    line += f"; {coupling.coverage().headline}"
-    rows = [[g.name, g.kind, g.width] for g in groups]
+    rows = [[g.name, g.kind, g.width] for g in coupling.groups()]
     return "".join(
         [
             _title(f"{type(coupling.traced.model).__name__}, traced by {coupling.traced.frontend}"),
-            f"<p>{html.escape(line)}</p>",
+            f"<p>{html.escape(coupling_line(coupling))}</p>",
             _folded("groups", _table(["first site", "kind", "width"], rows)),
             _folded("frozen channels", _frozen(frozen_rows(coupling))),
             _folded("coverage", _plain(str(coupling.coverage()))),

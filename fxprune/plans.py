@@ -87,6 +87,9 @@ class Plan:
     def _repr_html_(self) -> str:
         return notebooks.plan_html(self)
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))
+
     def cut(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """Cut a tensor of the shape of a dense parameter (its momentum, its average) as the plan cuts the parameter.
 

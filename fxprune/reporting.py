@@ -105,6 +105,9 @@ class Report:
     def _repr_html_(self) -> str:
         return notebooks.report_html(self)
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
         return {

@@ -30,3 +30,12 @@ def _is_users(path: str) -> bool:
     if path.startswith((_TORCH, "<")) or path == contextlib.__file__:  # whose decorators wrap some of ours
         return False
     return os.path.dirname(path) not in _OURS
+
+
+def short_line(place: str) -> str:
+    """Return `file:line` without the folder; in a notebook, a cell is called what IPython calls it: `In[3]:12`."""
+    path, _, line = place.rpartition(":")
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    name_of = getattr(getattr(shell, "compile", None), "format_code_name", None)  # there is none before IPython 8
+    named = None if name_of is None else name_of(path)
+    return f"{os.path.basename(path) if named is None else named[1]}:{line}"

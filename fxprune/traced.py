@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import linecache
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +15,7 @@ from torch.fx.node import map_arg
 
 from fxprune.cloning import State, named_part, named_state
 from fxprune.latencies import LatencyModel
+from fxprune.sources import short_line
 
 TRAINING = "fxprune_training"
 """Name of the submodule that answers whether the network is in training mode."""
@@ -65,11 +65,10 @@ class Traced:
         return fx.GraphModule(self.root, copy.deepcopy(self.graph), type(self.model).__name__)
 
     def source(self, node: str) -> str:
-        """Return the user's source line of a node: `file.py:12: code`, or ""."""
-        path, _, line = self.sources.get(node, "").rpartition(":")
-        if not path:
-            return ""
-        return f"{os.path.basename(path)}:{line}: {linecache.getline(path, int(line)).strip()}"
+        """Return the user's source line of a node: `file.py:12: code`, in a notebook `In[3]:12: code`, or ""."""
+        place = self.sources.get(node, "")
+        path, _, line = place.rpartition(":")
+        return f"{short_line(place)}: {linecache.getline(path, int(line)).strip()}" if path else ""
 
     def where(self, node: str) -> str:
         """Return the source line in brackets, ready to follow a node's name."""

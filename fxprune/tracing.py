@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from types import FunctionType
@@ -25,7 +24,7 @@ from fxprune.exporting import exported
 from fxprune.pausing import without_collector
 from fxprune.recurrent import PACKED, is_packed, raised_packing
 from fxprune.sizing import SizedTracer, Symbol
-from fxprune.sources import user_line
+from fxprune.sources import short_line, user_line
 from fxprune.traced import TRAINING, Traced, TrainingFlag, attach, left_out, taking_part
 from fxprune.values import to_meta
 from fxprune.watching import watched
@@ -218,7 +217,7 @@ def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], t
     asked = list(dict.fromkeys(tracer.flag.asked))
     if asked and not _merge_modes(graph, _trace_once(model, make, not model.training, through)[1]):
         mode = "train" if model.training else "eval"
-        lines = ", ".join(f"{os.path.basename(line)}" for line in asked[:3])
+        lines = ", ".join(short_line(line) for line in asked[:3])
         notes.append(
             f"forward takes another path in the other mode ({lines}); the slim network follows the {mode}() path in "
             "both"
@@ -227,7 +226,7 @@ def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], t
         root.add_module(TRAINING, TrainingFlag().train(model.training))  # its own, or that of arguments merged
     one_path = bool(notes)
     if tracer.autocasts:
-        lines = ", ".join(os.path.basename(line) for line in dict.fromkeys(tracer.autocasts))
+        lines = ", ".join(short_line(line) for line in dict.fromkeys(tracer.autocasts))
         notes.append(f"forward sets torch.autocast ({lines}); the slim network leaves it as it is set outside")
     state, unused = taking_part(root, graph)
     notes += left_out(unused)
