@@ -65,7 +65,8 @@ def run(args: argparse.Namespace, path: Path) -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # for the processes that are started
     options = Options(args.cache, args.cifar10, args.quick, args.tune)
     stages = jobs_for(args, read_rows(path))
-    command = " ".join(["python tests/benchmarks/quality.py", *sys.argv[1:]])
+    words = [word for word in sys.argv[1:] if word not in ("--out", str(args.out))]
+    command = " ".join(["python tests/benchmarks/quality.py", *words])
     with (
         ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool,
         path.open("a") as file,
