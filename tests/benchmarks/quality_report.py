@@ -54,8 +54,8 @@ HOW = (
     "does not correct the weights that stay, `joint-uniform` takes the same part of every group, `joint-one-score` "
     "sees only the sum of the losses, `joint-classes` weighs what varies within classes a fifth. With `-global`, "
     "channels of all layers compete. `tp-hessian` of Torch-Pruning 1.6.1 sees less than it is given: the gradients "
-    "that it accumulates are those of the last sample alone. Seconds to plan are the least over seeds and budgets: other "
-    "work shared the machine."
+    "that it accumulates are those of the last sample alone. Seconds to plan are the least of all "
+    "seeds and budgets: other work shared the machine."
 )
 
 
