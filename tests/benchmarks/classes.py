@@ -2,7 +2,8 @@
 
 Few images: the methods that look at data plan from 1, 5 and 20 calibration images of each class. Subtasks: networks
 for 2, 3 and 5 of the ten classes, planned and fine-tuned for these alone, beside networks for all classes, which are
-tested on the same images and told which classes there can be. Scatter: what CATRO's statistics cost, in forward passes.
+tested on the same images, as they are and told which classes there can be. Scatter: what CATRO's statistics cost, in
+forward passes.
 
 Results are JSON, one line for each, appended as they come (`docs/benchmarks/classes.jsonl`), a Markdown summary
 (`docs/benchmarks/classes.md`), and a plot.
@@ -106,25 +107,31 @@ def subsets(seed: int) -> list[list[int]]:
 
 def subtasks(job: Job, options: Options, problem: Problem, splits: Splits, network: nn.Module) -> Iterator[Row]:
     """Prune for all classes, and for some, down to small shares; test on these."""
-    chosen = subsets(job.seed)
+    chosen, few = subsets(job.seed), problem.recipe.counts.calibration
+    pool = problem.split(replace(problem.recipe.counts, calibration=few * CLASSES)).calibration
     dense = {"kind": "dense", "budget": 1.0, "macs": 1.0}
     yield from (dense | row for row in on_classes(network, splits.test, chosen, "cut"))
-    for share, slim in shrinking(network, problem, splits.calibration, methods.Joint(), None):
+    for share, slim in shrinking(network, problem, rows_of(pool, torch.arange(few)), None):
         yield from pruned(slim, share, network, problem, splits, chosen, job.seed, "all classes")
     for classes in chosen:
         mine = Splits(*(only(part, classes) for part in (splits.train, splits.calibration, splits.test)))
-        for share, slim in shrinking(network, problem, splits.calibration, methods.Joint(), classes):
+        for share, slim in shrinking(network, problem, of_these(pool, classes, few), classes):
             yield from pruned(slim, share, network, problem, mine, [classes], job.seed, "some classes")
+
+
+def of_these(table: Table, classes: Sequence[int], count: int) -> Table:
+    """Return the first images of some classes."""
+    return rows_of(table, torch.nonzero(torch.isin(table.targets[LABEL], torch.tensor(classes)))[:count, 0])
 
 
 def only(table: Table, classes: Sequence[int]) -> Table:
     """Return the images of some classes, labelled by their places among them."""
-    part = rows_of(table, torch.nonzero(torch.isin(table.targets[LABEL], torch.tensor(classes)))[:, 0])
+    part = of_these(table, classes, len(table))
     return Table(part.inputs, {LABEL: torch.searchsorted(torch.tensor(classes), part.targets[LABEL])})
 
 
 def shrinking(
-    network: nn.Module, problem: Problem, table: Table, method: methods.AnyMethod, classes: Sequence[int] | None
+    network: nn.Module, problem: Problem, table: Table, classes: Sequence[int] | None
 ) -> Iterator[tuple[float, nn.Module]]:
     """Yield a slim network for each share that can be reached, of some classes or all."""
     batches = list(table.batches(problem.recipe.batch_size))
@@ -139,7 +146,7 @@ def shrinking(
     for share in SHARES:
         try:
             slim = fxprune.compile(
-                network, table.inputs[:1], fxprune.Budget(macs=share), method=method, calibration=known,
+                network, table.inputs[:1], fxprune.Budget(macs=share), method=methods.Joint(), calibration=known,
                 tasks={LABEL: task}, verify=False, progress=False,
             )  # fmt: skip
         except fxprune.PlanError:
@@ -169,15 +176,18 @@ def pruned(
 
 @torch.no_grad()
 def on_classes(network: nn.Module, test: Table, chosen: Sequence[Sequence[int]], stage: str) -> Iterator[Row]:
-    """Yield the accuracy on each choice of classes; a network for all ten is told which there can be."""
+    """Yield the accuracy on each choice of classes; of a network for all ten also if told which there can be."""
     logits = torch.cat([network.eval()(inputs) for inputs, _ in test.batches(250)])
     for classes in chosen:
         rows = torch.isin(test.targets[LABEL], torch.tensor(classes))
+        row: Row = {"classes": list(classes)}
         if logits.shape[1] == CLASSES:
             among, labels = logits[rows][:, list(classes)], only(test, classes).targets[LABEL]
+            row[stage] = (logits[rows].argmax(1) == test.targets[LABEL][rows]).float().mean().item()
+            row[f"{stage}_told"] = (among.argmax(1) == labels).float().mean().item()
         else:
-            among, labels = logits, test.targets[LABEL]
-        yield {"classes": list(classes), stage: (among.argmax(1) == labels).float().mean().item()}
+            row[stage] = (logits.argmax(1) == test.targets[LABEL]).float().mean().item()
+        yield row
 
 
 def scattering(job: Job, options: Options, problem: Problem, splits: Splits, network: nn.Module) -> Iterator[Row]:

@@ -25,7 +25,7 @@ Curve = tuple[np.ndarray, np.ndarray]
 DATA_FREE = ("magnitude-global", "bn-scale-global", "random", "tp-magnitude", "tp-magnitude-global",
              "tp-bn-scale-global", "tp-lamp-global", "tp-fpgm-global", "tp-random")  # fmt: skip
 STAGES = {"cut": "right after pruning", "tuned": "after fine-tuning"}
-KINDS = {"all classes": ("#d55e00", "--"), "some classes": ("#0072b2", "-")}
+KINDS = {"all classes": ("#d55e00", "-"), "all classes, told": ("#e69f00", "--"), "some classes": ("#0072b2", "-")}
 PACKAGES = ("torch", "torch-pruning", "scikit-learn", "numpy")
 
 
@@ -90,12 +90,14 @@ def curves(rows: Sequence[Row], stage: str) -> dict[str, Curve]:
     """Return the means over seeds of each kind, at the budgets that all seeds reach."""
     found = {}
     for kind in KINDS:
-        mine = [r for r in rows if r["kind"] == kind]
+        told = kind.endswith("told")
+        mine = [r for r in rows if r["kind"] == kind.removesuffix(", told")]
         seeds = {r["seed"] for r in rows}
         at = {b: [r for r in mine if r["budget"] == b] for b in sorted({r["budget"] for r in mine})}
         whole = [group for group in at.values() if len(group) == len(seeds)]
         macs = np.array([statistics.mean(r["macs"] for r in group) for group in whole])
-        found[kind] = macs, 100 * np.array([statistics.mean(r[stage] for r in group) for group in whole])
+        key = f"{stage}_told" if told else stage
+        found[kind] = macs, 100 * np.array([statistics.mean(r[key] for r in group) for group in whole])
     return found
 
 
@@ -122,24 +124,33 @@ def subtasks(rows: Sequence[Row]) -> list[str]:
         dense = 100 * statistics.mean(r["cut"] for r in mine if r["kind"] == "dense")
         for stage, title in STAGES.items():
             found = curves(mine, stage)
-            for macs, accuracy in reversed(list(zip(*found["all classes"], strict=True))):
-                least = needed(found["some classes"], accuracy)
-                first = least is not None and least == found["some classes"][0][0]
-                share = "not reached" if least is None else ("at most " if first else "") + f"{least:.3f}"
-                ratio = "-" if least is None else ("at most " if first else "") + f"{least / macs:.2f}"
-                table.append([network, size, f"{dense:.1f}", title, f"{macs:.3f}", f"{accuracy:.1f}", share, ratio])
+            for i in reversed(range(len(found["all classes"][0]))):
+                line = [network, str(size), f"{dense:.1f}", title, f"{found['all classes'][0][i]:.3f}"]
+                for kind in ("all classes", "all classes, told"):
+                    macs, accuracy = found[kind][0][i], found[kind][1][i]
+                    line += [f"{accuracy:.1f}", *share_needed(found["some classes"], accuracy, macs)]
+                table.append(line)
+    asked = ["accuracy", "as good at", "ratio"]
     return [
         "## Networks for some of the classes",
         "![Accuracy against macs](classes.png)",
-        "Accuracy on images of some of the ten classes, chosen by chance for each seed, of networks for all classes "
-        "and of networks for these alone, both planned by `Joint()` on the same calibration images and tuned on as "
-        "many images (or all of the classes there are). Networks for all classes are told which there can be: the "
-        "greatest of their outputs counts. The last columns: how many macs the network for some classes needs to be as "
-        "good, as a share of the dense network's and of the other's.",
-        markdown(
-            ["network", "classes", "dense", "", "macs, all classes", "accuracy", "macs, some classes", "ratio"], table
-        ),
+        "Accuracy on images of some of the ten classes, chosen by chance for each seed: of networks for all classes, and "
+        "of networks for these alone. Both are planned by `Joint()` on equally many images of their classes, and tuned "
+        "on as many (or on all there are of few classes). A network for all classes answers with the greatest of its "
+        "ten outputs; *told*, with the greatest of those that can be right. As good at: the share of the dense "
+        "network's macs at which the network for some classes has that accuracy, between its points; ratio: that, over "
+        "the macs of the network for all.",
+        markdown(["network", "classes", "dense", "", "macs", *asked, *(f"told: {name}" for name in asked)], table),
     ]
+
+
+def share_needed(curve: Curve, accuracy: float, macs: float) -> tuple[str, str]:
+    """Return at which share of macs a curve has an accuracy, and that over the macs of another network."""
+    least = needed(curve, accuracy)
+    if least is None:
+        return "not reached", "-"
+    bound = "at most " if least == curve[0][0] else ""
+    return f"{bound}{least:.3f}", f"{bound}{least / macs:.2f}"
 
 
 def by_size(rows: Sequence[Row]) -> Mapping[tuple[str, int], list[Row]]:
