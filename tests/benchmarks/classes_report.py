@@ -134,8 +134,8 @@ def subtasks(rows: Sequence[Row]) -> list[str]:
     return [
         "## Networks for some of the classes",
         "![Accuracy against macs](classes.png)",
-        "Accuracy on images of some of the ten classes, chosen by chance for each seed: of networks for all classes, and "
-        "of networks for these alone. Both are planned by `Joint()` on equally many images of their classes, and tuned "
+        "Accuracy on images of some of the ten classes, chosen by chance for each seed: of networks for all classes, "
+        "and of networks for these alone. Both are planned by `Joint()` on equally many images of their classes, and tuned "
         "on as many (or on all there are of few classes). A network for all classes answers with the greatest of its "
         "ten outputs; *told*, with the greatest of those that can be right. As good at: the share of the dense "
         "network's macs at which the network for some classes has that accuracy, between its points; ratio: that, over "
