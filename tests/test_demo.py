@@ -191,7 +191,7 @@ def test_training_lowers_the_loss_and_ends_in_evaluation_mode():
 def test_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     readme = Path(__file__).parents[1] / "README.md"
     blocks = re.findall(r"^```python\n(.*?)^```", readme.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     monkeypatch.chdir(tmp_path)
     exec("\n".join(blocks), {})
     promised = [line[2:] for line in blocks[2].splitlines() if line.startswith("# ")]

@@ -25,7 +25,6 @@ from tabulate import tabulate
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import Bottleneck, ResNet, resnet50
-from tqdm import tqdm
 
 import fxprune
 from fxprune.timing import take_turns
@@ -35,6 +34,8 @@ MULTIPLES = (1, 8, 16, 32)
 ROUND_TO = (None, 16)
 NARROW = (45, 48)  # channels of the stem, of 64: half of the macs; the next multiple of 16
 ENOUGH = 0.85  # of the ideal speed-up
+OPS = ("dense", "fxprune", "fxprune, multiple_of=16", f"narrow, stem of {NARROW[0]}")
+COMPILED = (*OPS, "Torch-Pruning")
 OP_ROUNDS = 5
 
 Networks = dict[str, nn.Module]
@@ -67,7 +68,7 @@ def torch_pruned(dense: nn.Module, x: torch.Tensor, round_to: int | None) -> nn.
         pruner.step()
         return model.eval()
 
-    low, high = 0, 500
+    low, high = 200, 400
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if macs(at(middle / 1000), x) <= most else (middle + 1, high)
@@ -109,13 +110,11 @@ def networks(x: torch.Tensor) -> Networks:
 
 
 def measure(
-    found: Mapping[str, nn.Module], shares: Mapping[str, float], batch: int, rounds: int, px: int, *, compiled: bool
+    found: Mapping[str, Callable[..., Any]], shares: Mapping[str, float], batch: int, rounds: int, px: int
 ) -> list[dict[str, str]]:
     """Return a row per network: milliseconds, and how much faster than the dense one in the same round."""
     x = torch.randn(batch, 3, px, px)
-    torch._dynamo.reset()
-    calls: list[Callable[..., Any]] = [torch.compile(n, dynamic=False) if compiled else n for n in found.values()]
-    seconds = take_turns(calls, (x,), {}, rounds, torch.device("cpu"))
+    seconds = take_turns(list(found.values()), (x,), {}, rounds, torch.device("cpu"))
     rows = []
     for name, own in zip(found, seconds, strict=True):
         low, middle, high = np.quantile(seconds[0] / own, (0.25, 0.5, 0.75))
@@ -194,16 +193,11 @@ def header(args: argparse.Namespace) -> str:
     )
 
 
-def section(title: str, rows: Sequence[Mapping[str, str]]) -> str:
-    """Format one table."""
-    return f"## {title}\n\n{tabulate(rows, headers='keys', tablefmt='github', disable_numparse=True)}"
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
-    parser.add_argument("--rounds", nargs="+", type=int, default=[40, 12], help="for each batch size")
+    parser.add_argument("--rounds", nargs="+", type=int, default=[30, 10], help="for each batch size")
     parser.add_argument("--px", type=int, default=224)
     parser.add_argument("--eager-only", action="store_true", help="where torch.compile finds no compiler")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/speedup.md"))
@@ -218,25 +212,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = networks(x)
     count = {name: macs(network, x) for name, network in found.items()}
     shares = {name: number / count["dense"] for name, number in count.items()}
-    jobs = [
-        (batch, rounds, compiled)
-        for compiled in (False, True)[: 2 - args.eager_only]
-        for batch, rounds in zip(args.batches, args.rounds, strict=True)
-    ]
+    batches = list(zip(args.batches, args.rounds, strict=True))
+    few = {name: found[name] for name in COMPILED}
     parts = [header(args)]
-    for batch, rounds, compiled in tqdm(jobs, disable=None):
-        rows = measure(found, shares, batch, rounds, args.px, compiled=compiled)
-        title = f"{'Compiled' if compiled else 'Eager'}, batch of {batch}, {rounds} rounds"
-        parts.append(section(title, rows))
-    some = {
-        name: found[name] for name in ("dense", "fxprune", "fxprune, multiple_of=16", f"narrow, stem of {NARROW[0]}")
-    }
-    for batch in args.batches:
-        parts.append(section(f"Times faster by op, eager, batch of {batch}", by_op(some, batch, args.px)))
-    report = "\n\n".join(parts) + "\n"
+
+    def add(title: str, rows: Sequence[Mapping[str, str]]) -> None:
+        table = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+        parts.append(f"## {title}\n\n{table}")
+        args.out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")  # what is known so far
+
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(report, encoding="utf-8")
-    print(report)
+    for batch, rounds in batches:
+        rows = measure(found, shares, batch, rounds, args.px)
+        add(f"Eager, batch of {batch}, {rounds} rounds", rows)
+    for batch, _ in batches:
+        add(f"Times faster by op, eager, batch of {batch}", by_op({name: found[name] for name in OPS}, batch, args.px))
+    for batch, rounds in batches if not args.eager_only else []:
+        torch._dynamo.reset()
+        compiled = {name: torch.compile(network, dynamic=False) for name, network in few.items()}
+        add(f"Compiled, batch of {batch}, {rounds} rounds", measure(compiled, shares, batch, rounds, args.px))
+    print(args.out.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
