@@ -16,6 +16,7 @@ from fxprune.errors import CouplingError, PlanError
 from fxprune.grouping import Group
 from fxprune.paths import RemovalPath
 from fxprune.pausing import without_collector
+from fxprune.rounding import multiples
 from fxprune.searching import Search
 
 
@@ -38,7 +39,7 @@ class Steps:
     errors: np.ndarray
 
 
-def steps_of(group: Group, path: RemovalPath, scope: str, constraints: Constraints) -> Steps:
+def steps_of(group: Group, path: RemovalPath, scope: str, constraints: Constraints, multiple: int) -> Steps:
     """Return the steps of one group.
 
     Args:
@@ -46,6 +47,7 @@ def steps_of(group: Group, path: RemovalPath, scope: str, constraints: Constrain
         path: in which order its choices go, at what error.
         scope: "uniform" or "global".
         constraints: limits on widths.
+        multiple: of which every width is one.
     """
     choices, errors = path.choices, path.errors.sum(axis=1)
     width, per_step = group.width, sum(group.takes)
@@ -54,8 +56,8 @@ def steps_of(group: Group, path: RemovalPath, scope: str, constraints: Constrain
     choices = choices[: max(limit, 0) // per_step]
     stops = step = np.arange(len(choices))
     left = width - per_step * (stops + 1)
-    if constraints.multiple_of > 1:
-        stops = np.flatnonzero(left % constraints.multiple_of == 0)
+    if multiple > 1:
+        stops = np.flatnonzero(left % multiple == 0)
         choices = choices[: stops[-1] + 1 if len(stops) else 0]
         step = np.searchsorted(stops, np.arange(len(choices)), "left")
     errors = errors[: len(choices)]
@@ -66,7 +68,7 @@ def steps_of(group: Group, path: RemovalPath, scope: str, constraints: Constrain
     else:
         keys = _relative(errors)[stops]
     total = path.errors[: len(choices)]
-    if constraints.multiple_of > 1:
+    if multiple > 1:
         total = np.zeros((len(stops), total.shape[1]))
         np.add.at(total, step, path.errors[: len(choices)])
     return Steps(group.index, choices.ravel(), np.repeat(step, per_step), keys, total)
@@ -202,6 +204,7 @@ def steps_of_all(coupling: Coupling, paths: Sequence[RemovalPath], scope: str, c
         constraints: limits on widths.
     """
     members, groups = coupling.members, coupling.groups()
+    multiple = multiples(coupling, constraints.multiple_of)
     held = np.zeros(coupling.num_channels, dtype=bool)
     branches = Branches(coupling, kept_nodes(coupling, constraints)) if constraints.min_width == 0 else None
     left = np.ones(coupling.num_channels + 1, dtype=bool)
@@ -209,7 +212,7 @@ def steps_of_all(coupling: Coupling, paths: Sequence[RemovalPath], scope: str, c
 
     def bundled() -> list[Steps]:
         left = [path.without(held) for path in paths] if held.any() else paths
-        return [steps_of(groups[path.group], path, scope, constraints) for path in left]
+        return [steps_of(groups[path.group], path, scope, constraints, int(multiple[path.group])) for path in left]
 
     while True:
         steps = bundled()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -33,7 +33,10 @@ class Constraints:
         min_width: how many channels every group keeps at least. With 0, a residual branch whose channels would all go
             is removed: what is left of it is a constant per channel. Groups elsewhere keep one.
         max_ratio: which share of a group's channels may go at most.
-        multiple_of: widths of groups are rounded up to multiples of this, where the dense width allows it.
+        multiple_of: widths of groups are rounded up to multiples of this, where the dense width allows it. A mapping
+            of patterns to numbers, such as `{"*": 8, "layer4": 32}`, says it of the output channels of the layers it
+            names; where several patterns match a layer, the last one counts, and a group that several layers make
+            fits all of these.
         tie: tuples of layer names whose outputs keep the same positions.
         keep_heads: attention layers that keep all their heads (and grouped convolutions that keep all their groups).
         keep_qk: attention layers that keep all head dims over which queries and keys are multiplied.
@@ -44,7 +47,7 @@ class Constraints:
     keep_outputs: Sequence[str] = ()
     min_width: int = 1
     max_ratio: float = 1.0
-    multiple_of: int = 1
+    multiple_of: int | Mapping[str, int] = 1
     tie: Sequence[Sequence[str]] = ()
     keep_heads: Sequence[str] = ()
     keep_qk: Sequence[str] = ()
@@ -52,10 +55,8 @@ class Constraints:
 
     def __post_init__(self) -> None:
         self._check_names()
-        for field in ("min_width", "multiple_of"):
-            value = getattr(self, field)
-            if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
-                raise PlanError(f"Constraints({field}={value!r}) is not a whole number. Pass 1, 8, 16, ..")
+        if not _is_whole(self.min_width):
+            raise PlanError(f"Constraints(min_width={self.min_width!r}) is not a whole number. Pass 1, 8, 16, ..")
         if not isinstance(self.max_ratio, (int, float, np.number)) or isinstance(self.max_ratio, bool):
             raise PlanError(f"Constraints(max_ratio={self.max_ratio!r}) is no number. Pass a number from 0 to 1.")
         if self.min_width < 0:
@@ -63,12 +64,23 @@ class Constraints:
                 f"Constraints(min_width={self.min_width}) is less than nothing. Pass 1 or more, or 0 to let residual "
                 "branches go as a whole."
             )
-        if self.multiple_of < 1:
-            raise PlanError(
-                f"Constraints(multiple_of={self.multiple_of}) is not a positive whole number. Pass 1, 8, 16, .."
-            )
+        self._check_multiples()
         if not 0 <= self.max_ratio <= 1:
             raise PlanError(f"Constraints(max_ratio={self.max_ratio}) is not a share. Pass a number from 0 to 1.")
+
+    def _check_multiples(self) -> None:
+        asked = self.multiple_of
+        for number in asked.values() if isinstance(asked, Mapping) else [asked]:
+            if not _is_whole(number) or number < 1:
+                raise PlanError(
+                    f"Constraints(multiple_of={asked!r}): {number!r} is not a positive whole number. Pass 1, 8, "
+                    "16, .., or layer names with such numbers: `multiple_of={'*': 8, 'layer4': 16}`."
+                )
+        if isinstance(asked, Mapping) and not _are_names(list(asked)):
+            raise PlanError(
+                f"Constraints(multiple_of={asked!r}) has keys that are no strings. Pass layer names: "
+                "`multiple_of={'*': 8, 'layer4': 16}`."
+            )
 
     def _check_names(self) -> None:
         for field in (*_PATTERNS, "tie"):
@@ -89,6 +101,10 @@ class Constraints:
             )
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
 def _are_names(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(name, str) for name in value)
 
@@ -105,6 +121,11 @@ def layers(graph: fx.Graph) -> dict[str, list[fx.Node]]:
     return found
 
 
+def names(pattern: str, layer: str) -> bool:
+    """Say whether a pattern names a layer, or a module that it is inside of."""
+    return any(fnmatch.fnmatchcase(outer, pattern) for outer in accumulate(layer.split("."), "{}.{}".format))
+
+
 def matching(graph: fx.Graph, pattern: str, what: str) -> list[fx.Node]:
     """Return the nodes of the layers that a pattern names.
 
@@ -112,12 +133,7 @@ def matching(graph: fx.Graph, pattern: str, what: str) -> list[fx.Node]:
         PlanError: there are none.
     """
     known = layers(graph)
-    nodes = [
-        n
-        for name, found in known.items()
-        if any(fnmatch.fnmatchcase(outer, pattern) for outer in accumulate(name.split("."), "{}.{}".format))
-        for n in found
-    ]
+    nodes = [n for name, found in known.items() if names(pattern, name) for n in found]
     if not nodes:
         raise PlanError(
             f"Constraints({what}=...): {pattern!r} matches no layer. Layers are, for example: "

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
 from fxprune.constraining import Constraints
-from fxprune.coupling import Coupling, Site
-from fxprune.criteria import weight_sites
+from fxprune.coupling import Coupling
 from fxprune.grouping import Group
+from fxprune.makers import makers_of
+from fxprune.rounding import multiples
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,7 @@ class Units:
         """
         self.coupling = coupling
         self._constraints = constraints
+        self._multiples = multiples(coupling, constraints.multiple_of)
         self._norm = norm
         self._state = {name: tensor for name, tensor, _ in coupling.traced.state}
         self._dims: dict[str, list[tuple[int, np.ndarray]]] = {}
@@ -108,32 +109,10 @@ class Units:
         enough = (width >= max(c.min_width, sum(group.takes))) & (
             group.width - width <= c.max_ratio * group.width + 1e-9
         )
-        return enough & ((width % c.multiple_of == 0) | (width == group.width))
+        return enough & ((width % self._multiples[group.index] == 0) | (width == group.width))
 
     def without(self, keep: np.ndarray, choices: np.ndarray) -> np.ndarray:
         """Return what is left of `keep` (channels,) when choices go, and what follows from them."""
         keep = keep.copy()
         keep[self.coupling.members.of(choices.ravel())[0]] = False
         return self.coupling.settle(keep)
-
-
-def makers_of(coupling: Coupling) -> list[list[Site]]:
-    """Return, for every group, where the weights that make its channels have them.
-
-    Of channels that no weight makes, all weights that have them count.
-    """
-    second = _transposed(coupling)
-    makers = [s for s in coupling.sites if s.is_parameter and s.channels.ndim > 1 and s.dim == (s.name in second)]
-    others = weight_sites(coupling)
-    found = []
-    for group in coupling.groups():
-        channels = coupling.members.of(np.concatenate(group.cells))[0]
-        made = [s for s in makers if np.isin(s.channels, channels).any()]
-        found.append(made or [s for s in others if np.isin(s.channels, channels).any()])
-    return found
-
-
-def _transposed(coupling: Coupling) -> set[str]:
-    """Return the weights whose second dim makes channels: those of transposed convolutions and embeddings."""
-    kinds = (nn.modules.conv._ConvTransposeNd, nn.Embedding, nn.EmbeddingBag)
-    return {f"{name}.weight" for name, m in coupling.traced.root.named_modules() if isinstance(m, kinds)}

@@ -13,7 +13,7 @@ import fxprune
 from fxprune import methods
 
 RUN = {
-    "README.md": (4, 7),
+    "README.md": (5, 7),
     "docs/command_line.md": (1, 5),
     "docs/comparison.md": (3, 0),
     "docs/guides/classes.md": (4, 0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,30 @@ def test_multiple_of_holds() -> None:
     assert any(group.after < group.before for group in plan.groups)
 
 
+def test_multiple_of_may_differ_from_layer_to_layer() -> None:
+    asked = {"*": 2, "seg": 8, "s*.0": 4, "depth": 1}  # the last that matches a layer counts
+    kept = [
+        widths(planned(Multitask(), Budget(macs=macs), constraints=Constraints(multiple_of=asked)))
+        for macs in (0.7, 0.6, 0.5, 0.4, 0.3)
+    ]
+    found = {name: {k[f"{name}.weight", 0] for k in kept} for name in ("trunk.0", "seg.0", "depth.0")}
+    assert [math.gcd(*found[name]) for name in found] == [2, 4, 1]
+
+
+@pytest.mark.parametrize("method", [methods.Magnitude(), methods.PAGCP()])
+def test_what_several_layers_make_is_a_multiple_for_each(method: Any) -> None:
+    asked = {"a2": 4, "b2": 6}  # they are added
+    task = {"loss": Task(lambda outputs, batch: outputs.square().mean())}
+    data = {"calibration": [X], "tasks": task} if isinstance(method, methods.PAGCP) else {}
+    plan = planned(Residual(36), Budget(macs=0.05), method=method, constraints=Constraints(multiple_of=asked), **data)
+    assert widths(plan)["a2.weight", 0] == widths(plan)["b2.weight", 0] in (12, 24)
+
+
+def test_multiples_name_layers() -> None:
+    with pytest.raises(PlanError, match=r"multiple_of=\.\.\.\): 'sag' matches no layer"):
+        planned(Multitask(), Budget(macs=0.5), constraints=Constraints(multiple_of={"sag": 8}))
+
+
 def test_tie_keeps_the_same_positions() -> None:
     model = Multitask()
     loose = planned(model, Budget(macs=0.5))
@@ -250,7 +275,10 @@ def test_tie_keeps_the_same_positions() -> None:
         ({"max_ratio": -0.1}, "max_ratio=-0.1"),
         ({"min_width": 2.0}, "min_width=2.0) is not a whole number"),
         ({"min_width": True}, "min_width=True) is not a whole number"),
-        ({"multiple_of": "8"}, "multiple_of='8') is not a whole number"),
+        ({"multiple_of": "8"}, "multiple_of='8'): '8' is not a positive whole number"),
+        ({"multiple_of": True}, "True is not a positive whole number"),
+        ({"multiple_of": {"*": 8, "head": 0}}, "0 is not a positive whole number"),
+        ({"multiple_of": {1: 8}}, "has keys that are no strings"),
         ({"max_ratio": "0.5"}, "max_ratio='0.5') is no number"),
         ({"max_ratio": None}, "max_ratio=None) is no number"),
         ({"max_ratio": float("nan")}, "max_ratio=nan) is not a share"),

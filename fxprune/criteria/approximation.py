@@ -15,8 +15,8 @@ from fxprune.coupling import Coupling, Site
 from fxprune.errors import PlanError
 from fxprune.grouping import Group
 from fxprune.layers import channels_of
+from fxprune.makers import makers_of
 from fxprune.paths import RemovalPath
-from fxprune.units import makers_of
 
 Source = Literal["filters", "activations"]
 Search = Literal["omp", "backward"]
