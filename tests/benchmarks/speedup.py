@@ -192,7 +192,8 @@ def header(args: argparse.Namespace) -> str:
         "PyTorch's own counter counts them. Compiled: `torch.compile` with its default settings.\n\n"
         "Half of the macs leave 71% of the channels of every activation. Batch norms, ReLUs and additions only read "
         "and write these: about 1.41 times faster is what to expect, unless `torch.compile` fuses them. Convolutions "
-        "run in blocks of 16 channels where there is AVX512 (oneDNN); the tables by op show what it costs not to fill them."
+        "run in blocks of 16 channels where there is AVX512 (oneDNN); the tables by op show what it costs not to fill "
+        "them."
     )
 
 
