@@ -30,6 +30,7 @@ RUN = {
     "docs/writing_rules.md": (8, 0),
 }
 """Page -> blocks of Python, commands. A page with code that is not here fails."""
+STAGES = ("right after pruning", "after BN refresh", "after fine-tuning")
 LANGUAGES = {"python", "console", "text"}
 WITH_CODE = [page for page in PAGES if any(b.language in ("python", "console") for b in blocks_of(page))]
 
@@ -139,6 +140,10 @@ def test_numbers_of_benchmarks_are_those_of_their_tables() -> None:
     assert f"does so with {tp_exact}; {differs} differs, {unchanged} come back unchanged" in comparison
     assert f"{runs} run and cannot be compared, {raises} raise, and {long} took longer" in comparison
     assert f"(all {networks} at half of their macs, equal to the masked original; {tp_exact} by Torch" in readme
+    quality = _text("docs/benchmarks/quality.md")
+    counts = [re.search(rf"^\| {stage} +\|(.+)\|$", quality, re.MULTILINE) for stage in STAGES]
+    wins, even, losses = (sum(int(row[1].split("|")[i]) for row in counts if row) for i in range(3))
+    assert f"in each cell: {wins} wins, {even} even, {losses} losses" in readme
     table = _text("docs/benchmarks/speed.md").partition("## Same job, side by side")[2].partition("## ")[0]
     ratios = re.findall(r"\| (\d\.\d+) +\|$", table, re.MULTILINE)
     assert len(ratios) == 4
