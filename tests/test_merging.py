@@ -78,7 +78,7 @@ def with_edges_cut(model: nn.Module, task: int, method: Given) -> nn.Module:
         if name in of_inputs or not name.endswith("weight") or weight.ndim < 2 or name not in splits.coupling.tensors:
             continue
         rows, columns = splits.coupling.tensors[name][1][:2]
-        if isinstance(model.get_submodule(name.removesuffix(".weight")), nn.modules.conv._ConvTransposeNd):
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.modules.conv._ConvTransposeNd):
             rows, columns = columns, rows
             weight = weight.data.transpose(0, 1)
         sizes = weight.shape
@@ -115,6 +115,32 @@ def test_parts_read_what_is_shared_and_their_own(network: Network) -> None:
         expected = run(with_edges_cut(model, task, method), inputs)
         for x, y in zip(leaves(found[name]), leaves(expected), strict=True):
             torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-8)
+
+
+class Asks(nn.Module):
+    """Decides by its channels and by its positions what it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        x = x * 0.5 if x.size(1) > 6 else x.sigmoid()
+        return self.second(x if x.size(2) > 2 else x.relu())
+
+
+def test_questions_about_channels_are_answered_as_when_traced_and_others_still_asked() -> None:
+    torch.manual_seed(0)
+    nets = {"a": Asks().double().eval(), "b": Asks().double().eval()}
+    method, inputs = Given(0), (torch.randn(2, 3, 4, 4, dtype=torch.float64),)
+    merged = fxprune.merge(nets, method=method, example_inputs=inputs)
+    widths = [m.out_channels for name, m in merged.named_modules() if name.endswith("first")]
+    assert min(widths) <= 6
+    for task, (name, model) in enumerate(nets.items()):
+        torch.testing.assert_close(merged(*inputs)[name], with_edges_cut(model, task, method)(*inputs))
+    with pytest.raises(ValueError, match="forward asks for a size"):
+        merged(inputs[0][:, :, :2])
 
 
 class Branches(nn.Module):
