@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from classes_report import report
 from quality_data import Splits, Table
-from quality_measure import Options, bench, first, judged
+from quality_measure import Options, bench, first, judged, told
 from quality_methods import CONTENDERS
 from quality_problems import Problem
 from quality_training import fit, macs_of, trained
@@ -84,8 +84,11 @@ def few_images(job: Job, options: Options, problem: Problem, splits: Splits, net
         prune = CONTENDERS[job.method].start(network, problem, batches)
         for share in BUDGETS:
             tune = replace(options, tune=options.tune and count == max(PER_CLASS))
-            row = judged(prune(share), network, problem, part, job.seed, tune)
-            yield {"method": job.method, "per_class": count, "budget": share} | row
+            about: Row = {"method": job.method, "per_class": count, "budget": share}
+            try:
+                yield about | judged(prune(share), network, problem, part, job.seed, tune)
+            except Exception as error:  # whatever goes wrong in a method is part of the report
+                yield about | {"error": told(error)}
 
 
 def of_each_class(table: Table, count: int) -> Table:

@@ -77,7 +77,8 @@ def few(rows: Sequence[Row], known: Path) -> list[str]:
             table += [["none", *line] for line in scores(free, stage, budgets)]
             heads = ["images of a class", "method", *(f"{b:g} of macs" for b in budgets)]
             parts += [f"### {network}, {title}", markdown(heads, table)]
-    return parts
+    failed = dict.fromkeys((r["method"], r["network"], f"{r['budget']:g}", r["error"]) for r in rows if "error" in r)
+    return [*parts, markdown(["could not be run", "network", "budget", "why"], list(failed))] if failed else parts
 
 
 def scores(rows: Sequence[Row], stage: str, budgets: Sequence[float]) -> list[list[str]]:

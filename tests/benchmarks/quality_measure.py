@@ -71,7 +71,7 @@ def _rows(
     try:
         prune = CONTENDERS[job.method].start(network, problem, batches)
     except Exception as error:  # whatever goes wrong in a method is part of the report
-        yield from ((share, {"error": _told(error)}) for share in job.budgets)
+        yield from ((share, {"error": told(error)}) for share in job.budgets)
         return
     prepared = time.perf_counter() - began
     for share in job.budgets:
@@ -81,7 +81,7 @@ def _rows(
             seconds = prepared + time.perf_counter() - began
             yield share, {"seconds": seconds} | judged(slim, network, problem, splits, job.seed, options)
         except Exception as error:
-            yield share, {"error": _told(error)}
+            yield share, {"error": told(error)}
 
 
 def judged(slim: nn.Module, network: nn.Module, problem: Problem, splits: Splits, seed: int, options: Options) -> Row:
@@ -107,7 +107,7 @@ def first(table: Table) -> Table:
     return Table(table.inputs[:count], {name: target[:count] for name, target in table.targets.items()})
 
 
-def _told(error: Exception) -> str:
+def told(error: Exception) -> str:
     """Return the kind and the first line of an error, and which function raised it."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     message = (str(error).splitlines() or [""])[0]
