@@ -1,6 +1,7 @@
 """Latency budgets against the clock: what a latency model predicts, and what networks take.
 
-Two networks on one thread: ResNet-18 (64 px, 8 images) and the network of the demo (32 px, 1 and 8 images). Of each, a
+On one thread: ResNet-50 and MobileNetV3 (224 px, 1 image), ResNet-18 (64 px, 8 images) and the network of the demo (32 px,
+1 and 8 images). Of each, a
 latency model is measured; random choices of channels, and plans by `Budget(latency=...)`, are then run in turns with
 the dense network. Writes `docs/benchmarks/latency.md`.
 
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from tabulate import tabulate
 from torch import nn
-from torchvision.models import resnet18
+from torchvision.models import mobilenet_v3_large, resnet18, resnet50
 
 import fxprune
 from fxprune.examples.networks import SceneNet
@@ -35,6 +36,8 @@ JOBS = {
     "SceneNet, 32 px, 8 images": (SceneNet, (8, 1, 32, 32)),
     "ResNet-18, 64 px, 8 images": (resnet18, (8, 3, 64, 64)),
     "SceneNet, 32 px, 1 image": (SceneNet, (1, 1, 32, 32)),
+    "MobileNetV3-large, 224 px, 1 image": (mobilenet_v3_large, (1, 3, 224, 224)),
+    "ResNet-50, 224 px, 1 image": (resnet50, (1, 3, 224, 224)),
 }
 
 
