@@ -1,9 +1,8 @@
 """Latency budgets against the clock: what a latency model predicts, and what networks take.
 
-On one thread: ResNet-50 and MobileNetV3 (224 px, 1 image), ResNet-18 (64 px, 8 images) and the network of the demo (32 px,
-1 and 8 images). Of each, a
-latency model is measured; random choices of channels, and plans by `Budget(latency=...)`, are then run in turns with
-the dense network. Writes `docs/benchmarks/latency.md`.
+On one thread: ResNet-50 and MobileNetV3 (224 px, 1 image), ResNet-18 (64 px, 8 images) and the network of the demo
+(32 px, 1 and 8 images). Of each, a latency model is measured; random choices of channels, and plans by
+`Budget(latency=...)`, are then run in turns with the dense network. Writes `docs/benchmarks/latency.md`.
 
     python tests/benchmarks/latency.py
 """
