@@ -178,6 +178,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                 panel.plot(macs, accuracy, line, color=color, linewidth=width, marker="o", markersize=3, label=label)
         panel.set_title(f"{network}: {size} classes")
         panel.set_xscale("log")
+        shares = sorted({r["budget"] for r in mine if r["kind"] != "dense"})
+        panel.set_xticks(shares, [f"{share:g}" for share in shares])
+        panel.set_xticks([], minor=True)
         panel.grid(alpha=0.3, which="both")
     for panel in panels[-1]:
         panel.set_xlabel("share of macs left")
