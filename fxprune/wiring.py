@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,17 +13,15 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from fxprune.assigning import SHARED, Sharing
-from fxprune.cloning import Cloner, clone, named_part, submodule
+from fxprune.cloning import Cloner, clone, named_part
 from fxprune.errors import RewriteError
-from fxprune.expecting import Expected, answer
 from fxprune.outputs import returned, set_returned
 from fxprune.parting import joined, moved, of_part, part_of_module, side_by_side, sized_args, state_labels
 from fxprune.slicing import copied_like
 from fxprune.slimming import SlimModule, only_used
 from fxprune.splitting import COMMON, MAP, PART, Splits
-from fxprune.tasks import evaluating
-from fxprune.traced import Traced, used_state
-from fxprune.values import bind
+from fxprune.traced import used_state
+from fxprune.unmet import drop_unmet
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,33 +43,6 @@ class Wired:
     layer: str
     rows: np.ndarray
     columns: np.ndarray | None
-
-
-class _Unmet(fx.Interpreter):
-    """Lists the nodes that expect a size of channels that a part does not have: no input will ever give it."""
-
-    def __init__(self, merged: fx.GraphModule) -> None:
-        super().__init__(merged)
-        self.found: list[fx.Node] = []
-
-    @staticmethod
-    def of(merged: fx.GraphModule, example: Traced) -> list[fx.Node]:
-        """Run a network on the example inputs of another and return the nodes."""
-        runner = _Unmet(merged)
-        args, kwargs = copy.deepcopy((example.args, example.kwargs))
-        with torch.no_grad(), evaluating(merged):
-            runner.run(*bind(merged.graph, args, kwargs), enable_io_processing=False)
-        return runner.found
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run a node; where it expects another size, note it instead."""
-        module = submodule(self.module, str(n.target)) if n.op == "call_module" else None
-        if isinstance(module, Expected):
-            (given,), _ = self.fetch_args_kwargs_from_env(n)
-            if answer(module.value, given) != module.value:
-                self.found.append(n)
-                return None
-        return super().run_node(n)
 
 
 class Wiring:
@@ -114,12 +84,7 @@ class Wiring:
                 self._graph.erase_node(n)
         self._graph.lint()
         merged = SlimModule(only_used(self._holder, self._graph, Cloner(self._holder, None)), self._graph, "Merged")
-        unmet = _Unmet.of(merged, self._first) if any(isinstance(m, Expected) for m in merged.modules()) else []
-        for n in unmet:
-            merged.graph.erase_node(n)
-        if unmet:
-            merged.delete_all_unused_submodules()
-            merged.recompile()
+        drop_unmet(merged, self._first)
         return merged
 
     def _visit(self, n: fx.Node) -> dict[int, Value]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fxprune.examples.networks import ConvNormAct, ResidualBlock
-from fxprune.examples.scenes import NUM_DIGITS, Digits, split_digits
+from fxprune.examples.scenes import NUM_DIGITS, Digits, rows_of_batches, split_digits
 from fxprune.tasks import evaluating
 
 Batch = tuple[Tensor, Tensor]
@@ -33,10 +33,7 @@ class Scans:
 
     def batches(self, size: int, shuffle_seed: int | None = None) -> Iterator[Batch]:
         """Yield `(images, labels)` batches of at most `size` scans, in a random order if there is a seed."""
-        order = torch.arange(len(self))
-        if shuffle_seed is not None:
-            order = order[torch.randperm(len(self), generator=torch.Generator().manual_seed(shuffle_seed))]
-        for rows in order.split(size):
+        for rows in rows_of_batches(len(self), size, shuffle_seed):
             yield self.images[rows], self.labels[rows]
 
 

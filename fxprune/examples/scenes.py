@@ -38,6 +38,14 @@ class Digits:
     labels: npt.NDArray[np.int64]
 
 
+def rows_of_batches(count: int, size: int, shuffle_seed: int | None) -> Iterator[Tensor]:
+    """Yield the rows of batches of at most `size` of `count` samples, in a random order if there is a seed."""
+    order = torch.arange(count)
+    if shuffle_seed is not None:
+        order = order[torch.randperm(count, generator=torch.Generator().manual_seed(shuffle_seed))]
+    yield from order.split(size)
+
+
 @dataclass(frozen=True, slots=True)
 class Scenes:
     """Composed scenes and what is to be predicted from them.
@@ -60,10 +68,7 @@ class Scenes:
 
     def batches(self, size: int, shuffle_seed: int | None = None) -> Iterator[Batch]:
         """Yield `(images, targets)` batches of at most `size` scenes, in a random order if there is a seed."""
-        order = torch.arange(len(self))
-        if shuffle_seed is not None:
-            order = order[torch.randperm(len(self), generator=torch.Generator().manual_seed(shuffle_seed))]
-        for rows in order.split(size):
+        for rows in rows_of_batches(len(self), size, shuffle_seed):
             targets = {task: getattr(self, task)[rows] for task in ("segmentation", "depth", "presence")}
             yield self.images[rows], targets
 
