@@ -48,7 +48,6 @@ METHODS: dict[str, AnyMethod | None] = {
     "PAGCP": methods.PAGCP(compensate=True, **GENTLE),
     "PAGCP, fast": methods.PAGCP(compensate=True, fast=True, **GENTLE),
     "PAGCP, weights not corrected": methods.PAGCP(**GENTLE),
-    "PAGCP, its authors' settings": methods.PAGCP(),
 }
 PACKAGES = ("fxprune", "torch", "scikit-learn", "numpy")
 
