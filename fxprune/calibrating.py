@@ -179,6 +179,7 @@ def calibrate(
     Raises:
         PlanError: no batches, a loss that does not depend on the network, moments that do not fit, or ranks differ.
     """
+    check_batches(batches)
     check_request(tasks, max_bytes=max_bytes, positions=positions, by_class=by_class)
     check_network(coupling)
     module = coupling.traced.module
@@ -342,3 +343,20 @@ def _moments(sums: Sums, samples: int, tasks: list[str]) -> Moments:
 def _between(sums: Sums) -> torch.Tensor | None:
     parts = [totals.second().cpu() for totals in sums.classes.values()]
     return torch.stack(parts).mean(0) / sums.inputs.rows if parts else None
+
+
+def check_batches(batches: Any) -> None:
+    """Check that data are batches, one after another.
+
+    Raises:
+        PlanError: they cannot be iterated, or are one batch alone: a tensor, a mapping, or tensors of several kinds.
+    """
+    if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
+        raise PlanError(f"the calibration is {batches!r}, which cannot be iterated. Pass a list of batches.")
+    members = batches if isinstance(batches, (list, tuple)) else ()
+    kinds = {(t.dtype, t.ndim) if isinstance(t, torch.Tensor) else None for t in members}
+    if isinstance(batches, (torch.Tensor, Mapping)) or (None not in kinds and len(kinds) > 1):
+        raise PlanError(
+            "the calibration is a single batch, and batches were expected, one after another. Pass a list of batches, "
+            "such as `[batch]`."
+        )

@@ -63,7 +63,7 @@ class Chooser:
             self._data = used
         if not isinstance(method, (PathMethod, SearchMethod)):
             if isinstance(self._data, Calibration):
-                raise PlanError(f"{method} reads batches, not a Calibration. Pass a list of batches or a DataLoader.")
+                self._data, tasks = _batches_of(method, self._data), tasks or self._data.tasks
             self._paths = paths_by_score(coupling, _scores(coupling, method, self._data, tasks))
         self._weights: dict[bytes, Mapping[str, torch.Tensor]] = {}
         self._guard = None if found is None else _guard(coupling, method, found)
@@ -106,6 +106,16 @@ class Chooser:
                 keep = allocate(self.coupling, [p.weighed(weights) for p in paths], method.scope, constraints, bounds)
                 paths = method.paths(self.coupling, self._data, keep)
         return allocate(self.coupling, [p.weighed(weights) for p in paths], method.scope, constraints, bounds)
+
+
+def _batches_of(method: Method, calibration: Calibration) -> Iterable[Any]:
+    """Return the batches of a calibration, for a method that reads nothing else."""
+    if calibration.batches is None:
+        raise PlanError(
+            f"{method} reads batches, and a calibration that was loaded has none. Pass a list of batches or a "
+            "DataLoader."
+        )
+    return calibration.batches
 
 
 def _guard(coupling: Coupling, method: AnyMethod, found: Calibration) -> Guard | None:

@@ -199,8 +199,8 @@ def _model(
     left = sums / sums[-1]
     rows = np.stack([np.ones_like(left), left, left**2], axis=1)
     (overhead, scale, curve), _ = fit(rows, wholes, counts**2)
-    error = float(np.median(np.abs(rows @ (overhead, scale, curve) / wholes - 1)))
-    return replace(plain, overhead=overhead, scale=scale / sums[-1], curve=curve / sums[-1] ** 2, error=error)
+    error, total = float(np.median(np.abs(rows @ (overhead, scale, curve) / wholes - 1))), float(sums[-1])
+    return replace(plain, overhead=overhead, scale=scale / total, curve=curve / total**2, error=error)
 
 
 def _classes(coupling: Coupling, dense: np.ndarray, device: str) -> dict[tuple[str, int, int, int, int], list[int]]:

@@ -12,7 +12,7 @@ from fxprune import agreeing, sharing
 from fxprune.atoms import FIXED
 from fxprune.branches import costs_of
 from fxprune.budgets import Budget
-from fxprune.calibrating import Calibration
+from fxprune.calibrating import Calibration, check_batches
 from fxprune.choosing import Chooser
 from fxprune.closing import owner
 from fxprune.constraining import Constraints, constrain
@@ -143,8 +143,8 @@ def check_settings(
             raise PlanError(f"the method is {what}, not an instance of a method. Pass `methods.Magnitude()`.")
         if not isinstance(method, SearchMethod) and method.scope not in SCOPES:
             raise PlanError(f"the method {method!r} has scope {method.scope!r}. Pass one of {SCOPES}.")
-    if not isinstance(calibration, (Calibration, type(None), Iterable)) and not hasattr(calibration, "__getitem__"):
-        raise PlanError(f"the calibration is {calibration!r}, which cannot be iterated. Pass a list of batches.")
+    if not isinstance(calibration, (Calibration, type(None))):
+        check_batches(calibration)
     if tasks is not None:
         if not isinstance(tasks, Mapping):
             raise PlanError(
@@ -153,6 +153,11 @@ def check_settings(
         for name, task in tasks.items():
             if not isinstance(name, str) or not isinstance(task, Task):
                 raise PlanError(f"tasks has {name!r}: {task!r}. Pass `tasks={{'name': fxprune.Task(loss)}}`.")
+        if tasks and calibration is None and all(task.classes is None for task in tasks.values()):
+            raise PlanError(
+                "tasks were given, and no calibration batches to measure their losses on. Pass `calibration=` with "
+                "some batches of training data, or leave out `tasks`."
+            )
     if constraints is not None and not isinstance(constraints, Constraints):
         raise PlanError(f"the constraints are {constraints!r}. Pass `fxprune.Constraints(min_width=8)`.")
 

@@ -207,13 +207,20 @@ def test_joint_reads_saved_calibrations_and_says_what_is_missing(tmp_path: Any) 
     told = fxprune.plan(coupling, Budget(macs=0.5), method=methods.Joint(samples=0), calibration=found)
     again = fxprune.plan(coupling, Budget(macs=0.5), method=methods.Joint(), calibration=read)
     assert np.array_equal(told.keep, again.keep)
-    with pytest.raises(PlanError, match="needs calibration batches"):
+    with pytest.raises(PlanError, match="no calibration batches to measure their losses on"):
         fxprune.plan(coupling, Budget(macs=0.5), method=methods.Joint(), tasks=TASKS)
-    with pytest.raises(PlanError, match="reads batches, not a Calibration"):
-        fxprune.plan(coupling, Budget(macs=0.5), method=methods.Taylor(), calibration=found, tasks=TASKS)
+    with pytest.raises(PlanError, match="reads batches, and a calibration that was loaded has none"):
+        fxprune.plan(coupling, Budget(macs=0.5), method=methods.Taylor(), calibration=read, tasks=TASKS)
     other = fxprune.couple(fxprune.trace(Twins(), torch.randn(1, 3, 9, 9)))
     with pytest.raises(PlanError, match=r"holds 'stem\.weight', which this network does not have"):
         fxprune.plan(other, Budget(macs=0.5), method=methods.Joint(), calibration=found)
+
+
+def test_methods_that_score_take_the_batches_and_the_tasks_of_a_calibration() -> None:
+    _, coupling, data, found = setting()
+    by_batches = fxprune.plan(coupling, Budget(macs=0.5), method=methods.Taylor(), calibration=data, tasks=TASKS)
+    by_calibration = fxprune.plan(coupling, Budget(macs=0.5), method=methods.Taylor(), calibration=found)
+    assert np.array_equal(by_batches.keep, by_calibration.keep)
 
 
 class Attention(nn.Module):

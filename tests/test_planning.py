@@ -513,6 +513,10 @@ def test_any_object_with_scope_and_scores_is_a_method() -> None:
         ({"tasks": {"size": max}}, r"tasks has 'size'.*fxprune\.Task\(loss\)"),
         ({"tasks": {3: Task(max)}}, r"tasks has 3"),
         ({"calibration": 3}, "the calibration is 3, which cannot be iterated"),
+        ({"calibration": torch.zeros(4, 3, 8, 8)}, r"the calibration is a single batch.*`\[batch\]`"),
+        ({"calibration": (torch.zeros(4, 3, 8, 8), torch.zeros(4))}, "the calibration is a single batch"),
+        ({"calibration": {"x": torch.zeros(4, 3, 8, 8)}}, "the calibration is a single batch"),
+        ({"tasks": {"size": Task(max)}}, "no calibration batches to measure their losses on"),
         ({"constraints": {"min_width": 8}}, r"Pass `fxprune\.Constraints\("),
     ],
 )
