@@ -26,6 +26,8 @@ from fxprune.tracing import trace
 from fxprune.verifying import verify as verify_slim
 
 PLAN, WEIGHTS = "plan.json", "weights.safetensors"
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""Dims of a weight -> the order of its elements in which channels come last."""
 CASTS = {torch.float16: "half()", torch.bfloat16: "bfloat16()", torch.float32: "float()", torch.float64: "double()"}
 
 
@@ -108,6 +110,8 @@ def save(slim: nn.Module, path: str | os.PathLike[str]) -> None:
         "tasks": record.tasks,
     }  # fmt: skip
     data |= {"decomposed": list(record.decomposed)} if record.decomposed else {}
+    last = _channels_last(slim)
+    data |= {"channels_last": last} if last else {}
     save_model(slim, str(folder / WEIGHTS))
     (folder / PLAN).write_text(json.dumps(data))
 
@@ -133,7 +137,31 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, example_inputs: Any 
         load_model(slim, str(weights))
     except (SafetensorError, RuntimeError, OSError) as error:
         raise ArtifactError(f"{weights} does not fit or is damaged: {error}. Save the network again.") from error
+    _put_channels_last(slim, folder / PLAN)
     return slim
+
+
+def _channels_last(slim: nn.Module) -> list[str]:
+    """Return the parameters and buffers whose channels come last in memory; of 1x1 kernels, strides alone tell."""
+    found = []
+    for name, t in slim.state_dict().items():
+        plain = torch.empty(t.shape, device="meta")
+        if t.ndim in FORMATS and t.stride() != plain.stride():
+            found += [name] if t.stride() == plain.to(memory_format=FORMATS[t.ndim]).stride() else []
+    return found
+
+
+def _put_channels_last(slim: nn.Module, path: Path) -> None:
+    """Bring the parameters and buffers that the file names into the order they were saved from; speed depends on it."""
+    names, state = _read_plan(path).get("channels_last", []), slim.state_dict(keep_vars=True)
+    for name in names if isinstance(names, list) else [names]:
+        t = state.get(name) if isinstance(name, str) else None
+        if t is None or t.ndim not in FORMATS:
+            raise ArtifactError(
+                f"{path}: 'channels_last' names {name!r:.60}, which is no weight of a convolution here. Save the "
+                "network again."
+            )
+        t.data = torch.empty_like(t, memory_format=FORMATS[t.ndim]).copy_(t.data)
 
 
 def cut(

@@ -56,6 +56,16 @@ def test_trained_weights_are_what_is_saved(tmp_path: Path) -> None:
     assert torch.equal(fxprune.load(tmp_path / "slim", Residual().eval())(X), slim(X))
 
 
+def test_the_order_of_channels_in_memory_comes_back(tmp_path: Path) -> None:
+    slim = slimmed(settled(Residual())).to(memory_format=torch.channels_last)
+    fxprune.save(slim, tmp_path / "slim")
+    loaded = fxprune.load(tmp_path / "slim", Residual().eval())
+    strides = {name: t.stride() for name, t in slim.state_dict().items()}
+    assert any(not t.is_contiguous() for t in slim.state_dict().values())
+    assert {name: t.stride() for name, t in loaded.state_dict().items()} == strides
+    assert torch.equal(loaded(X), slim(X))
+
+
 def test_a_loaded_network_can_be_saved_again(saved: tuple[Any, Path], tmp_path: Path) -> None:
     slim, folder = saved
     fxprune.save(fxprune.load(folder, Residual().eval()), str(tmp_path / "again"))
@@ -228,6 +238,8 @@ def test_a_plan_with_one_row_for_a_grouped_convolution_is_refused() -> None:
         ({"freeze": {"nowhere": "is held"}}, r"plan\.json freezes node 'nowhere'.*Residual has no such node"),
         ({"freeze": ["stem"]}, r"'freeze': expected node -> reason, found \['stem'\]"),
         ({"plan": 3}, "the plan has schema 'int'"),
+        ({"channels_last": ["nowhere"]}, "'channels_last' names 'nowhere', which is no weight of a convolution"),
+        ({"channels_last": 3}, "'channels_last' names 3"),
     ],
 )
 def test_damaged_entries_beside_the_plan_are_named(saved: tuple[Any, Path], change: dict[str, Any], words: str) -> None:
