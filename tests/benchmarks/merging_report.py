@@ -55,7 +55,7 @@ def header(rows: Sequence[Row]) -> str:
 
 
 def reference(rows: Sequence[Row], seed: int) -> Mapping[str, float] | None:
-    """Return the metrics of the separate networks of a seed, trained as long as all others; None if they are missing."""
+    """Return the metrics of the separate networks of a seed, trained as long as others; None if they are missing."""
     found = [r["tuned"] for r in rows if (r["seed"], r["method"], r["budget"]) == (seed, "separate", DENSE)]
     return found[0] if found else None
 
