@@ -181,7 +181,8 @@ class Allocation:
         low = int(taken.sum())
         _, first = np.unique(self.group[:low][::-1], return_index=True)
         last = np.sort(low - 1 - first)[::-1]
-        if "macs" not in bounds or not len(last) or self.branches is not None:
+        bound = next((name for name in ("macs", "combined_macs") if name in bounds), None)
+        if bound is None or not len(last) or self.branches is not None:
             return last.tolist()
         number = np.full(len(taken), -1)
         number[last] = np.arange(len(last))
@@ -190,8 +191,8 @@ class Allocation:
         part[channels] = of
         times = np.bincount(channels[taken[self._owner]], minlength=len(part))
         part[(times > 1) | self.coupling.entangled] = -1  # whether these come back depends on more than this step
-        macs = self.coupling.costs.macs_with(self.keep(taken), part, len(last))
-        return last[macs <= bounds["macs"]].tolist()
+        macs = self.coupling.costs.macs_with(bound, self.keep(taken), part, len(last))
+        return last[macs <= bounds[bound]].tolist()
 
 
 def steps_of_all(coupling: Coupling, paths: Sequence[RemovalPath], scope: str, constraints: Constraints) -> Allocation:

@@ -16,11 +16,11 @@ from torch import fx, nn
 from fxprune.costs import CostModel, Costs, unlabelled
 from fxprune.coupling import interpreted
 from fxprune.errors import TraceError
-from fxprune.outputs import checked_tasks, returned, tasks_of
+from fxprune.outputs import checked_tasks, of_tasks, returned, tasks_of
 from fxprune.pausing import without_collector
 from fxprune.reporting import Compiled
 from fxprune.saving import examples
-from fxprune.selecting import of_tasks, select_tasks
+from fxprune.selecting import select_tasks
 from fxprune.slimming import RECORD
 from fxprune.timing import take_turns
 from fxprune.traced import Traced, used_state

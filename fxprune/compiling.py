@@ -31,6 +31,7 @@ from fxprune.tasks import Task
 from fxprune.traced import Traced
 from fxprune.tracing import trace
 from fxprune.verifying import verify as verify_slim
+from fxprune.weighing import described
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +121,7 @@ def compile(
         _step(bar, "done")
     notes = tuple(f"node {node!r} was frozen: {reason}" for node, reason in freeze.items())
     notes += () if budget.latency_model is None else budget.latency_model.warnings()
+    notes += () if budget.combinations is None else (described(traced, budget.combinations),)
     report = make_report(coupling, chosen, verification, notes)
     slim.meta[RECORD] = Compiled(report, describe_inputs(traced.args, traced.kwargs), freeze, names)
     return slim

@@ -21,8 +21,11 @@ from fxprune.labels import extents
 from fxprune.operands import Timed, Timing
 from fxprune.products import Counter, Sizes, evaluate, products, table
 from fxprune.records import Interpretation
+from fxprune.weighing import Weights
 
 RESOURCES = ("macs", "params", "memory", "latency")
+COMBINED = {"macs": "combined_macs", "params": "combined_params"}
+"""What a resource is called where it is counted over combinations of tasks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +37,21 @@ class Costs:
         params: elements of all parameters that take part.
         memory: peak bytes: parameters, buffers, inputs and live activations of an eager forward without gradients.
         latency: microseconds, as a latency model predicts; None without one.
+        combined_macs: macs over combinations of tasks, where a budget asks for them, rounded; else None.
+        combined_params: the same of params.
     """
 
     macs: int
     params: int
     memory: int
     latency: int | None = None
+    combined_macs: int | None = None
+    combined_params: int | None = None
+
+    @property
+    def asked_macs(self) -> int:
+        """Macs as a budget bounds them: over combinations of tasks where it says so."""
+        return self.macs if self.combined_macs is None else self.combined_macs
 
     def to_dict(self) -> dict[str, int]:
         """Return the numbers that are known, by name."""
@@ -66,16 +78,18 @@ class CostModel:
         self,
         record: Interpretation,
         to_channels: Callable[[np.ndarray], np.ndarray],
-        unlabelled: tuple[int, int],
+        unlabelled: Mapping[str, tuple[int, int]],
         timed: Timed | None = None,
+        weights: Weights | None = None,
     ) -> None:
         """Read the record of an interpretation.
 
         Args:
             record: what the interpretation noted.
             to_channels: from atoms to channels.
-            unlabelled: elements of parameters, and bytes of parameters and buffers, that carry no labels.
+            unlabelled: parameters and buffers that carry no labels, from `unlabelled`.
             timed: a latency model, and the graph that it is for; None for costs without latency.
+            weights: how much nodes and parameters count over combinations of tasks; None for costs without that.
 
         Raises:
             PlanError: the latency model does not know a node of the graph.
@@ -105,7 +119,13 @@ class CostModel:
         self._runs_at = np.array([c.step for c in record.convolutions], dtype=np.int64)
         self._run_dims = table(sizes, [dims for c in record.convolutions for dims in c.dims])
         self._timing = None if timed is None else Timing(sizes, record, *timed)
-        self._unlabelled = unlabelled
+        self._unlabelled = [sum(item[i] for item in unlabelled.values()) for i in (0, 1)]
+        self._macs_of = {"macs": self._work}
+        if weights is not None:
+            factors, indices = self._work
+            self._macs_of["combined_macs"] = factors * [weights.nodes.get(w.node, 0.0) for w in record.work], indices
+            self._shares = np.array([weights.state[name] for name in record.issued]) * self._is_parameter
+            self._rest = sum(weights.state[name] * count for name, (count, _) in unlabelled.items())
         self._counter = Counter(sizes.rows)
         self._extents = sizes.rows
 
@@ -136,10 +156,20 @@ class CostModel:
     @property
     def _measure(self) -> dict[str, Callable[[np.ndarray], int]]:
         known = {"macs": self._macs, "params": self._params, "memory": self._memory}
-        return known if self._timing is None else known | {"latency": self._timing}
+        if self._timing is not None:
+            known["latency"] = self._timing
+        if "combined_macs" in self._macs_of:
+            known |= {"combined_macs": self._combined_macs, "combined_params": self._combined_params}
+        return known
 
     def _macs(self, sizes: np.ndarray) -> int:
         return int(evaluate(self._work, sizes).sum())
+
+    def _combined_macs(self, sizes: np.ndarray) -> int:
+        return round(float(evaluate(self._macs_of["combined_macs"], sizes).sum()))
+
+    def _combined_params(self, sizes: np.ndarray) -> int:
+        return round(float(evaluate(self._state, sizes) @ self._shares) + self._rest)
 
     def _params(self, sizes: np.ndarray) -> int:
         return int(evaluate(self._state, sizes)[self._is_parameter].sum()) + self._unlabelled[0]
@@ -166,10 +196,11 @@ class CostModel:
             live[self._runs_at] += self._workspaces(workspaces.Sizes(*elements, x[:, 1], out[:, 1], weight[:, 1]))
         return live
 
-    def macs_with(self, keep: np.ndarray, part: np.ndarray, count: int) -> np.ndarray:
+    def macs_with(self, resource: str, keep: np.ndarray, part: np.ndarray, count: int) -> np.ndarray:
         """Return the macs of `keep` together with each of several disjoint parts.
 
         Args:
+            resource: "macs" or "combined_macs".
             keep: (channels,) bool, what stays in any case.
             part: (channels,) which part a channel is of, or -1.
             count: how many parts there are.
@@ -177,9 +208,10 @@ class CostModel:
         Returns:
             (count,) macs. The work is linear in the network, however many parts there are.
         """
-        counter, (factors, indices) = self._counter, self._work
+        counter, (factors, indices) = self._counter, self._macs_of[resource]
         by_row = counter.by_row(keep)
         sizes = counter.sizes(by_row)
+        macs = float(evaluate((factors, indices), sizes).sum())
         n = len(sizes)
         of = np.append(part, -1)[counter.flat]
         real = of >= 0
@@ -188,7 +220,7 @@ class CostModel:
         key = pairs // max(len(by_row), 1) * n + counter.dim_of[row]
         changed, start = np.unique(key, return_index=True)
         if not len(changed):
-            return np.full(count, float(self._macs(sizes)))
+            return np.full(count, macs)
         fresh = np.maximum(np.maximum.reduceat(by_row[row] + more, start), sizes[changed % n])
         term, place = np.nonzero(indices >= 0)
         order = np.argsort(indices[term, place], kind="stable")
@@ -201,11 +233,13 @@ class CostModel:
         at = np.minimum(np.searchsorted(changed, wanted), len(changed) - 1)
         after = np.where(changed[at] == wanted, fresh[at], sizes[indices[term]]).prod(axis=1)
         delta = factors[term] * (after - sizes[indices[term]].prod(axis=1))
-        return self._macs(sizes) + np.bincount(which, delta, count)
+        return macs + np.bincount(which, delta, count)
 
 
-def unlabelled(record: Interpretation, state: Iterable[State]) -> tuple[int, int]:
-    """Return elements of parameters, and bytes of parameters and buffers, that carry no labels."""
-    rest = [(t, is_parameter) for name, t, is_parameter in state if name not in record.issued]
-    elements = sum(t.numel() for t, is_parameter in rest if is_parameter)
-    return elements, sum(t.numel() * t.element_size() for t, _ in rest)
+def unlabelled(record: Interpretation, state: Iterable[State]) -> dict[str, tuple[int, int]]:
+    """Return the parameters and buffers that carry no labels: elements, if it is a parameter, and bytes."""
+    return {
+        name: (t.numel() if is_parameter else 0, t.numel() * t.element_size())
+        for name, t, is_parameter in state
+        if name not in record.issued
+    }

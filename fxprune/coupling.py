@@ -26,6 +26,7 @@ from fxprune.records import Interpretation, Labelled
 from fxprune.settling import Settling
 from fxprune.traced import Traced
 from fxprune.values import tensors_in
+from fxprune.weighing import weights_of
 
 
 @dataclass(frozen=True)
@@ -135,9 +136,10 @@ class Coupling:
     @cached_property
     def costs(self) -> CostModel:
         """Costs as a function of the kept channels."""
-        model = self.traced.latency_model
+        model, shares = self.traced.latency_model, self.traced.combinations
         timed = None if model is None else (model, self.traced.graph)
-        return CostModel(self.record, self.channels, unlabelled(self.record, self.traced.state), timed)
+        weights = None if shares is None else weights_of(self.traced, shares)
+        return CostModel(self.record, self.channels, unlabelled(self.record, self.traced.state), timed, weights)
 
     @cached_property
     def fingerprint(self) -> str:

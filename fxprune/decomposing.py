@@ -28,11 +28,12 @@ from fxprune.constraining import Constraints, constrain
 from fxprune.costs import CostChange, Costs
 from fxprune.coupling import Coupling, close_record, couple
 from fxprune.errors import PlanError
-from fxprune.planning import plan_of
+from fxprune.planning import counted, plan_of
 from fxprune.plans import Plan
 from fxprune.problems import Choice, Problem, gathered
 from fxprune.tasks import Task
 from fxprune.traced import Traced, copied, taking_part
+from fxprune.weighing import weights_of
 
 HOME = "decomposed"
 """Name of the module that holds the 1x1 convolutions, each under the name of its convolution."""
@@ -49,6 +50,7 @@ class Pair:
         alone: macs and params of the convolution alone.
         each: what each channel that stays costs in the pair.
         rest: what the pair costs besides.
+        weight: how much it counts over combinations of tasks, where costs tell that.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Pair:
     alone: Costs
     each: Costs
     rest: Costs
+    weight: float = 1.0
 
     def wins(self, keep: np.ndarray) -> bool:
         """Say whether the pair takes fewer multiply-accumulates than the convolution alone, at `keep` (channels,)."""
@@ -80,8 +83,14 @@ class PairedCosts:
 
     def __call__(self, keep: np.ndarray) -> Costs:
         """Return the costs when `keep` (channels,) says which channels stay."""
-        costs, saved = self._plain(keep), [pair.saved(keep) for pair in self._pairs]
-        return Costs(costs.macs - sum(s.macs for s in saved), costs.params - sum(s.params for s in saved), costs.memory)
+        costs, saved = self._plain(keep), [(pair.saved(keep), pair.weight) for pair in self._pairs]
+        macs, params = sum(s.macs for s, _ in saved), sum(s.params for s, _ in saved)
+        less = replace(costs, macs=costs.macs - macs, params=costs.params - params)
+        if costs.combined_macs is None or costs.combined_params is None:
+            return less
+        macs, params = sum(s.macs * weight for s, weight in saved), sum(s.params * weight for s, weight in saved)
+        combined = round(costs.combined_macs - macs), round(costs.combined_params - params)
+        return replace(less, combined_macs=combined[0], combined_params=combined[1])
 
     def within(self, keep: np.ndarray, bounds: Mapping[str, float]) -> bool:
         """Say whether the network of the channels `keep` (channels,) costs at most `bounds`."""
@@ -195,8 +204,11 @@ def pair_up(traced: Traced, constraints: Constraints, *, unknown: str) -> Paired
             if ids is not None and not np.isin(ids, inner).any():
                 ledger.freeze(ids, "keeps its width: `decompose=True`")
     bound = constrain(close_record(coupling.traced, replace(record, ledger=ledger)), constraints)
-    pairs = tuple(_pair(bound, node, name) for node, name in convs.items())
-    return Paired(**{f.name: getattr(bound, f.name) for f in fields(bound)}, pairs=pairs)
+    pairs = [_pair(bound, node, name) for node, name in convs.items()]
+    if coupling.traced.combinations is not None:
+        nodes = weights_of(coupling.traced, coupling.traced.combinations).nodes
+        pairs = [replace(pair, weight=nodes.get(node, 0.0)) for node, pair in zip(convs, pairs, strict=True)]
+    return Paired(**{f.name: getattr(bound, f.name) for f in fields(bound)}, pairs=tuple(pairs))
 
 
 def _pair(coupling: Coupling, node: str, name: str) -> Pair:
@@ -259,6 +271,7 @@ def plan_decomposed(
             "the latency model knows nothing of the 1x1 convolutions that `decompose=True` adds. Pass "
             "`decompose=False`, or bound something else."
         )
+    coupling = counted(coupling, replace(budget, latency_model=None))
     dense = coupling.costs.dense
     paired = pair_up(coupling.traced, constraints, unknown=unknown)
     given = calibration.batches if isinstance(calibration, Calibration) else calibration

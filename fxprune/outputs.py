@@ -8,11 +8,13 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.fx.graph import CodeGen, _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import PlanError, TraceError
+from fxprune.living import Living
+from fxprune.traced import copied
 
 Path = tuple[str, ...]
 
@@ -180,3 +182,22 @@ def _rebuilt(value: Any, left: Mapping[str, Any], graph: fx.Graph) -> Any:
     if hasattr(value, "_fields"):
         return type(value)(*filled.values())
     return list(filled.values()) if isinstance(value, list) else tuple(filled.values())
+
+
+def of_tasks(root: nn.Module, graph: fx.Graph, tasks: tuple[str, ...]) -> fx.Graph:
+    """Return the graph of some tasks, named as `checked_tasks` does, with the nodes that they need; a new one."""
+    graph = copied(graph)
+    value = selected(returned(graph), tasks, graph)
+    set_returned(graph, value)
+    needed = Living(root, graph).needed(_nodes_in(value))
+    for n in reversed(list(graph.nodes)):
+        if n.op != "output" and n not in needed:
+            graph.erase_node(n)
+    return graph
+
+
+def _nodes_in(value: Any) -> list[fx.Node]:
+    """Return the nodes that are somewhere in a container, dataclasses included."""
+    if isinstance(value, fx.Node):
+        return [value]
+    return [n for part in (parts_of(value) or {}).values() for n in _nodes_in(part)]

@@ -25,6 +25,7 @@ from fxprune.operands import check_model
 from fxprune.pausing import without_collector
 from fxprune.plans import GroupWidth, Plan, frozen
 from fxprune.tasks import Task
+from fxprune.weighing import shares_of
 
 
 @sharing.together("plan")
@@ -81,7 +82,7 @@ def _plan(
 ) -> Plan:
     from fxprune.restricting import restrict  # it rewrites, and rewriting reads plans
 
-    coupling = timed(coupling, budget)
+    coupling = counted(coupling, budget)
     restriction = restrict(coupling, tasks)
     dense = coupling.costs.dense
     if restriction is not None:
@@ -95,17 +96,25 @@ def _plan(
     return chosen if restriction is None else restriction.widened(chosen)
 
 
-def timed(coupling: Coupling, budget: Budget) -> Coupling:
-    """Return a coupling whose costs tell latency too, where the budget has a model of it.
+def counted(coupling: Coupling, *budgets: Budget) -> Coupling:
+    """Return a coupling whose costs tell all that budgets ask for: latency, macs and params over combinations of tasks.
 
     Raises:
-        PlanError: the model is of another network.
+        PlanError: a latency model is of another network, a task is not there, or budgets differ in either.
     """
-    model = budget.latency_model
-    if model is None:
-        return coupling
-    check_model(model, coupling.record, coupling.channels, coupling.traced.graph)
-    return replace(coupling, traced=replace(coupling.traced, latency_model=model))
+    traced = coupling.traced
+    models = list({id(b.latency_model): b.latency_model for b in budgets if b.latency_model is not None}.values())
+    if len(models) > 1:
+        raise PlanError("the budgets have different latency models. Pass one and the same to all.")
+    if models:
+        check_model(models[0], coupling.record, coupling.channels, traced.graph)
+        traced = replace(traced, latency_model=models[0])
+    shares = [shares_of(traced, b.combinations) for b in budgets if b.combinations is not None]
+    if any(other != shares[0] for other in shares):
+        raise PlanError("the budgets count over different combinations of tasks. Sweep each of them on its own.")
+    if shares:
+        traced = replace(traced, combinations=shares[0])
+    return coupling if traced is coupling.traced else replace(coupling, traced=traced)
 
 
 def check_request(

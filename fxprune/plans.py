@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from tabulate import tabulate
 
 from fxprune import notebooks
-from fxprune.costs import RESOURCES, CostChange, Costs
+from fxprune.costs import CostChange, Costs
 from fxprune.errors import ArtifactError
 
 SCHEMA = 1
@@ -161,7 +161,7 @@ class Plan:
 
 
 HEAD = {"method": str, "budget": dict, "fingerprint": str}
-COSTS: dict[str, type] = dict.fromkeys(RESOURCES, int)
+COSTS: dict[str, type] = dict.fromkeys((f.name for f in fields(Costs)), int)
 GROUP = {"name": str, "kind": str, "sites": int, "before": int, "after": int}
 
 

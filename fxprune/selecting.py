@@ -10,13 +10,12 @@ from torch import fx, nn
 
 from fxprune.cloning import Cloner
 from fxprune.errors import TraceError
-from fxprune.living import Living
-from fxprune.outputs import checked_tasks, parts_of, returned, selected, set_returned
+from fxprune.outputs import checked_tasks, of_tasks, returned
 from fxprune.pausing import without_collector
 from fxprune.reporting import Compiled
 from fxprune.slicing import copied_like
 from fxprune.slimming import EXACT, RECORD, SlimModule, only_used
-from fxprune.traced import Traced, copied, used_state
+from fxprune.traced import Traced, used_state
 
 
 @without_collector
@@ -77,25 +76,6 @@ def graph_of(network: nn.Module | Traced) -> tuple[nn.Module, fx.Graph]:
         f"this {type(network).__name__} is no graph. Pass what `fxprune.compile` returned, or "
         "`fxprune.trace(model, example_inputs)`."
     )
-
-
-def of_tasks(root: nn.Module, graph: fx.Graph, tasks: tuple[str, ...]) -> fx.Graph:
-    """Return the graph of some tasks, named as `checked_tasks` does, with the nodes that they need; a new one."""
-    graph = copied(graph)
-    value = selected(returned(graph), tasks, graph)
-    set_returned(graph, value)
-    needed = Living(root, graph).needed(_nodes_in(value))
-    for n in reversed(list(graph.nodes)):
-        if n.op != "output" and n not in needed:
-            graph.erase_node(n)
-    return graph
-
-
-def _nodes_in(value: Any) -> list[fx.Node]:
-    """Return the nodes that are somewhere in a container, dataclasses included."""
-    if isinstance(value, fx.Node):
-        return [value]
-    return [n for part in (parts_of(value) or {}).values() for n in _nodes_in(part)]
 
 
 def _drop_hooks_of_export(module: nn.Module) -> None:

@@ -17,7 +17,7 @@ from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling
 from fxprune.errors import PlanError
 from fxprune.methods import AnyMethod, default_method
-from fxprune.planning import check_request, plan_of, timed
+from fxprune.planning import check_request, counted, plan_of
 from fxprune.plans import Plan
 from fxprune.preparing import prepare
 from fxprune.probing import Probe
@@ -114,10 +114,7 @@ def sweep(
     data = list(calibration) if isinstance(calibration, Iterator) else calibration
     agreeing.check_request(tasks, method=method, budgets=asked, constraints=constraints)
     agreeing.check_network(coupling)
-    models = {id(b.latency_model): b for b in asked if b.latency_model is not None}
-    if len(models) > 1:
-        raise PlanError("the budgets of a sweep have different latency models. Pass one and the same to all.")
-    coupling = timed(coupling, next(iter(models.values()), asked[0]))
+    coupling = counted(coupling, *asked)
     dense = coupling.costs.dense
     ready = prepare(coupling, method, data, tasks, constraints)
     restriction, known = ready.restriction, ready.known

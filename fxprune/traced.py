@@ -29,6 +29,10 @@ class TrainingFlag(nn.Module):
         return self.training
 
 
+Shares = str | tuple[tuple[tuple[str, ...], float], ...]
+"""Over which combinations of tasks costs are counted: "mean", "max", or pairs of tasks and share."""
+
+
 @dataclass(frozen=True)
 class Traced:
     """A network as a graph. Made by `trace`.
@@ -45,6 +49,7 @@ class Traced:
         sources: node -> file and line of the user's code.
         state: (name, tensor, is a parameter) of everything that takes part in forward.
         latency_model: what predicts how long it takes; None without one.
+        combinations: over which combinations of its tasks costs are counted besides; None for none.
     """
 
     model: nn.Module = field(repr=False)
@@ -58,6 +63,7 @@ class Traced:
     sources: Mapping[str, str] = field(default_factory=dict, repr=False)
     state: tuple[State, ...] = field(default=(), repr=False)
     latency_model: LatencyModel | None = field(default=None, repr=False)
+    combinations: Shares | None = field(default=None, repr=False)
 
     @cached_property
     def module(self) -> fx.GraphModule:

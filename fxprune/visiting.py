@@ -156,7 +156,7 @@ class Search:
         return self.units.candidates(group, keep, None if forecast is None else forecast.choices(index, keep))
 
     def _macs(self, keep: np.ndarray) -> int:
-        return self.coupling.costs(keep).macs
+        return self.coupling.costs(keep).asked_macs
 
     def _after(self, this: Round, keep: np.ndarray, visit: Visit) -> np.ndarray:
         """Return what is left of `keep` (channels,) when what a visit accepted goes."""

@@ -23,7 +23,7 @@ from fxprune.coupling import Coupling
 from fxprune.latencies import OpLatency, fit, shares, terms
 from fxprune.operands import Operands, calls_of
 from fxprune.paths import paths_by_score
-from fxprune.planning import timed
+from fxprune.planning import counted
 from fxprune.products import Counter, Sizes
 
 X = torch.randn(2, 3, 8, 8)
@@ -68,7 +68,7 @@ def test_latency_counts_whole_blocks() -> None:
 def test_predicted_latency_is_the_sum_of_the_ops() -> None:
     coupling = coupled(Chain(16))
     model = synthetic(coupling)
-    costs = timed(coupling, Budget(macs=0.5, latency_model=model)).costs
+    costs = counted(coupling, Budget(macs=0.5, latency_model=model)).costs
     keep = np.ones(coupling.num_channels, dtype=bool)
     assert costs(keep).latency == 10 + sum(sum(op.weights) for op in model.ops)
     site = next(s for s in coupling.sites if s.name == "conv2.weight" and s.dim == 0)
@@ -88,7 +88,7 @@ def test_predicted_latency_is_the_sum_of_the_ops() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_more_channels_never_take_less_time(network: type[nn.Module], seed: int) -> None:
     coupling = coupled(network())
-    costs = timed(coupling, Budget(macs=0.5, latency_model=synthetic(coupling, seed=seed))).costs
+    costs = counted(coupling, Budget(macs=0.5, latency_model=synthetic(coupling, seed=seed))).costs
     one, other = random_keep(coupling, seed), random_keep(coupling, seed + 10)
     both = costs(coupling.settle(one & other)).latency
     for keep in (one, other):
@@ -125,7 +125,7 @@ def test_latency_budgets_are_met_together_with_others(scope: str, share: float) 
 def test_small_allocations_are_as_good_as_an_exhaustive_search(seed: int, share: float) -> None:
     coupling = coupled(Chain(6))
     model = synthetic(coupling, block=3, seed=seed)
-    coupling = timed(coupling, Budget(latency=share, latency_model=model))
+    coupling = counted(coupling, Budget(latency=share, latency_model=model))
     score = np.random.default_rng(seed).random(coupling.num_channels)
     allocation = steps_of_all(coupling, paths_by_score(coupling, score), "optimal", Constraints())
     none = np.zeros(len(allocation), dtype=bool)

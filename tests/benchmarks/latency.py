@@ -23,7 +23,7 @@ from torchvision.models import mobilenet_v3_large, resnet18, resnet50
 import fxprune
 from fxprune.choosing import Chooser
 from fxprune.examples.networks import SceneNet
-from fxprune.planning import plan_of, timed
+from fxprune.planning import counted, plan_of
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -52,7 +52,7 @@ def run(name: str, network: nn.Module, x: torch.Tensor) -> tuple[list[str], list
     start = time.process_time()
     model = fxprune.LatencyModel.measure(traced, batch=len(x))
     seconds = time.process_time() - start
-    costs = timed(coupling, fxprune.Budget(macs=1.0, latency_model=model)).costs
+    costs = counted(coupling, fxprune.Budget(macs=1.0, latency_model=model)).costs
     dense = costs(np.ones(coupling.num_channels, dtype=bool)).latency
     predicted, measured = [], []
     for seed in range(CHOICES):

@@ -1,0 +1,228 @@
+"""Merging: what every combination of tasks takes, where the networks of all tasks are merged, pruned and fine-tuned.
+
+Networks of one topology are trained on the demo's scenes, one for each task; a set of three tasks is the demo's, one of
+five has two more. Every method merges the networks of a set. What it makes is trained for a while, pruned by `Joint` to
+several budgets, counted in multiply-accumulates as a mean over all combinations of tasks, and fine-tuned: all the same
+for every method. Budgets are shares of what the separate networks take, not pruned, for every method; these, trained
+equally long, are what a task's metric is compared with.
+
+Results are JSON, one line for each set, seed, method and budget, appended as they come
+(`docs/benchmarks/merging.jsonl`), and a Markdown summary of them (`docs/benchmarks/merging.md`).
+
+Run: ``python tests/benchmarks/merging.py [--tasks 3 5] [--methods ...] [--budgets ...] [--seeds ...] [--resume]
+[--quick] [--cache DIR] [--out DIR]``
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from merging_report import DENSE, report
+from merging_tasks import TASKS, as_tasks, data, recipe, single, subsets, together
+from quality_data import Splits
+from quality_measure import told
+from quality_networks import ResNet20
+from quality_problems import Problem
+from quality_training import fit, macs_of, test, trained
+from torch import fx, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+import fxprune
+from fxprune import methods
+from fxprune.calibrating import calibrate
+
+Row = dict[str, Any]
+Key = tuple[int, int, str, float]
+BUDGETS = (0.7, 0.5, 0.35, 0.25, 0.17, 0.12)
+METHODS: dict[str, Callable[[int], Any]] = {
+    "separate": lambda count: methods.Separate(),
+    "mtz-50": lambda count: methods.MTZ(share=0.5),
+    "mtz-90": lambda count: methods.MTZ(share=0.9),
+    "pam-entropy": lambda count: methods.PAM(share=1 - 1 / count),  # a task keeps as many channels as its network has
+    "pam-fisher-2": lambda count: methods.PAM(alpha=0.02, estimator="fisher"),
+    "pam-fisher-10": lambda count: methods.PAM(alpha=0.1, estimator="fisher"),
+}
+"""Name -> how to merge so many networks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A set of trained networks, and what they are merged and judged on.
+
+    Attributes:
+        problem: of all tasks together.
+        networks: task -> network.
+        splits: data.
+        separate: macs of the separate networks, not pruned, as a mean over all combinations.
+        seed: of the networks.
+    """
+
+    problem: Problem
+    networks: dict[str, nn.Module]
+    splits: Splits
+    separate: float
+    seed: int
+
+
+def prepared(count: int, seed: int, splits: Splits, cache: Path, *, quick: bool) -> Setting:
+    """Return the trained networks of a set of so many tasks."""
+    names, sizes = tuple(TASKS)[:count], recipe(quick=quick)
+    networks = {name: trained(single(name, sizes), splits, seed, cache)[0] for name in names}
+    alone = [macs_of(network, splits.test.inputs[:1]) for network in networks.values()]
+    often = 2 ** (count - 1) / (2**count - 1)  # the share of all combinations that each task is in
+    return Setting(together(names, sizes), networks, splits, often * sum(alone), seed)
+
+
+def measure(setting: Setting, name: str, budgets: Sequence[float]) -> Iterator[Row]:
+    """Merge, and yield a row for each budget; `DENSE` is the separate networks, not pruned."""
+    problem, batches = setting.problem, list(setting.splits.calibration.batches(setting.problem.recipe.batch_size))
+    tasks, began = as_tasks(problem), time.process_time()
+    alone = as_tasks_alone(setting)
+    example = batches[0][0][:1]
+    merged = fxprune.merge(
+        setting.networks, batches, method=METHODS[name](len(tasks)), example_inputs=example, tasks=alone
+    )
+    spent = {"merging": time.process_time() - began}
+    fit_again(merged, setting, 1)
+    settled = {"merged": of_combinations(merged, setting), "settled": test(merged, setting.splits.test, problem)}
+    calibration = calibrate(fxprune.couple(fxprune.trace(merged, example)), batches, tasks)
+    for share in budgets:
+        began = time.process_time()
+        try:
+            slim: nn.Module = copy.deepcopy(merged)
+            if share != DENSE:
+                budget = fxprune.Budget(macs=share * setting.separate, combinations="mean")
+                slim = fxprune.compile(
+                    merged, example, budget, calibration=calibration, tasks=tasks, verify=False, progress=False
+                )
+            spent["pruning"] = time.process_time() - began
+            row = {"macs": of_combinations(slim, setting), "cut": test(slim, setting.splits.test, problem)}
+            fit_again(slim, setting, 2)
+            spent["in all"] = time.process_time() - began
+            row["tuned"] = test(slim, setting.splits.test, problem)
+            yield {"budget": share, "seconds": dict(spent)} | settled | row
+        except Exception as error:  # whatever goes wrong in a method is part of the report
+            yield {"budget": share, "error": told(error)}
+
+
+def as_tasks_alone(setting: Setting) -> dict[str, fxprune.Task]:
+    """Return the tasks of the networks before they are merged, each of which returns its map."""
+    alone = [single(name, setting.problem.recipe) for name in setting.networks]
+    return {name: task for problem in alone for name, task in as_tasks(problem).items()}
+
+
+def fit_again(network: nn.Module, setting: Setting, stage: int) -> None:
+    """Train a merged or slim network, the same way for all; of each stage, batches come in an order of its own."""
+    sizes = setting.problem.recipe
+    rate, seed = sizes.tune_learning_rate, 10 * setting.seed + stage
+    fit(network, setting.splits.train, setting.problem, epochs=sizes.tune_epochs, learning_rate=rate, seed=seed)
+
+
+def of_combinations(network: nn.Module, setting: Setting) -> dict[str, int]:
+    """Return the macs of each combination of tasks, as torch counts them in the network that is left of it."""
+    assert isinstance(network, fx.GraphModule)
+    inputs = setting.splits.test.inputs[:1]
+    return {
+        " + ".join(some): macs_of(fxprune.select_tasks(network, some, share=True), inputs)
+        for some in subsets(tuple(setting.networks))
+    }
+
+
+def time_of_merging(rounds: int = 1) -> dict[str, float]:
+    """Return the CPU seconds that each method takes to merge three ResNet-20s on 512 images, untrained."""
+    torch.manual_seed(0)
+    names = ("a", "b", "c")
+    networks: dict[str, nn.Module] = {name: ResNet20().eval() for name in names}
+    images = torch.randn(512, 1, 32, 32)
+    labels = {name: torch.randint(10, (len(images),)) for name in names}
+    batches = [(images[i : i + 64], {n: t[i : i + 64] for n, t in labels.items()}) for i in range(0, len(images), 64)]
+    tasks = {n: fxprune.Task(lambda outputs, batch, n=n: cross_entropy(outputs, batch[1][n]), target=n) for n in names}
+    spent = {}
+    for name, method in METHODS.items():
+        began = time.process_time()
+        for _ in range(rounds):
+            fxprune.merge(networks, batches, method=method(len(names)), example_inputs=images[:1], tasks=tasks)
+        spent[name] = (time.process_time() - began) / rounds
+    return spent
+
+
+def read_rows(path: Path) -> dict[Key, Row]:
+    """Return the rows of a file by number of tasks, seed, method and budget."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return {(row["tasks"], row["seed"], row["method"], row["budget"]): row for row in rows}
+
+
+def run(args: argparse.Namespace, path: Path) -> None:
+    """Run what is missing, and append a line for each row to a file as soon as it is known."""
+    there, splits = read_rows(path), data(args.quick)
+    words = [word for word in sys.argv[1:] if word not in ("--out", str(args.out))]
+    about = {"command": " ".join(["python tests/benchmarks/merging.py", *words])}
+    jobs = [(seed, count, name) for seed in args.seeds for count in args.tasks for name in args.methods]
+    with path.open("a", encoding="utf-8") as file:
+
+        def note(row: Row) -> None:
+            print(json.dumps(row | about, sort_keys=True), file=file, flush=True)
+
+        if (0, 0, "time", DENSE) not in there:
+            note({"tasks": 0, "seed": 0, "method": "time", "budget": DENSE, "seconds": time_of_merging()})
+        for seed, count, name in tqdm(jobs, unit="method", disable=None):
+            asked = [DENSE, *args.budgets] if name == "separate" else args.budgets
+            left = [share for share in asked if (count, seed, name, share) not in there]
+            if left:
+                setting = prepared(count, seed, splits, args.cache, quick=args.quick)
+                for row in measure(setting, name, left):
+                    note({"tasks": count, "seed": seed, "method": name} | row)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add("--tasks", nargs="+", type=int, choices=(3, 5), help="how many tasks (default: both sets, quick 3)")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
+    add(
+        "--budgets", nargs="+", type=float, help=f"shares of the separate networks (default: {BUDGETS}, quick 0.5, 0.3)"
+    )
+    add("--seeds", nargs="+", type=int, help="of weights and batches (default: 0 1 2, quick 0)")
+    add("--resume", action="store_true", help="keep the rows there are, and run the others")
+    add("--quick", action="store_true", help="tiny sizes, to try the command; the networks stay poor")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxprune" / "quality"
+    add("--cache", type=Path, default=cache, help="where trained weights are kept (default: the user's cache)")
+    add("--out", type=Path, default=Path("docs/benchmarks"), help="where merging.jsonl and merging.md go")
+    args = parser.parse_args(argv)
+    args.budgets = args.budgets or ([0.5, 0.3] if args.quick else list(BUDGETS))
+    args.tasks = args.tasks or ([3] if args.quick else [3, 5])
+    args.seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
+    if DENSE in args.budgets:
+        parser.error("a budget of 1 is that of the separate networks, not pruned, which always run")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is missing; write the summary of all rows there are."""
+    args = parse(argv)
+    torch.set_num_threads(1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "merging.jsonl"
+    if not args.resume:
+        path.unlink(missing_ok=True)
+    run(args, path)
+    rows = list(read_rows(path).values())
+    (args.out / "merging.md").write_text(report(rows), encoding="utf-8")
+    print(f"{len(rows)} rows in {args.out / 'merging.md'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""What the benchmark of merging merges: five tasks on the demo's scenes, and a network that can learn any of them.
+
+All networks are of one topology: a map of features at half the resolution of the scene, from which each task reads as
+many channels as it needs, position by position or pooled over positions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+
+import torch
+from quality_data import Batch, Counts, Splits, Table, make_splits
+from quality_problems import Problem, Recipe
+from torch import Tensor, nn
+from torch.nn.functional import (
+    adaptive_max_pool2d,
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    max_pool2d,
+    mse_loss,
+    pad,
+)
+
+import fxprune
+from fxprune.examples.networks import ConvNormAct, Merge, ResidualBlock
+from fxprune.examples.scenes import BACKGROUND, MAX_DIGITS, NUM_CLASSES, NUM_DIGITS, Digits, compose
+from fxprune.examples.training import explained_variance, mean_average_precision, mean_iou
+
+VISIBLE = 8
+"""Of how many pixels something is in sight, as in the demo."""
+
+
+class MapNet(nn.Module):
+    """A residual encoder and a decoder with skips: (b, 1, 32, 32) -> (b, 11, 16, 16)."""
+
+    def __init__(self, fine: int = 12, middle: int = 24, coarse: int = 48) -> None:
+        """Build the network.
+
+        Args:
+            fine: channels at 16x16 positions.
+            middle: channels at 8x8.
+            coarse: channels at 4x4.
+        """
+        super().__init__()
+        self.stem = nn.Sequential(ConvNormAct(1, fine, stride=2), ConvNormAct(fine, fine))
+        self.down1 = ResidualBlock(fine, middle, stride=2)
+        self.down2 = ResidualBlock(middle, coarse, stride=2)
+        self.up1 = Merge(coarse, middle, middle)
+        self.up0 = Merge(middle, fine, fine)
+        self.head = nn.Conv2d(fine, NUM_CLASSES, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the map that a task reads."""
+        fine = self.stem(images)
+        middle = self.down1(fine)
+        return self.head(self.up0(self.up1(self.down2(middle), middle), fine))
+
+
+@dataclass(frozen=True, slots=True)
+class SceneTask:
+    """How a task reads a map, and how it is judged.
+
+    Attributes:
+        read: (b, 11, 16, 16) -> its answer.
+        loss: `(answer, target) -> scalar`.
+        metric: name and `(answer, target) -> number`; higher is better, 1 is best.
+    """
+
+    read: Callable[[Tensor], Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    metric: tuple[str, Callable[[Tensor, Tensor], float]]
+
+
+def _relative_error(predicted: Tensor, depth: Tensor) -> Tensor:
+    return mse_loss(predicted, depth) / depth.var()
+
+
+def _accuracy(logits: Tensor, classes: Tensor) -> float:
+    return (logits.argmax(1) == classes).double().mean().item()
+
+
+R2 = "R\N{SUPERSCRIPT TWO}"
+TASKS: Mapping[str, SceneTask] = {
+    "segmentation": SceneTask(lambda maps: maps, cross_entropy, ("mIoU", mean_iou)),
+    "depth": SceneTask(lambda maps: maps[:, 0], _relative_error, (R2, explained_variance)),
+    "presence": SceneTask(
+        lambda maps: adaptive_max_pool2d(maps[:, :NUM_DIGITS], 1).flatten(1),
+        binary_cross_entropy_with_logits,
+        ("mAP", mean_average_precision),
+    ),
+    "count": SceneTask(lambda maps: maps[:, : MAX_DIGITS + 1].mean((2, 3)), cross_entropy, ("accuracy", _accuracy)),
+    "boundaries": SceneTask(lambda maps: maps[:, :2], cross_entropy, ("mIoU", mean_iou)),
+}
+"""In this order; the first three are the demo's."""
+
+
+def scene_table(digits: Digits, count: int, seed: tuple[int, ...]) -> Table:
+    """Compose scenes, with five targets: those of the demo at half the resolution, and two more.
+
+    `count` (n,) is how many digits are in sight, whichever they are. `boundaries` (n, 16, 16) is 1 where a pixel's
+    digit is not that of its right or lower neighbour.
+    """
+    made = compose(digits, count, seed)
+    pixels = made.segmentation + (BACKGROUND + 1) * (made.depth * MAX_DIGITS).round().long()  # a number per digit
+    right, below = (
+        pad(pixels[:, :, 1:] != pixels[:, :, :-1], (0, 1)),
+        pad(pixels[:, 1:] != pixels[:, :-1], (0, 0, 0, 1)),
+    )
+    ranks = [(made.depth * MAX_DIGITS).round() == rank + 1 for rank in range(MAX_DIGITS)]
+    targets = {
+        "segmentation": made.segmentation[:, ::2, ::2].contiguous(),
+        "depth": made.depth[:, ::2, ::2].contiguous(),
+        "presence": made.presence,
+        "count": torch.stack([rank.sum((1, 2)) >= VISIBLE for rank in ranks], 1).sum(1),
+        "boundaries": max_pool2d((right | below).float()[:, None], 2)[:, 0].long(),
+    }
+    return Table(made.images, targets)
+
+
+def single(name: str, recipe: Recipe) -> Problem:
+    """Return the problem of one task: a network that returns its map."""
+    task = TASKS[name]
+
+    def loss(maps: Tensor, batch: Batch) -> Tensor:
+        return task.loss(task.read(maps), batch[1][name])
+
+    def metric(maps: Tensor, targets: Mapping[str, Tensor]) -> float:
+        return task.metric[1](task.read(maps), targets[name])
+
+    digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]  # kept weights are those of this file
+    split = partial(make_splits, scene_table)
+    return Problem(f"merging_{name}_{digest}", MapNet, split, {name: loss}, {name: (task.metric[0], metric)}, recipe)
+
+
+def together(names: tuple[str, ...], recipe: Recipe) -> Problem:
+    """Return the problem of several tasks: a network that returns the map of each."""
+    alone = {name: single(name, recipe) for name in names}
+
+    def loss(name: str, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        return alone[name].losses[name](outputs[name], batch)
+
+    def metric(name: str, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> float:
+        return alone[name].metrics[name][1](outputs[name], targets)
+
+    losses = {name: partial(loss, name) for name in names}
+    metrics = {name: (TASKS[name].metric[0], partial(metric, name)) for name in names}
+    return Problem("merged", MapNet, partial(make_splits, scene_table), losses, metrics, recipe)
+
+
+def as_tasks(problem: Problem) -> dict[str, fxprune.Task]:
+    """Return the tasks of a problem."""
+    return {name: fxprune.Task(loss, target=name) for name, loss in problem.losses.items()}
+
+
+def subsets(names: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Return all combinations of tasks, fewest first."""
+    return [some for count in range(1, len(names) + 1) for some in combinations(names, count)]
+
+
+def recipe(*, quick: bool) -> Recipe:
+    """Return sizes and schedules; the networks of quick ones stay poor."""
+    found = Recipe(Counts(8_000, 512, 2_000), epochs=10, tune_epochs=2, tune_learning_rate=2e-3)
+    return replace(found, counts=Counts(256, 64, 64), epochs=1, tune_epochs=1) if quick else found
+
+
+def data(quick: bool) -> Splits:
+    """Return the scenes, the same for all seeds and tasks."""
+    return make_splits(scene_table, recipe(quick=quick).counts)
