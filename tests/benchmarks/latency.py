@@ -87,7 +87,7 @@ def against_macs(
     Of all budgets of macs that are tried, it is the plan with the least error among those that are predicted to take
     at most as long.
     """
-    coupling = timed(coupling, fxprune.Budget(macs=1.0, latency_model=model))
+    coupling = counted(coupling, fxprune.Budget(macs=1.0, latency_model=model))
     chooser = Chooser(coupling, fxprune.methods.Joint(), fxprune.Constraints(), None, None)
     dense = coupling.costs.dense
 
