@@ -26,8 +26,8 @@ from fxprune.timing import clock_of, take_turns
 from fxprune.traced import Traced
 from fxprune.values import bind
 
-NETWORKS = 31
-"""How many choices of widths are measured, besides the least and the dense network."""
+NETWORKS = 32
+"""How many choices of widths are measured, besides the dense network."""
 ROUNDS = (8, 50)
 """How often each network is run, op by op and as a whole, at least and at most."""
 SECONDS = 0.1
@@ -107,14 +107,15 @@ def resized(t: torch.Tensor, batch: int) -> torch.Tensor:
 
 
 def _rewritable(traced: Traced) -> Coupling:
-    """Couple a network; what cannot be rewritten at a small choice is frozen."""
+    """Couple a network; what cannot be rewritten to its least widths is frozen."""
     freeze: dict[str, str] = {}
     while True:
         coupling = couple(traced, freeze=freeze)
         try:
-            for keep in choices(coupling):
-                rewrite(coupling, plan_of(coupling, keep))
-                return coupling
+            allocation = _allocation(coupling)
+            keep = allocation.keep(_taken(coupling, allocation, np.ones(len(coupling.groups())), 1))
+            rewrite(coupling, plan_of(coupling, keep))
+            return coupling
         except RewriteError as error:
             fresh = {node: reason for node, reason in error.nodes.items() if node not in freeze}
             if not fresh:
@@ -123,18 +124,23 @@ def _rewritable(traced: Traced) -> Coupling:
 
 
 def choices(coupling: Coupling) -> Iterator[np.ndarray]:
-    """Yield (channels,) what stays: the least network, random ones, the dense one.
+    """Yield (channels,) what stays: in random networks, then in the dense one.
 
     The widths of a group are spread evenly over all that it can have (a Latin hypercube), whatever the others have;
-    every other time, they are whole blocks, as most are that a latency budget leads to.
+    every other time, from the second on, they are whole blocks.
     """
-    scores = paths_by_score(coupling, np.ones(coupling.num_channels))
-    allocation = steps_of_all(coupling, scores, "uniform", Constraints())
+    allocation = _allocation(coupling)
     count, rng = len(coupling.groups()), np.random.default_rng(0)
     drawn = [(rng.permutation(NETWORKS) + rng.random(NETWORKS)) / NETWORKS for _ in range(count)]
-    gone = (np.ones(count), *np.array(drawn).reshape(count, NETWORKS).T, np.zeros(count))
+    gone = (*np.array(drawn).reshape(count, NETWORKS).T, np.zeros(count))
     for i, each in enumerate(gone):
         yield allocation.keep(_taken(coupling, allocation, each, coupling.record.machine.block if i % 2 else 1))
+
+
+def _allocation(coupling: Coupling) -> Allocation:
+    """Return all steps that groups can take, in any order."""
+    scores = paths_by_score(coupling, np.ones(coupling.num_channels))
+    return steps_of_all(coupling, scores, "uniform", Constraints())
 
 
 def _taken(coupling: Coupling, allocation: Allocation, gone: np.ndarray, block: int) -> np.ndarray:
@@ -176,7 +182,7 @@ def _model(
         batch: it ran at.
     """
     block = coupling.record.machine.block
-    found, order = [], []
+    found, order, in_blocks = [], [], 0.0
     names = [n.name for n in calls_of(coupling.traced.graph)]
     counts = np.ones(len(times))
     counts[-1] = len(times) / 2  # budgets are shares of the dense network
@@ -189,6 +195,7 @@ def _model(
             weights, rest = fit(terms(x, y), times[:, calls].ravel(), np.repeat(counts, len(calls)))
             tried.append((rest, channels, weights))
         _, (into, out), weights = min(tried)
+        in_blocks += times[-1, calls].sum() / times[-1].sum() if into or out else 0.0
         found.append(OpLatency(kind, tuple(names[i] for i in calls), inputs, outputs, into, out, weights))
         order += calls
     plain = LatencyModel(
@@ -198,7 +205,10 @@ def _model(
     sums = np.array([each.each(*sample[:, order]).sum() for sample in samples])
     left = sums / sums[-1]
     rows = np.stack([np.ones_like(left), left, left**2], axis=1)
-    (overhead, scale, curve), _ = fit(rows, wholes, counts**2)
+    # where ops count whole blocks, these are what a budget leads to; where not, other widths, which are slower
+    leads = np.where(np.arange(len(times)) % 2, in_blocks, 1 - in_blocks)
+    leads[-1] = 1
+    (overhead, scale, curve), _ = fit(rows, wholes, counts**2 * np.maximum(leads, 1e-3))
     error, total = float(np.median(np.abs(rows @ (overhead, scale, curve) / wholes - 1))), float(sums[-1])
     return replace(plain, overhead=overhead, scale=scale / total, curve=curve / total**2, error=error)
 
