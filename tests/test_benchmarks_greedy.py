@@ -69,7 +69,7 @@ def test_networks_are_what_their_names_say():
             assert network(torch.zeros(2, 1, 32, 32)).shape == (2, 10)
         layers = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
         shortcuts = [name for name, _ in network.named_modules() if name.endswith("shortcut.0")]
-        depth = {"resnet56": 56, "vgg16": 15, "resnext29": 29}[name]  # the VGG has one linear layer less
+        depth = {"resnet56": 56, "vgg16": 15, "resnext20": 20}[name]  # the VGG has one linear layer less
         assert len(layers) - len(shortcuts) == depth
         assert every[name].name.startswith(f"{name}_")
         assert every[name].recipe == known["resnet20"].recipe
@@ -132,7 +132,7 @@ def test_the_report_tells_every_cell_what_failed_and_what_the_search_took():
     assert "PlanError: no" in page
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()]
     assert ["planning, in runs", "40.0", "37.5"] in lines
-    assert ["with what is computed again after each round, at most", "451.5"] in lines  # 250.5, 200 and one at first
+    assert ["with what runs between rounds, at most", "452.5"] in lines  # 250.5, 200 and two at first
     assert ["published code: 2 x 16 x 200", "6,400"] in lines
     assert page.count("## resnet18") == 0
 

@@ -1,6 +1,6 @@
 """Greedy pruning: HBGS and HBGTS, forward and backward, down to 6 % of the multiply-accumulates of six classifiers.
 
-The classifiers of the quality benchmark, a ResNet-56, a narrow VGG-16 and a wide ResNeXt-29 are trained on single
+The classifiers of the quality benchmark, a ResNet-56, a narrow VGG-16 and a wide ResNeXt-20 are trained on single
 digits made hard; their weights are kept. Every method prunes each of them to several shares of its macs; the slim
 network is tested as it is, and after a fine-tuning with distillation, the same for every method. `--networks resnet18`
 is another part: what HBGTS costs on torchvision's ResNet-18, in seconds and in runs of the network. It runs last,
