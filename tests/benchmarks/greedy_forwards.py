@@ -21,7 +21,8 @@ def search(*, quick: bool = False) -> Row:
     """Plan to half of the macs, and tell what that took; the weights of the network are random."""
     torch.set_num_threads(THREADS)
     clock = Clock()
-    batches = images(PX, 2 * BATCH if quick else IMAGES, BATCH)
+    px, count, size = (32, 8, 4) if quick else (PX, IMAGES, BATCH)
+    batches = images(px, count, size)
     network = build(NAME, batches)
     coupling = clock("couple", lambda: fxprune.couple(fxprune.trace(network, batches[0][0][:1])))
     forward(network, batches[:1])  # whatever is done once
@@ -30,7 +31,7 @@ def search(*, quick: bool = False) -> Row:
     plan = clock("plan", fxprune.plan, coupling, fxprune.Budget(macs=BUDGET), method=method, calibration=batches)
     clock("after", forward, network, batches)
     about: Row = {"network": NAME, "seed": 0, "method": METHOD, "budget": BUDGET, "macs": plan.costs.share("macs")}
-    about |= {"images": BATCH * len(batches), "px": PX, "batch": BATCH, "threads": THREADS}
+    about |= {"images": count, "px": px, "batch": size, "threads": THREADS}
     sizes = {"groups": len(coupling.groups()), "convolutions": convolutions(network)}
     return about | sizes | method.spent() | {"stages": clock.stages, "peak": clock.peaks["plan"]}
 

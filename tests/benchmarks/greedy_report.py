@@ -171,9 +171,8 @@ def searches(rows: Sequence[Row]) -> list[str]:
             "The published search runs the whole network once for every offer in every round: the sum over rounds of "
             "how many groups have something to offer. The authors' code makes two offers for each 3x3 convolution but "
             "the network's first, of filters and of inputs: 2 x convolutions x rounds. Its number of rounds is not "
-            "known; ours is put in, which favours it: of its rounds, each takes filters of one convolution and no "
-            "weights of others, where here the layers that read a group become smaller too, and a residual stream "
-            "loses channels in all its layers at once.",
+            "known; ours is put in, which favours it: each of its rounds makes one convolution smaller and the "
+            "1x1 convolution that was added to it, where here all layers that make and read a group become smaller.",
             f"The peak resident memory of the process was {r['peak'] / 1e9:.2f} GB.",
         ]
     return parts
