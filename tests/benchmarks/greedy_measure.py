@@ -1,0 +1,149 @@
+"""One job of the benchmark of greedy pruning: a method on a trained network, at one budget."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from greedy_networks import classifiers
+from quality_data import Batch, Splits, Table
+from quality_measure import DENSE, Job, Options, judged, told
+from quality_methods import Ours
+from quality_problems import Problem
+from quality_training import fit, macs_of, params_of, test, trained
+from torch import Tensor, nn
+from torch.nn.functional import kl_div, log_softmax
+
+from fxprune import methods
+from fxprune.methods import HBGS, HBGTS, AnyMethod
+from fxprune.offering import Found
+
+Row = dict[str, Any]
+METHODS: Mapping[str, AnyMethod] = {
+    "hbgs": HBGS(),
+    "hbgs-backward": HBGS(backward=True),
+    "hbgs-backward-activations": HBGS(backward=True, on="activations"),
+    "hbgs-decompose": HBGS(backward=True, decompose=True),
+    "hbgts": HBGTS(),
+    "hbgts-backward": HBGTS(backward=True),
+    "joint": methods.Joint(),
+    "random": methods.Random(),
+}
+EPOCHS, RATE, TEMPERATURE = 4, 2e-3, 2.0
+"""Of fine-tuning, on all training images: half as many epochs as of training."""
+TEACHER = "teacher"
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """A search that remembers what it has found.
+
+    Attributes:
+        method: searches.
+        found: what it has found, each time that it was asked.
+    """
+
+    method: HBGS | HBGTS
+    found: list[Found] = field(default_factory=list, repr=False)
+
+    @property
+    def compensate(self) -> bool:
+        """Whether weights are corrected."""
+        return self.method.compensate
+
+    @property
+    def decompose(self) -> bool:
+        """Whether convolutions become pairs."""
+        return self.method.decompose
+
+    @property
+    def damping(self) -> float:
+        """Of the correction."""
+        return self.method.damping
+
+    def choose(self, problem: methods.Problem) -> np.ndarray:
+        """Return (channels,) bool, what to keep."""
+        self.found.append(self.method.search(problem))
+        return self.found[-1].keep
+
+    def spent(self) -> Row:
+        """Return what all searches took: rounds, offers measured, runs of the network, and those as published."""
+        return {
+            "rounds": sum(len(f.commits) for f in self.found),
+            "evaluations": sum(f.evaluations for f in self.found),
+            "forwards": sum(f.forwards for f in self.found),
+            "published": sum(f.published for f in self.found),
+        }
+
+
+def measure(job: Job, options: Options) -> list[Row]:
+    """Return a row for every budget; what cannot be done is told in its row."""
+    torch.set_num_threads(1)
+    problem, splits = bench(job.network, quick=options.quick)
+    network, seconds = trained(problem, splits, job.seed, options.cache)
+    splits = replace(splits, train=with_answers(splits.train, network))
+    about = {"network": job.network, "seed": job.seed, "method": job.method}
+    if job.method == DENSE:
+        costs = {"macs": macs_of(network, splits.test.inputs[:1]), "params": params_of(network)}
+        row = about | costs | {"budget": 1.0, "seconds": seconds, "cut": test(network, splits.test, problem)}
+        return [row | {"tuned": tuned(network, splits, problem, job.seed, options)}]
+    rows = []
+    for share in job.budgets:
+        try:
+            row = pruned(job, share, network, problem, splits, options)
+        except Exception as error:  # whatever goes wrong in a method is part of the report
+            row = {"error": told(error)}
+        rows.append(about | {"budget": share} | row)
+    return rows
+
+
+@cache
+def bench(name: str, *, quick: bool) -> tuple[Problem, Splits]:
+    """Return a problem and its data."""
+    problem = classifiers(quick=quick)[name]
+    return problem, problem.split(problem.recipe.counts)
+
+
+def pruned(job: Job, share: float, network: nn.Module, problem: Problem, splits: Splits, options: Options) -> Row:
+    """Prune to a share of the macs; test what comes out as it is, and after fine-tuning."""
+    method = METHODS[job.method]
+    method = Noted(method) if isinstance(method, (HBGS, HBGTS)) else method
+    batches = list(splits.calibration.batches(problem.recipe.batch_size))
+    began = time.process_time()
+    slim = Ours(method).start(network, problem, batches)(share)
+    row: Row = {"seconds": time.process_time() - began} | (method.spent() if isinstance(method, Noted) else {})
+    row |= judged(slim, network, problem, splits, job.seed, replace(options, tune=False))
+    return row | {"tuned": tuned(slim, splits, problem, job.seed, options)}
+
+
+def tuned(network: nn.Module, splits: Splits, problem: Problem, seed: int, options: Options) -> Mapping[str, float]:
+    """Fine-tune in place, the same way for all, and test."""
+    epochs = 1 if options.quick else EPOCHS
+    fit(network, splits.train, distilling(problem), epochs=epochs, learning_rate=RATE, seed=seed + 1)
+    return test(network, splits.test, problem)
+
+
+@torch.no_grad()
+def with_answers(table: Table, teacher: nn.Module) -> Table:
+    """Add what a network answers to the targets; images are always the same, so that it need answer only once."""
+    answers = torch.cat([teacher.eval()(inputs) for inputs, _ in table.batches(250)])
+    return Table(table.inputs, {**table.targets, TEACHER: answers})
+
+
+def distilling(problem: Problem) -> Problem:
+    """Add the distance from a teacher to the losses of a classifier.
+
+    The Kullback-Leibler divergence of its distribution from the teacher's, both of logits over a temperature, mean over
+    images, and not times its square: as in the authors' code of HBGS.
+    """
+
+    def distance(outputs: Tensor, batch: Batch) -> Tensor:
+        student, teacher = (log_softmax(logits / TEMPERATURE, 1) for logits in (outputs, batch[1][TEACHER]))
+        return kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+    return replace(problem, losses={**problem.losses, TEACHER: distance})
