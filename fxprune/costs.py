@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -45,8 +45,8 @@ class Costs:
     params: int
     memory: int
     latency: int | None = None
-    combined_macs: int | None = None
-    combined_params: int | None = None
+    combined_macs: int | None = field(default=None, repr=False)
+    combined_params: int | None = field(default=None, repr=False)
 
     @property
     def asked_macs(self) -> int:
