@@ -34,7 +34,7 @@ CHOICES = 8
 SHARES = (0.7, 0.5)
 ROUNDS = 40
 HALF = 0.5
-MACS = np.geomspace(0.5, 1.6, 24)
+MACS = np.geomspace(0.2, 1.6, 32)
 """Budgets of macs that are tried against one of latency: times what that one left."""
 JOBS = {
     "SceneNet, 32 px, 8 images": (SceneNet, (8, 1, 32, 32)),
