@@ -25,7 +25,7 @@ from fxprune.gathering import Gatherer, Lister
 from fxprune.memberships import LabelReader
 from fxprune.shares import Share
 from fxprune.sums import Layer, Sums, renumber, spreads_of_all, sums_of_all
-from fxprune.tasks import Task, evaluating, of_wanted_classes, run_batch
+from fxprune.tasks import Task, check_batches, evaluating, of_wanted_classes, run_batch
 
 SCHEMA = 1
 """Version of the file of a calibration."""
@@ -343,20 +343,3 @@ def _moments(sums: Sums, samples: int, tasks: list[str]) -> Moments:
 def _between(sums: Sums) -> torch.Tensor | None:
     parts = [totals.second().cpu() for totals in sums.classes.values()]
     return torch.stack(parts).mean(0) / sums.inputs.rows if parts else None
-
-
-def check_batches(batches: Any) -> None:
-    """Check that data are batches, one after another.
-
-    Raises:
-        PlanError: they cannot be iterated, or are one batch alone: a tensor, a mapping, or tensors of several kinds.
-    """
-    if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
-        raise PlanError(f"the calibration is {batches!r}, which cannot be iterated. Pass a list of batches.")
-    members = batches if isinstance(batches, (list, tuple)) else ()
-    kinds = {(t.dtype, t.ndim) if isinstance(t, torch.Tensor) else None for t in members}
-    if isinstance(batches, (torch.Tensor, Mapping)) or (None not in kinds and len(kinds) > 1):
-        raise PlanError(
-            "the calibration is a single batch, and batches were expected, one after another. Pass a list of batches, "
-            "such as `[batch]`."
-        )

@@ -83,8 +83,8 @@ def measure(traced: Traced, device: str, batch: int) -> LatencyModel:
     operands = Operands(sizes, coupling.record, coupling.traced.graph)
     counter = Counter(sizes.rows)
     dense = rewrite(coupling, plan_of(coupling, np.ones(coupling.num_channels, dtype=bool))).to(place).eval()
-    samples, seconds, parts = [], [], []
-    for keep in choices(coupling):
+    samples, seconds, parts, in_blocks = [], [], [], []
+    for keep, whole_blocks in choices(coupling):
         slim = rewrite(coupling, plan_of(coupling, keep)).to(place).eval()
         try:
             whole, share = _timed(dense, slim, args, kwargs, place)
@@ -95,8 +95,9 @@ def measure(traced: Traced, device: str, batch: int) -> LatencyModel:
         samples.append(operands(counter.sizes(counter.by_row(keep))))
         seconds.append(float(np.median(whole)))
         parts.append(share)
+        in_blocks.append(whole_blocks)
     times = np.array(parts) * np.median(seconds) * 1e6
-    return _model(coupling, np.array(samples), times[:, 1:], times[:, 0], device, batch)
+    return _model(coupling, np.array(samples), times[:, 1:], times[:, 0], np.array(in_blocks), device, batch)
 
 
 def resized(t: torch.Tensor, batch: int) -> torch.Tensor:
@@ -123,18 +124,18 @@ def _rewritable(traced: Traced) -> Coupling:
             freeze |= fresh
 
 
-def choices(coupling: Coupling) -> Iterator[np.ndarray]:
-    """Yield (channels,) what stays: in random networks, then in the dense one.
+def choices(coupling: Coupling) -> Iterator[tuple[np.ndarray, bool]]:
+    """Yield (channels,) what stays, and whether widths are whole blocks: of random networks, then of the dense one.
 
-    The widths of a group are spread evenly over all that it can have (a Latin hypercube), whatever the others have;
-    every other time, from the second on, they are whole blocks.
+    The widths of a group are spread evenly over all that it can have (a Latin hypercube), whatever the others have.
     """
     allocation = _allocation(coupling)
     count, rng = len(coupling.groups()), np.random.default_rng(0)
     drawn = [(rng.permutation(NETWORKS) + rng.random(NETWORKS)) / NETWORKS for _ in range(count)]
     gone = (*np.array(drawn).reshape(count, NETWORKS).T, np.zeros(count))
     for i, each in enumerate(gone):
-        yield allocation.keep(_taken(coupling, allocation, each, coupling.record.machine.block if i % 2 else 1))
+        block = coupling.record.machine.block if i % 2 else 1
+        yield allocation.keep(_taken(coupling, allocation, each, block)), block > 1
 
 
 def _allocation(coupling: Coupling) -> Allocation:
@@ -169,7 +170,13 @@ def _timed(
 
 
 def _model(
-    coupling: Coupling, samples: np.ndarray, times: np.ndarray, wholes: np.ndarray, device: str, batch: int
+    coupling: Coupling,
+    samples: np.ndarray,
+    times: np.ndarray,
+    wholes: np.ndarray,
+    in_blocks: np.ndarray,
+    device: str,
+    batch: int,
 ) -> LatencyModel:
     """Fit every class of ops, then the networks as wholes.
 
@@ -178,11 +185,12 @@ def _model(
         samples: (networks, 2, calls) elements that go in and come out; the last network is the dense one.
         times: (networks, calls) microseconds.
         wholes: (networks,) microseconds.
+        in_blocks: (networks,) whether widths are whole blocks.
         device: it ran on.
         batch: it ran at.
     """
     block = coupling.record.machine.block
-    found, order, in_blocks = [], [], 0.0
+    found, order, counted = [], [], 0.0
     names = [n.name for n in calls_of(coupling.traced.graph)]
     counts = np.ones(len(times))
     counts[-1] = len(times) / 2  # budgets are shares of the dense network
@@ -195,7 +203,7 @@ def _model(
             weights, rest = fit(terms(x, y), times[:, calls].ravel(), np.repeat(counts, len(calls)))
             tried.append((rest, channels, weights))
         _, (into, out), weights = min(tried)
-        in_blocks += times[-1, calls].sum() / times[-1].sum() if into or out else 0.0
+        counted += times[-1, calls].sum() / times[-1].sum() if into or out else 0.0
         found.append(OpLatency(kind, tuple(names[i] for i in calls), inputs, outputs, into, out, weights))
         order += calls
     plain = LatencyModel(
@@ -205,8 +213,8 @@ def _model(
     sums = np.array([each.each(*sample[:, order]).sum() for sample in samples])
     left = sums / sums[-1]
     rows = np.stack([np.ones_like(left), left, left**2], axis=1)
-    # where ops count whole blocks, these are what a budget leads to; where not, other widths, which are slower
-    leads = np.where(np.arange(len(times)) % 2, in_blocks, 1 - in_blocks)
+    # as far as ops count whole blocks, these are what a budget leads to; else other widths, which are slower
+    leads = np.where(in_blocks, counted, 1 - counted)
     leads[-1] = 1
     (overhead, scale, curve), _ = fit(rows, wholes, counts**2 * np.maximum(leads, 1e-3))
     error, total = float(np.median(np.abs(rows @ (overhead, scale, curve) / wholes - 1))), float(sums[-1])

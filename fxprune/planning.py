@@ -12,7 +12,7 @@ from fxprune import agreeing, sharing
 from fxprune.atoms import FIXED
 from fxprune.branches import costs_of
 from fxprune.budgets import Budget
-from fxprune.calibrating import Calibration, check_batches
+from fxprune.calibrating import Calibration
 from fxprune.choosing import Chooser
 from fxprune.closing import owner
 from fxprune.constraining import Constraints, constrain
@@ -24,7 +24,7 @@ from fxprune.methods import SCOPES, AnyMethod, PathMethod, SearchMethod, default
 from fxprune.operands import check_model
 from fxprune.pausing import without_collector
 from fxprune.plans import GroupWidth, Plan, frozen
-from fxprune.tasks import Task
+from fxprune.tasks import Task, check_batches
 from fxprune.weighing import shares_of
 
 

@@ -130,30 +130,32 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, example_inputs: Any 
         ArtifactError: a file is missing or damaged, or the plan does not fit the model.
     """
     folder = Path(path)
-    slim = cut(folder / PLAN, model, example_inputs=example_inputs, notes=("loaded from a file",))
+    path = folder / PLAN
+    data = _read_plan(path)
+    slim = _cut(data, path, model, example_inputs=example_inputs, notes=("loaded from a file",))
     weights = folder / WEIGHTS
     try:
         _check_dtypes(slim, weights)
         load_model(slim, str(weights))
     except (SafetensorError, RuntimeError, OSError) as error:
         raise ArtifactError(f"{weights} does not fit or is damaged: {error}. Save the network again.") from error
-    _put_channels_last(slim, folder / PLAN)
+    _put_channels_last(slim, data.get("channels_last", []), path)
     return slim
 
 
 def _channels_last(slim: nn.Module) -> list[str]:
     """Return the parameters and buffers whose channels come last in memory; of 1x1 kernels, strides alone tell."""
-    found = []
-    for name, t in slim.state_dict().items():
+
+    def comes_last(t: torch.Tensor) -> bool:
         plain = torch.empty(t.shape, device="meta")
-        if t.ndim in FORMATS and t.stride() != plain.stride():
-            found += [name] if t.stride() == plain.to(memory_format=FORMATS[t.ndim]).stride() else []
-    return found
+        return plain.stride() != t.stride() == plain.to(memory_format=FORMATS[t.ndim]).stride()
+
+    return [name for name, t in slim.state_dict().items() if t.ndim in FORMATS and comes_last(t)]
 
 
-def _put_channels_last(slim: nn.Module, path: Path) -> None:
+def _put_channels_last(slim: nn.Module, names: Any, path: Path) -> None:
     """Bring the parameters and buffers that the file names into the order they were saved from; speed depends on it."""
-    names, state = _read_plan(path).get("channels_last", []), slim.state_dict(keep_vars=True)
+    state = slim.state_dict(keep_vars=True)
     for name in names if isinstance(names, list) else [names]:
         t = state.get(name) if isinstance(name, str) else None
         if t is None or t.ndim not in FORMATS:
@@ -180,7 +182,19 @@ def cut(
         ArtifactError: the file is missing or damaged, or the plan does not fit the model.
         VerificationError: the slim network differs from the masked original.
     """
-    data = _read_plan(path)
+    return _cut(_read_plan(path), path, model, example_inputs=example_inputs, verify=verify, notes=notes)
+
+
+def _cut(
+    data: dict[str, Any],
+    path: Path,
+    model: nn.Module,
+    *,
+    example_inputs: Any,
+    verify: bool = False,
+    notes: tuple[str, ...],
+) -> fx.GraphModule:
+    """Cut a model by what was read from a file, as `cut` says."""
     plan = Plan.from_json(json.dumps(data["plan"]))
     if example_inputs is None:
         example_inputs = examples(data["inputs"], f"{path}: ")

@@ -147,3 +147,20 @@ def run_batch(module: torch.nn.Module, batch: Any, tasks: Mapping[str, Task]) ->
             )
         losses[name] = loss.reshape(())
     return losses
+
+
+def check_batches(batches: Any) -> None:
+    """Check that data are batches, one after another.
+
+    Raises:
+        PlanError: they cannot be iterated, or are one batch alone: a tensor, a mapping, or tensors of several kinds.
+    """
+    if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
+        raise PlanError(f"the calibration is {batches!r}, which cannot be iterated. Pass a list of batches.")
+    members = batches if isinstance(batches, (list, tuple)) else ()
+    kinds = {(t.dtype, t.ndim) if isinstance(t, torch.Tensor) else None for t in members}
+    if isinstance(batches, (torch.Tensor, Mapping)) or (None not in kinds and len(kinds) > 1):
+        raise PlanError(
+            "the calibration is a single batch, and batches were expected, one after another. Pass a list of batches, "
+            "such as `[batch]`."
+        )
