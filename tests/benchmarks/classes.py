@@ -15,22 +15,19 @@ Run: ``python tests/benchmarks/classes.py [--parts ...] [--networks ...] [--seed
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from classes_report import report
+from commands import Row, add_options, append, command, rows_file, rows_in
 from quality_data import Splits, Table
 from quality_measure import Options, bench, first, judged, told
 from quality_methods import CONTENDERS
@@ -45,7 +42,6 @@ from fxprune import methods
 from fxprune.calibrating import calibrate
 from fxprune.scattering import scatter
 
-Row = dict[str, Any]
 NETWORKS = ("resnet20", "mobilenetv2", "vgg")
 FEW = ("joint", "joint-classes", "catro", "taylor-global", "tp-taylor", "tp-taylor-global", "tp-hessian-global",
        "tp-activation-global")  # fmt: skip
@@ -245,12 +241,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     add("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    add("--jobs", type=int, default=1, help="processes at a time, of one thread each (default: %(default)s)")
-    add("--resume", action="store_true", help="keep the rows there are, and run the others")
-    add("--quick", action="store_true", help="tiny sizes, to try the command; the networks stay poor")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxprune" / "quality"
-    add("--cache", type=Path, default=cache, help="where trained weights are kept (default: the user's cache)")
-    add("--out", type=Path, default=Path("docs/benchmarks"), help="where classes.jsonl, classes.md and the plot go")
+    add_options(parser, "classes.jsonl, classes.md and the plot")
     return parser.parse_args(argv)
 
 
@@ -258,24 +249,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing; write the summary and the plot of all rows there are."""
     args = parse(argv)
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # for the processes that are started
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "classes.jsonl"
-    if not args.resume:
-        path.unlink(missing_ok=True)
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    path = rows_file(args, "classes.jsonl")
     options = Options(args.cache, None, args.quick, tune=True)
-    words = " ".join(word for word in sys.argv[1:] if word not in ("--out", str(args.out)))
-    jobs = jobs_for(args, rows)
+    jobs = jobs_for(args, rows_in(path))
     with (
         ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool,
-        path.open("a") as file,
         tqdm(total=len(jobs), unit="job", disable=None) as bar,
     ):
         for done in as_completed([pool.submit(measure, job, options) for job in jobs]):
             for row in done.result():
-                rows.append(row | {"command": f"python tests/benchmarks/classes.py {words}".strip()})
-                print(json.dumps(rows[-1], sort_keys=True), file=file, flush=True)
+                append(path, row | {"command": command()})
             bar.update()
+    rows = rows_in(path)
     (args.out / "classes.md").write_text(report(rows, args.out), encoding="utf-8")
     print(f"{len(rows)} rows in {args.out / 'classes.md'}")
 

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import json
-import os
-import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from commands import commands_of, header, markdown, rows_in, seeds_of
 from matplotlib.figure import Figure
 from quality_scores import cell
-from tabulate import tabulate
-
-import fxprune
 
 Row = dict[str, Any]
 Curve = tuple[np.ndarray, np.ndarray]
@@ -26,12 +19,13 @@ DATA_FREE = ("magnitude-global", "bn-scale-global", "random", "tp-magnitude", "t
              "tp-bn-scale-global", "tp-lamp-global", "tp-fpgm-global", "tp-random")  # fmt: skip
 STAGES = {"cut": "right after pruning", "tuned": "after fine-tuning"}
 KINDS = {"all classes": ("#d55e00", "-"), "all classes, told": ("#e69f00", "--"), "some classes": ("#0072b2", "-")}
-PACKAGES = ("torch", "torch-pruning", "scikit-learn", "numpy")
+PACKAGES = ("fxprune", "torch", "torch-pruning", "scikit-learn", "numpy")
 
 
 def report(rows: Sequence[Row], folder: Path) -> str:
     """Put the report together, and write the plot next to where it goes."""
-    parts = [header(rows)]
+    work, made, seeds = "one thread for each process", commands_of(rows), seeds_of(rows)
+    parts = [header("Classes", PACKAGES, work, command=made, seeds=seeds)]
     by_part = {part: [r for r in rows if r["part"] == part] for part in ("few", "subtasks", "scatter")}
     if by_part["few"]:
         parts += few(by_part["few"], folder / "quality.jsonl")
@@ -43,23 +37,9 @@ def report(rows: Sequence[Row], folder: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def header(rows: Sequence[Row]) -> str:
-    """Say when, where and with what."""
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    facts = {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": f"{platform.platform()}, {platform.machine()}, {os.cpu_count()} CPUs, one thread for each process",
-        "versions": f"python {platform.python_version()}, fxprune {fxprune.__version__}, {versions}",
-        "command": ", then ".join(f"`{command}`" for command in dict.fromkeys(r["command"] for r in rows)),
-        "seeds": ", ".join(map(str, sorted({r["seed"] for r in rows}))),
-    }
-    return "# Classes\n\n" + "\n".join(f"* {key}: {value}" for key, value in facts.items())
-
-
 def few(rows: Sequence[Row], known: Path) -> list[str]:
     """Tabulate what plans from few images are worth; beside them, what looks at no data at all."""
-    others = [json.loads(line) for line in known.read_text().splitlines()] if known.exists() else []
-    counts = sorted({r["per_class"] for r in rows})
+    others, counts = rows_in(known), sorted({r["per_class"] for r in rows})
     parts = [
         "## Few labelled images",
         "Accuracy in percent, means with standard deviations over seeds, right after pruning; for the most images also "
@@ -199,8 +179,3 @@ def scatter(rows: Sequence[Row]) -> list[str]:
         "quartiles of the ratio.",
         markdown(["network", "images", "times a forward pass"], table),
     ]
-
-
-def markdown(heads: Sequence[str], table: Sequence[Sequence[Any]]) -> str:
-    """Return a table in Markdown."""
-    return tabulate(table, heads, tablefmt="github", disable_numparse=True)

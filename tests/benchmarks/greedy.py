@@ -16,15 +16,14 @@ Run: ``python tests/benchmarks/greedy.py [--networks ...] [--methods ...] [--bud
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+from commands import add_options, append, command, rows_file
 from greedy_forwards import BUDGET, METHOD, NAME, THREADS, search
 from greedy_measure import METHODS, Row, measure
 from greedy_networks import NETWORKS
@@ -65,16 +64,14 @@ def run(args: argparse.Namespace, path: Path) -> None:
     asked = NAME in args.networks and (NAME, 0, METHOD, BUDGET) not in there
     last: list[Work] = [partial(search_row, quick=args.quick)] if asked else []
     stages = [(first, args.jobs, 1), (then, args.jobs, 1), (last, 1, THREADS)]  # all trainings before the first method
-    words = [word for word in sys.argv[1:] if word not in ("--out", str(args.out))]
-    about = {"command": " ".join(["python tests/benchmarks/greedy.py", *words])}
     total = sum(len(works) for works, _, _ in stages)
-    with path.open("a") as file, tqdm(total=total, unit="job", disable=None) as bar:
+    with tqdm(total=total, unit="job", disable=None) as bar:
         for works, processes, threads in stages:
             os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}  # of processes to start
             with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
                 for done in as_completed([pool.submit(work) for work in works]):
                     for row in done.result():
-                        print(json.dumps(row | about, sort_keys=True), file=file, flush=True)
+                        append(path, row | {"command": command()})
                         bar.write(f"{row['network']} {row['seed']} {row['method']} {row['budget']:g}")
                     bar.update()
 
@@ -88,12 +85,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--methods", nargs="+", choices=list(METHODS), metavar="METHOD", help=f"default: all; quick {QUICK}")
     add("--budgets", nargs="+", type=float, help=f"shares of the macs (default: {BUDGETS}, quick 0.5)")
     add("--seeds", nargs="+", type=int, help=f"of weights and batches (default: {SEEDS}, quick 0)")
-    add("--jobs", type=int, default=1, help="processes at a time, of one thread each (default: %(default)s)")
-    add("--resume", action="store_true", help="keep the rows there are, and run the others")
-    add("--quick", action="store_true", help="tiny sizes, to try the command; the networks stay poor")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxprune" / "quality"
-    add("--cache", type=Path, default=cache, help="where trained weights are kept (default: the user's cache)")
-    add("--out", type=Path, default=Path("docs/benchmarks"), help="where greedy.jsonl and greedy.md go")
+    add_options(parser, "greedy.jsonl and greedy.md")
     args = parser.parse_args(argv)
     args.budgets = args.budgets or ([0.5] if args.quick else list(BUDGETS))
     args.methods = args.methods or list(QUICK if args.quick else METHODS)
@@ -104,10 +96,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing; write the summary of all rows there are."""
     args = parse(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "greedy.jsonl"
-    if not args.resume:
-        path.unlink(missing_ok=True)
+    path = rows_file(args, "greedy.jsonl")
     run(args, path)
     rows = list(read_rows(path).values())
     (args.out / "greedy.md").write_text(report(rows), encoding="utf-8")

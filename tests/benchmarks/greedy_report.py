@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import os
-import platform
 import statistics
 from collections.abc import Sequence
 
-from classes_report import markdown
 from classes_report import scores as lines
+from commands import commands_of, header, markdown, seeds_of
 from greedy_forwards import NAME
 from greedy_measure import EPOCHS, METHODS, RATE, TEMPERATURE, Row
 from quality_measure import DENSE
 from quality_report import failures
 from quality_scores import Cell, cell, over_seeds, points
 
-import fxprune
-
 STAGES = {"cut": "right after pruning", "tuned": "after fine-tuning"}
 AS_GOOD = 0.5
 """Points below the dense network that count as no loss."""
-PACKAGES = ("torch", "torchvision", "scikit-learn", "numpy")
+PACKAGES = ("fxprune", "torch", "torchvision", "scikit-learn", "numpy")
 
 HOW = (
     "Points are accuracies in percent, means with standard deviations over seeds; single digits among fragments of "
@@ -47,26 +41,13 @@ HOW = (
 def report(rows: Sequence[Row]) -> str:
     """Put the report together."""
     table = sorted((r for r in rows if r["network"] != NAME), key=lambda r: [DENSE, *METHODS].index(r["method"]))
-    parts = [header(rows)]
+    parts = [header("Greedy pruning", PACKAGES, command=commands_of(rows), seeds=seeds_of(rows))]
     if table:
         parts += [HOW, *losses(table)]
     for network in dict.fromkeys(r["network"] for r in rows if r["network"] != NAME):
         parts += of_network(network, [r for r in table if r["network"] == network])
     parts += searches([r for r in rows if r["network"] == NAME and "error" not in r])
     return "\n\n".join([*parts, failures(rows)]) + "\n"
-
-
-def header(rows: Sequence[Row]) -> str:
-    """Say when, where and with what."""
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    facts = {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": f"{platform.platform()}, {platform.machine()}, {os.cpu_count()} CPUs",
-        "versions": f"python {platform.python_version()}, fxprune {fxprune.__version__}, {versions}",
-        "command": ", then ".join(f"`{command}`" for command in dict.fromkeys(r["command"] for r in rows)),
-        "seeds": ", ".join(map(str, sorted({r["seed"] for r in rows}))),
-    }
-    return "# Greedy pruning\n\n" + "\n".join(f"* {key}: {value}" for key, value in facts.items())
 
 
 def loss(rows: Sequence[Row], method: str, budget: float) -> Cell | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tabulate import tabulate
+from commands import markdown
 from torch import nn
 from torchvision.models import mobilenet_v3_large, resnet18, resnet50
 
@@ -133,15 +133,13 @@ def main() -> None:
         "that the thread has computed.\n\n"
         f"## Predictions\n\n{CHOICES} random choices of channels, none of which was measured for the model. "
         "fit: median error on those that were. bias: median of predicted / measured - 1.\n\n"
-        + tabulate([about for about, _, _ in found], headers, tablefmt="github", disable_numparse=True)
+        + markdown(headers, [about for about, _, _ in found])
         + "\n\n## Budgets\n\nPlans by `Magnitude()` for `Budget(latency=...)`. off: measured / asked - 1.\n\n"
-        + tabulate([r for _, rows, _ in found for r in rows], asked, tablefmt="github", disable_numparse=True)
+        + markdown(asked, [r for _, rows, _ in found for r in rows])
         + "\n\n## Budgets of latency and of macs\n\nPlans by `Joint()`, without data: for half of the time, and the "
         f"one with the least error among those of {len(MACS)} budgets of macs, {MACS[0]:g} to {MACS[-1]:g} times the "
         "macs of the first, that are predicted to take at most half of the time. Error: what `Joint` predicts, summed "
-        "over all that goes; less is better.\n\n"
-        + tabulate([r for _, _, rows in found for r in rows], against, tablefmt="github", disable_numparse=True)
-        + "\n",
+        "over all that goes; less is better.\n\n" + markdown(against, [r for _, _, rows in found for r in rows]) + "\n",
         encoding="utf-8",
     )
 

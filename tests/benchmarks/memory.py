@@ -12,23 +12,17 @@ Run: ``python tests/benchmarks/memory.py [--networks NAME:PX ...] [--shares ...]
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
-import json
-import os
-import platform
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
+from commands import answer, command, header, markdown
 from tqdm import tqdm
 
 NETWORKS = ("scene:32", "resnet18:64", "resnet50:128", "mobilenet_v3_large:64", "densenet121:64", "convnext_tiny:64",
             "vit_b_16:64")  # fmt: skip
+PACKAGES = ("fxprune", "torch", "torchvision", "numpy")
 SHARES = (0.5, 0.2)
 JOBS = Path(__file__).with_name("memory_jobs.py")
 TIMEOUT = 1800  # seconds for one process
@@ -39,16 +33,9 @@ Result = dict[str, Any]
 def in_child(job: str, network: str, file: Path, share: float, args: argparse.Namespace) -> Result:
     """Do one of `memory_jobs.py` in a fresh process; return its answer, or its error's last line."""
     name, _, px = network.partition(":")
-    command = [sys.executable, str(JOBS), job, name, str(file), "--share", str(share)]
-    command += ["--batch", str(args.batch), "--px", px, "--threads", str(args.threads)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT, check=True)
-    except subprocess.CalledProcessError as error:
-        return {"error": (error.stderr.strip().splitlines() or ["no message"])[-1]}
-    except subprocess.TimeoutExpired:
-        return {"error": f"longer than {TIMEOUT} s"}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    words = [str(JOBS), job, name, str(file), "--share", str(share)]
+    words += ["--batch", str(args.batch), "--px", px, "--threads", str(args.threads)]
+    return answer(words, args.threads, TIMEOUT)
 
 
 def measured(network: str, args: argparse.Namespace) -> list[dict[str, str]]:
@@ -77,20 +64,6 @@ def row(found: Result, dense: Result) -> dict[str, str]:
     return cells | {"macs": f"{found['macs']:.1%}", "params": f"{found['params']:.1%}"}
 
 
-def header(args: argparse.Namespace) -> str:
-    """Describe when, where, with what and how the table was made."""
-    found = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
-    packages = ", ".join(f"{p} {found.get(p, '-')}" for p in ("fxprune", "torch", "torchvision", "numpy"))
-    facts = {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": f"{platform.platform()}, {os.cpu_count()} CPUs, {args.threads} thread(s)",
-        "versions": f"python {platform.python_version()}, {packages}",
-        "data": f"{args.batch} random images, random weights",
-        "command": f"`{' '.join(['python tests/benchmarks/memory.py', *sys.argv[1:]])}`",
-    }
-    return "# Memory\n\n" + "\n".join(f"* {key}: {value}" for key, value in facts.items())
-
-
 NOTE = (
     "Peak memory of one inference. `predicted` is `plan.costs.after.memory`; `allocated` is what torch's allocator "
     "records; `resident` is what the process grows by, with what the C allocator keeps around it. The dense "
@@ -114,8 +87,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the table and write it."""
     args = parse(argv)
     rows = [cells for network in tqdm(args.networks, disable=None) for cells in measured(network, args)]
-    table = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
-    report = f"{header(args)}\n\n{NOTE}\n\n{table}\n"
+    data = f"{args.batch} random images, random weights"
+    head = header("Memory", PACKAGES, f"{args.threads} thread(s)", data=data, command=f"`{command()}`")
+    report = f"{head}\n\n{NOTE}\n\n{markdown('keys', rows)}\n"
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(report)
     print(report)

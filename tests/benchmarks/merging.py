@@ -17,9 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from commands import Row, add_options, append, command, rows_file, rows_in
 from merging_report import DENSE, report
 from merging_tasks import TASKS, as_tasks, data, recipe, single, subsets, together
 from quality_data import Splits
@@ -42,7 +40,6 @@ import fxprune
 from fxprune import methods
 from fxprune.calibrating import calibrate
 
-Row = dict[str, Any]
 Key = tuple[int, int, str, float]
 BUDGETS = (0.7, 0.5, 0.35, 0.25, 0.17, 0.12)
 METHODS: dict[str, Callable[[int], Any]] = {
@@ -159,31 +156,26 @@ def time_of_merging(rounds: int = 1) -> dict[str, float]:
 
 def read_rows(path: Path) -> dict[Key, Row]:
     """Return the rows of a file by number of tasks, seed, method and budget."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines]
-    return {(row["tasks"], row["seed"], row["method"], row["budget"]): row for row in rows}
+    return {(row["tasks"], row["seed"], row["method"], row["budget"]): row for row in rows_in(path)}
 
 
 def run(args: argparse.Namespace, path: Path) -> None:
     """Run what is missing, and append a line for each row to a file as soon as it is known."""
     there, splits = read_rows(path), data(args.quick)
-    words = [word for word in sys.argv[1:] if word not in ("--out", str(args.out))]
-    about = {"command": " ".join(["python tests/benchmarks/merging.py", *words])}
     jobs = [(seed, count, name) for seed in args.seeds for count in args.tasks for name in args.methods]
-    with path.open("a", encoding="utf-8") as file:
 
-        def note(row: Row) -> None:
-            print(json.dumps(row | about, sort_keys=True), file=file, flush=True)
+    def note(row: Row) -> None:
+        append(path, row | {"command": command()})
 
-        if (0, 0, "time", DENSE) not in there:
-            note({"tasks": 0, "seed": 0, "method": "time", "budget": DENSE, "seconds": time_of_merging()})
-        for seed, count, name in tqdm(jobs, unit="method", disable=None):
-            asked = [DENSE, *args.budgets] if name == "separate" else args.budgets
-            left = [share for share in asked if (count, seed, name, share) not in there]
-            if left:
-                setting = prepared(count, seed, splits, args.cache, quick=args.quick)
-                for row in measure(setting, name, left):
-                    note({"tasks": count, "seed": seed, "method": name} | row)
+    if (0, 0, "time", DENSE) not in there:
+        note({"tasks": 0, "seed": 0, "method": "time", "budget": DENSE, "seconds": time_of_merging()})
+    for seed, count, name in tqdm(jobs, unit="method", disable=None):
+        asked = [DENSE, *args.budgets] if name == "separate" else args.budgets
+        left = [share for share in asked if (count, seed, name, share) not in there]
+        if left:
+            setting = prepared(count, seed, splits, args.cache, quick=args.quick)
+            for row in measure(setting, name, left):
+                note({"tasks": count, "seed": seed, "method": name} | row)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -196,11 +188,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--budgets", nargs="+", type=float, help=f"shares of the separate networks (default: {BUDGETS}, quick 0.5, 0.3)"
     )
     add("--seeds", nargs="+", type=int, help="of weights and batches (default: 0 1 2, quick 0)")
-    add("--resume", action="store_true", help="keep the rows there are, and run the others")
-    add("--quick", action="store_true", help="tiny sizes, to try the command; the networks stay poor")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxprune" / "quality"
-    add("--cache", type=Path, default=cache, help="where trained weights are kept (default: the user's cache)")
-    add("--out", type=Path, default=Path("docs/benchmarks"), help="where merging.jsonl and merging.md go")
+    add_options(parser, "merging.jsonl and merging.md", jobs=False)
     args = parser.parse_args(argv)
     args.budgets = args.budgets or ([0.5, 0.3] if args.quick else list(BUDGETS))
     args.tasks = args.tasks or ([3] if args.quick else [3, 5])
@@ -214,10 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing; write the summary of all rows there are."""
     args = parse(argv)
     torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "merging.jsonl"
-    if not args.resume:
-        path.unlink(missing_ok=True)
+    path = rows_file(args, "merging.jsonl")
     run(args, path)
     rows = list(read_rows(path).values())
     (args.out / "merging.md").write_text(report(rows), encoding="utf-8")

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import os
-import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from classes_report import Curve, markdown, needed
-
-import fxprune
+from classes_report import Curve, needed
+from commands import commands_of, header, markdown, seeds_of
 
 Row = dict[str, Any]
 Found = dict[tuple[int, str, str], float | None]
@@ -29,29 +24,17 @@ KINDS = {
     "PAM, fisher": ("pam-fisher-2", "pam-fisher-10"),
 }
 """Kind -> its settings; a combination takes the best of them."""
-PACKAGES = ("torch", "scikit-learn", "numpy")
+PACKAGES = ("fxprune", "torch", "scikit-learn", "numpy")
 
 
 def report(rows: Sequence[Row]) -> str:
     """Put the report together."""
-    parts = [header(rows)]
+    seeds = seeds_of([r for r in rows if r["tasks"]])
+    parts = [header("Merging", PACKAGES, "one thread", command=commands_of(rows), seeds=seeds)]
     for count in sorted({r["tasks"] for r in rows if r["tasks"]}):
         parts += of_set(count, [r for r in rows if r["tasks"] == count])
     parts += [*seconds(rows), *failures(rows)]
     return "\n\n".join(parts) + "\n"
-
-
-def header(rows: Sequence[Row]) -> str:
-    """Say when, where and with what."""
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    facts = {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": f"{platform.platform()}, {platform.machine()}, {os.cpu_count()} CPUs, one thread",
-        "versions": f"python {platform.python_version()}, fxprune {fxprune.__version__}, {versions}",
-        "command": ", then ".join(f"`{command}`" for command in dict.fromkeys(r["command"] for r in rows)),
-        "seeds": ", ".join(map(str, sorted({r["seed"] for r in rows if r["tasks"]}))),
-    }
-    return "# Merging\n\n" + "\n".join(f"* {key}: {value}" for key, value in facts.items())
 
 
 def reference(rows: Sequence[Row], seed: int) -> Mapping[str, float] | None:

@@ -12,12 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
-import importlib.metadata
-import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from commands import command, header, markdown
 from quality_training import macs_of, params_of
-from tabulate import tabulate
 from torch import nn
 
 import fxprune
@@ -126,7 +121,7 @@ def table(results: Mapping[str, Sequence[Result]]) -> str:
             )
         row |= {f"faster, batch {size}": _mean([r.faster[size] for r in found], min, "{:.2f}") for size in BATCH_SIZES}
         rows.append(row | {"compiled in, s": f"{statistics.mean(r.seconds for r in found):.0f}"})
-    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+    return markdown("keys", rows)
 
 
 def _mean(values: Sequence[float], worst: type[min] | type[max], form: str) -> str:
@@ -139,14 +134,8 @@ def write(
     """Write the Markdown page."""
     dense = next(iter(results.values()))
     metrics = ", ".join(f"{metric} {statistics.mean(r.dense[t] for r in dense):.3f}" for t, metric in METRICS.items())
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     lines = [
-        "# The three-task network, cut to the bone",
-        "",
-        f"* date: {datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC",
-        f"* machine: {platform.platform()}, {os.cpu_count()} CPUs, one thread",
-        f"* versions: python {platform.python_version()}, {versions}",
-        f"* command: `python tests/benchmarks/{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`",
+        header("The three-task network, cut to the bone", PACKAGES, "one thread", command=f"`{command()}`"),
         "",
         f"Seeds {', '.join(map(str, seeds))}: means, and in brackets the worst seed. The dense network: {metrics}. "
         "Change is of the fine-tuned network against the dense one, relative; `dense` is fine-tuned as the slim ones "

@@ -15,21 +15,16 @@ Run: ``python tests/benchmarks/planning.py [--networks NAME:PX ...] [--samples N
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
-import json
 import os
-import platform
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
+from commands import answer, command, header, section
 from tqdm import tqdm
 
 NETWORKS = ("resnet50:224", "resnet18:64", "densenet121:64", "swin_t:64", "mobilenet_v3_large:64")
+PACKAGES = ("fxprune", "torch", "torchvision", "numpy")
 CHILD = Path(__file__).with_name("planning_child.py")
 TIMEOUT = 7200  # seconds for one network
 WALL, PROCESSOR = 0, 1
@@ -40,16 +35,9 @@ Result = dict[str, Any]
 def in_child(network: str, args: argparse.Namespace) -> Result:
     """Measure one network in a fresh process; return its answer, or its error's last line."""
     name, _, px = network.partition(":")
-    command = [sys.executable, str(CHILD), name, px, "--threads", str(args.threads), "--budget", str(args.budget)]
-    command += ["--samples", str(args.samples), "--batch", str(args.batch)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT, check=True)
-    except subprocess.CalledProcessError as error:
-        return {"error": (error.stderr.strip().splitlines() or ["no message"])[-1]}
-    except subprocess.TimeoutExpired:
-        return {"error": f"longer than {TIMEOUT} s"}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    words = [str(CHILD), name, px, "--threads", str(args.threads), "--budget", str(args.budget)]
+    words += ["--samples", str(args.samples), "--batch", str(args.batch)]
+    return answer(words, args.threads, TIMEOUT)
 
 
 def passes(stages: dict[str, list[float]], clock: int, kind: str = "") -> tuple[float, float]:
@@ -90,25 +78,17 @@ def memory_row(network: str, result: Result) -> dict[str, str]:
     }
 
 
-def header(args: argparse.Namespace) -> str:
+def heading(args: argparse.Namespace) -> str:
     """Describe when, where, with what and how the tables were made."""
-    found = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
-    versions = [f"{p} {found.get(p, '-')}" for p in ("fxprune", "torch", "torchvision", "numpy")]
     load = " ".join(f"{value:.1f}" for value in os.getloadavg()) if hasattr(os, "getloadavg") else "-"
-    facts = {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": f"{platform.platform()}, {platform.machine()}, {os.cpu_count()} CPUs, {args.threads} thread(s)",
-        "load": f"{load} (1, 5 and 15 minutes) when the last network had ended",
-        "versions": ", ".join([f"python {platform.python_version()}", *versions]),
-        "calibration": f"{args.samples} images in batches of {args.batch}, one cross entropy",
-        "command": f"`python tests/benchmarks/planning.py {' '.join(sys.argv[1:])}`".replace(" `", "`"),
-    }
-    return "# Planning\n\n" + "\n".join(f"* {key}: {value}" for key, value in facts.items())
-
-
-def section(title: str, note: str, rows: Sequence[dict[str, str]]) -> str:
-    """Format one titled table."""
-    return f"## {title}\n\n{note}\n\n{tabulate(rows, headers='keys', tablefmt='github', disable_numparse=True)}"
+    return header(
+        "Planning",
+        PACKAGES,
+        f"{args.threads} thread(s)",
+        load=f"{load} (1, 5 and 15 minutes) when the last network had ended",
+        calibration=f"{args.samples} images in batches of {args.batch}, one cross entropy",
+        command=f"`{command()}`",
+    )
 
 
 def report(results: dict[str, Result], args: argparse.Namespace) -> str:
@@ -121,7 +101,7 @@ def report(results: dict[str, Result], args: argparse.Namespace) -> str:
     memory = "Peak resident bytes of the process up to the end of each stage, all that ran before included."
     return "\n\n".join(
         [
-            header(args),
+            heading(args),
             section("Processor time", note, [row(n, r, PROCESSOR) for n, r in results.items()]),
             section("Wall time", wall, [row(n, r, WALL) for n, r in results.items()]),
             section("Memory", memory, [memory_row(n, r) for n, r in results.items()]),

@@ -16,14 +16,13 @@ Run: ``python tests/benchmarks/quality.py [--networks ...] [--methods ...] [--bu
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
+from commands import add_options, append, command, rows_file, rows_in
 from quality_measure import DENSE, Job, Options, Row, measure
 from quality_methods import CONTENDERS
 from quality_plots import plot
@@ -40,9 +39,7 @@ Key = tuple[str, int, str, float]
 
 def read_rows(path: Path) -> dict[Key, Row]:
     """Return the rows of a file by network, seed, method and budget."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines]
-    return {(row["network"], row["seed"], row["method"], row["budget"]): row for row in rows}
+    return {(row["network"], row["seed"], row["method"], row["budget"]): row for row in rows_in(path)}
 
 
 def jobs_for(args: argparse.Namespace, there: dict[Key, Row]) -> tuple[list[Job], list[Job]]:
@@ -65,18 +62,15 @@ def run(args: argparse.Namespace, path: Path) -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # for the processes that are started
     options = Options(args.cache, args.cifar10, args.quick, args.tune)
     stages = jobs_for(args, read_rows(path))
-    words = [word for word in sys.argv[1:] if word not in ("--out", str(args.out))]
-    command = " ".join(["python tests/benchmarks/quality.py", *words])
     with (
         ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool,
-        path.open("a") as file,
         tqdm(total=sum(map(len, stages)), unit="job", disable=None) as bar,
     ):
         for stage in stages:  # all trainings before the first method
             doing = {pool.submit(measure, job, options): job for job in stage}
             for done in as_completed(doing):
                 for row in done.result():
-                    print(json.dumps(row | {"command": command}, sort_keys=True), file=file, flush=True)
+                    append(path, row | {"command": command()})
                 job = doing[done]
                 bar.update()
                 bar.write(f"{job.network} {job.seed} {job.method}")
@@ -90,14 +84,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--methods", nargs="+", choices=list(CONTENDERS), metavar="METHOD", help=f"default: all; quick {QUICK}")
     add("--budgets", nargs="+", type=float, help=f"shares of the macs (default: {BUDGETS}, quick 0.5)")
     add("--seeds", nargs="+", type=int, help=f"of weights and batches (default: {SEEDS}, quick 0)")
-    add("--jobs", type=int, default=1, help="processes at a time, of one thread each (default: %(default)s)")
-    add("--resume", action="store_true", help="keep the rows there are, and run the others")
     add("--no-tune", dest="tune", action="store_false", help="leave the fine-tuning out")
-    add("--quick", action="store_true", help="tiny sizes, to try the command; the networks stay poor")
     add("--cifar10", type=Path, help="cifar-10-python.tar.gz or its folder: the classifiers on CIFAR-10 instead")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxprune" / "quality"
-    add("--cache", type=Path, default=cache, help="where trained weights are kept (default: the user's cache)")
-    add("--out", type=Path, default=Path("docs/benchmarks"), help="where quality.jsonl, quality.md and the plots go")
+    add_options(parser, "quality.jsonl, quality.md and the plots")
     args = parser.parse_args(argv)
     args.budgets = args.budgets or ([0.5] if args.quick else list(BUDGETS))
     args.methods = args.methods or list(QUICK if args.quick else CONTENDERS)
@@ -113,10 +102,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run, and write the summary and the plots of all rows there are."""
     args = parse(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "quality.jsonl"
-    if not args.resume:
-        path.unlink(missing_ok=True)
+    path = rows_file(args, "quality.jsonl")
     run(args, path)
     rows = list(read_rows(path).values())
     measured = {row["network"] for row in rows}

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
-import os
-import platform
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from commands import commands_of, header, markdown
 from quality_measure import DENSE, TUNED_ON
 from quality_methods import CONTENDERS
 from quality_problems import Problem
 from quality_scores import STAGES, Row, best, cell, over_seeds, points, verdict, weakest
-from tabulate import tabulate
-
-import fxprune
 
 MAIN = "joint"
 OTHERS = "tp-"
+PACKAGES = ("fxprune", "torch", "torch-pruning", "scikit-learn", "numpy")
 
 
 def report(
@@ -34,7 +29,9 @@ def report(
         plots: network -> file name of its plot.
         args: of the command.
     """
-    parts = [header(rows, args), HOW, "## Joint against the best of Torch-Pruning", *duels(rows, list(known))]
+    work = f"{args.jobs} at work, one thread each"
+    parts = [header("Quality", PACKAGES, work, command=commands_of(rows)), HOW]
+    parts += ["## Joint against the best of Torch-Pruning", *duels(rows, list(known))]
     several = [name for name, problem in known.items() if len(problem.metrics) > 1]
     if several:
         parts += ["## The task that suffers most", protection(rows, several)]
@@ -57,21 +54,6 @@ HOW = (
     "that it accumulates are those of the last sample alone. Seconds to plan are the least of all "
     "seeds and budgets: other work shared the machine."
 )
-
-
-def header(rows: Sequence[Row], args: argparse.Namespace) -> str:
-    """Describe when, where, with what and how the tables were made."""
-    packages = ("fxprune", "torch", "torch-pruning", "scikit-learn", "numpy")
-    found = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
-    found["fxprune"] = fxprune.__version__
-    facts = {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": f"{platform.platform()}, {platform.machine()}, {os.cpu_count()} CPUs, {args.jobs} at work, one "
-        "thread each",
-        "versions": ", ".join([f"python {platform.python_version()}"] + [f"{p} {found.get(p, '-')}" for p in packages]),
-        "command": ", then ".join(f"`{command}`" for command in dict.fromkeys(r["command"] for r in rows)),
-    }
-    return "# Quality\n\n" + "\n".join(f"* {key}: {value}" for key, value in facts.items())
 
 
 def duels(rows: Sequence[Row], networks: Sequence[str]) -> list[str]:
@@ -209,8 +191,3 @@ def methods_of(rows: Sequence[Row]) -> list[str]:
     """Return the methods that have rows, in their usual order."""
     there = {r["method"] for r in rows}
     return [method for method in CONTENDERS if method in there]
-
-
-def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Format a Markdown table."""
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)

@@ -4,34 +4,16 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
-import os
-import platform
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from commands import header, markdown
 from random_checks import FAILURES, Outcome
 from tabulate import tabulate
 
-import fxprune
-
+PACKAGES = ("fxprune", "torch", "numpy", "networkx", "hypothesis")
 STAGES = ("build", "trace", "couple", "plan", "rewrite", "verify", "other batch", "train", "compile")
-
-
-def header(args: argparse.Namespace) -> str:
-    """Describe when, where, with what and how the tables were made."""
-    packages = ("fxprune", "torch", "numpy", "networkx", "hypothesis")
-    found = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
-    found["fxprune"] = fxprune.__version__
-    facts = {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": f"{platform.platform()}, {platform.machine()}, {os.cpu_count()} CPUs, {args.jobs} at work",
-        "versions": ", ".join([f"python {platform.python_version()}"] + [f"{p} {found.get(p, '-')}" for p in packages]),
-        "command": f"`python tests/benchmarks/random_networks.py --count {args.count} --first {args.first} "
-        f"--jobs {args.jobs}`",
-    }
-    return "# Random networks\n\n" + "\n".join(f"* {key}: {value}" for key, value in facts.items())
 
 
 def count_rows(outcomes: Sequence[Outcome], seconds: float) -> list[list[str]]:
@@ -83,15 +65,16 @@ def failures(outcomes: Sequence[Outcome]) -> str:
         "`python tests/strategies.py SEED` prints the network; "
         "`python tests/benchmarks/random_networks.py --first SEED --count 1` runs it again."
     )
-    listed = tabulate(rows, ["seed", "kind", "first line of the error"], tablefmt="github", disable_numparse=True)
+    listed = markdown(["seed", "kind", "first line of the error"], rows)
     return f"## Failures\n\n{replay}\n\n{listed}"
 
 
 def write_report(args: argparse.Namespace, outcomes: Sequence[Outcome], seconds: float) -> str:
     """Put the report together."""
     stages = [[stage, f"{sum(o.seconds.get(stage, 0.0) for o in outcomes):,.1f}"] for stage in STAGES]
+    made = f"python tests/benchmarks/random_networks.py --count {args.count} --first {args.first} --jobs {args.jobs}"
     parts = [
-        header(args),
+        header("Random networks", PACKAGES, f"{args.jobs} at work", command=f"`{made}`"),
         table(["what", "count"], count_rows(outcomes, seconds)),
         failures(outcomes),
         "## Stages\n\n" + table(["stage", "seconds, all processes"], stages),

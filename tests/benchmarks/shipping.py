@@ -11,18 +11,15 @@ Run: ``python tests/benchmarks/shipping.py [--networks NAME:PX ...] [--backend N
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
+from commands import command, header, markdown
 from tqdm import tqdm
 
 NETWORKS = (
@@ -32,6 +29,7 @@ NETWORKS = (
     "timm/nf_regnet_b0:64", "timm/deit_tiny_patch16_224:64", "timm/eva02_tiny_patch14_224:56", "timm/levit_128s:64",
     "timm/pvt_v2_b0:64", "timm/coat_tiny:64", "timm/xcit_nano_12_p16_224:64",
 )  # fmt: skip
+PACKAGES = ("fxprune", "torch", "torchvision", "timm", "onnx", "onnxruntime", "onnxscript")
 JOB = Path(__file__).with_name("shipping_job.py")
 TOLERANCE = 1e-4
 COLUMNS = {
@@ -45,10 +43,10 @@ Result = dict[str, Any]
 def in_child(network: str, args: argparse.Namespace) -> Result:
     """Measure one network in a fresh process; return what it printed last, and how it ended."""
     name, _, px = network.partition(":")
-    command = [sys.executable, str(JOB), name, px, "--backend", args.backend, "--memory", str(args.memory)]
+    words = [sys.executable, str(JOB), name, px, "--backend", args.backend, "--memory", str(args.memory)]
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=args.limit, check=False)
+        done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=args.limit, check=False)
         said, ended = done.stdout, (done.stderr.strip().splitlines() or ["no message"])[-1] if done.returncode else ""
     except subprocess.TimeoutExpired as late:
         said, ended = (late.stdout or b"").decode(), f"longer than {args.limit:g} s"
@@ -73,18 +71,10 @@ def summary(results: dict[str, Result]) -> str:
     return "\n".join(lines)
 
 
-def header(args: argparse.Namespace) -> str:
+def heading(args: argparse.Namespace) -> str:
     """Describe when, where, with what and how the table was made."""
-    packages = ("fxprune", "torch", "torchvision", "timm", "onnx", "onnxruntime", "onnxscript")
-    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
-    facts = {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": f"{platform.platform()}, {os.cpu_count()} CPUs, {args.threads} thread(s)",
-        "versions": f"python {platform.python_version()}, {versions}",
-        "command": f"`{' '.join(['python tests/benchmarks/shipping.py', *sys.argv[1:]])}`",
-        "limits": f"{args.limit:g} s and {args.memory:g} GB for a network",
-    }
-    return "# Shipping\n\n" + "\n".join(f"* {key}: {value}" for key, value in facts.items())
+    limits = f"{args.limit:g} s and {args.memory:g} GB for a network"
+    return header("Shipping", PACKAGES, f"{args.threads} thread(s)", command=f"`{command()}`", limits=limits)
 
 
 def note(args: argparse.Namespace) -> str:
@@ -121,8 +111,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for network in tqdm(args.networks, disable=None):
         results[network] = in_child(network, args)
         rows = [row(name, found) for name, found in results.items()]
-        table = tabulate(rows, ["network", "macs", *COLUMNS.values()], tablefmt="github", disable_numparse=True)
-        args.out.write_text(f"{header(args)}\n\n{note(args)}\n\n{summary(results)}\n\n{table}\n", encoding="utf-8")
+        table = markdown(["network", "macs", *COLUMNS.values()], rows)
+        args.out.write_text(f"{heading(args)}\n\n{note(args)}\n\n{summary(results)}\n\n{table}\n", encoding="utf-8")
     print(args.out.read_text(encoding="utf-8"))
 
 

@@ -15,24 +15,18 @@ Run: ``python tests/benchmarks/speed.py [--models ...] [--tools ...] [--repeats 
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
-import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tabulate import tabulate
+from commands import answer, command, header, section
 from tqdm import tqdm
 
 MODELS = ("resnet50", "resnet152", "densenet121", "mobilenet_v3_large")
 TOOLS = ("fxprune", "torch-pruning")
+PACKAGES = ("fxprune", "torch", "torchvision", "torch-pruning", "numpy", "networkx")
 DEPTHS = (50, 100, 200, 500, 1000)
 STAGES = ("trace", "couple", "plan", "rewrite")
 JOBS = Path(__file__).with_name("speed_jobs.py")
@@ -43,16 +37,9 @@ Stages = dict[str, float]
 
 def in_child(job: str, name: str, tools: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
     """Run one of `speed_jobs.py` in a fresh process and return its answer, or its error's last line."""
-    command = [sys.executable, str(JOBS), job, name, "--tools", *tools]
-    command += ["--repeats", str(args.repeats), "--threads", str(args.threads)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT, check=True)
-    except subprocess.CalledProcessError as error:
-        return {"error": (error.stderr.strip().splitlines() or ["no message"])[-1]}
-    except subprocess.TimeoutExpired:
-        return {"error": f"longer than {TIMEOUT} s"}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    words = [str(JOBS), job, name, "--tools", *tools]
+    words += ["--repeats", str(args.repeats), "--threads", str(args.threads)]
+    return answer(words, args.threads, TIMEOUT)
 
 
 def totals(runs: Sequence[Stages]) -> list[float]:
@@ -125,23 +112,10 @@ def depth_rows(results: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def header(args: argparse.Namespace) -> str:
+def heading(args: argparse.Namespace) -> str:
     """Describe when, where, with what and how the tables were made."""
-    packages = ("fxprune", "torch", "torchvision", "torch-pruning", "numpy", "networkx")
-    found = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
-    facts = {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": f"{platform.platform()}, {platform.machine()}, {os.cpu_count()} CPUs, {args.threads} thread(s)",
-        "versions": ", ".join([f"python {platform.python_version()}"] + [f"{p} {found.get(p, '-')}" for p in packages]),
-        "collector": "fxprune pauses Python's cyclic garbage collector inside its steps, Torch-Pruning does not",
-        "command": f"`python tests/benchmarks/speed.py {' '.join(sys.argv[1:])}`".replace(" `", "`"),
-    }
-    return "# Speed\n\n" + "\n".join(f"* {key}: {value}" for key, value in facts.items())
-
-
-def section(title: str, note: str, rows: Sequence[dict[str, Any]]) -> str:
-    """Format one titled table."""
-    return f"## {title}\n\n{note}\n\n{tabulate(rows, headers='keys', tablefmt='github', disable_numparse=True)}"
+    collector = "fxprune pauses Python's cyclic garbage collector inside its steps, Torch-Pruning does not"
+    return header("Speed", PACKAGES, f"{args.threads} thread(s)", collector=collector, command=f"`{command()}`")
 
 
 def measure(args: argparse.Namespace) -> str:
@@ -160,7 +134,7 @@ def measure(args: argparse.Namespace) -> str:
         memory = [memory_row(n, t, child("memory", n, [t])) for n in args.models for t in args.tools]
         chain = {depth: child("time", f"residual:{depth}", ["fxprune"]) for depth in depths}
     note = f"Median and range of {args.repeats} alternating runs; ratio: {' / '.join(args.tools)}."
-    parts = [header(args), section("Same job, side by side", note, speed_rows(timed, args.tools))]
+    parts = [heading(args), section("Same job, side by side", note, speed_rows(timed, args.tools))]
     for tool in args.tools:
         parts.append(section(f"Stages of {tool}", "Median seconds.", stage_rows(timed, tool)))
     parts.append(section("Memory", "Resident bytes of a fresh process, weights of the model included once.", memory))

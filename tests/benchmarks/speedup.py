@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.metadata
 import time
 import warnings
 from collections import defaultdict
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tabulate import tabulate
+from commands import markdown, versions
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import Bottleneck, ResNet, resnet50
@@ -37,6 +36,7 @@ ENOUGH = 0.85  # of the ideal speed-up
 OPS = ("dense", "fxprune", "fxprune, multiple_of=16", f"narrow, stem of {NARROW[0]}")
 COMPILED = (*OPS, "Torch-Pruning")
 OP_ROUNDS = 5
+PACKAGES = ("torch", "torchvision", "torch-pruning")
 
 Networks = dict[str, nn.Module]
 
@@ -179,12 +179,11 @@ def by_op(found: Mapping[str, nn.Module], batch: int, px: int) -> list[dict[str,
 
 def header(args: argparse.Namespace) -> str:
     """Say with what the tables were made, and how to read them."""
-    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("torch", "torchvision", "torch-pruning"))
     return (
         "# Speed-up\n\n"
         f"By `tests/benchmarks/speedup.py`: ResNet-50, {args.px} px, at half of its multiply-accumulates, random "
-        f"weights, float32, one thread, {torch.backends.cpu.get_cpu_capability()}, {versions}, on a machine that "
-        "others used at the same time. Networks take turns; counted is the time that the thread has computed, and "
+        f"weights, float32, one thread, {torch.backends.cpu.get_cpu_capability()}, {versions(PACKAGES)}, on a machine "
+        "that others used at the same time. Networks take turns; counted is the time that the thread has computed, and "
         "`times faster` is the median over rounds of the dense network's time by the own time in that round.\n\n"
         f"`of the ideal`: times faster by how many times fewer macs; the aim is {ENOUGH:.0%}, "
         f"{ENOUGH / BUDGET:.1f} times for half of the macs. `narrow`: a dense ResNet-50 whose layers all have the same "
@@ -221,8 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = [header(args)]
 
     def add(title: str, rows: Sequence[Mapping[str, str]]) -> None:
-        table = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
-        parts.append(f"## {title}\n\n{table}")
+        parts.append(f"## {title}\n\n{markdown('keys', rows)}")
         args.out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")  # what is known so far
 
     args.out.parent.mkdir(parents=True, exist_ok=True)

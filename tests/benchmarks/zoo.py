@@ -28,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from commands import append, rows_file, rows_in
 from tqdm import tqdm
 from zoo_networks import TIMM, Network, networks, smallest_of_timm
 from zoo_report import report, verdict
@@ -74,22 +75,19 @@ def _last_row(text: str) -> dict[str, Any] | None:
 
 def read_rows(path: Path) -> dict[str, dict[str, Any]]:
     """Return the rows of a file by network."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines]
-    return {f"{row['family']}/{row['name']}": row for row in rows}
+    return {f"{row['family']}/{row['name']}": row for row in rows_in(path)}
 
 
 def measure(chosen: Sequence[Network], args: argparse.Namespace, path: Path) -> None:
     """Measure networks, and append a line for each to a file as soon as it is known."""
     with (
         ThreadPoolExecutor(args.jobs) as pool,
-        path.open("a") as file,
         tqdm(total=len(chosen), unit="network", disable=None) as bar,
     ):
         jobs = {pool.submit(in_child, network, args): network for network in chosen}
         for job in as_completed(jobs):
             row = job.result()
-            print(json.dumps(row, sort_keys=True), file=file, flush=True)
+            append(path, row)
             bar.update()
             bar.write(f"{jobs[job]}: {verdict(row)} [{row['wall']:.0f} s]")
 
@@ -135,10 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.list:
         write_list()
         return
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "zoo.jsonl"
-    if not args.resume:
-        path.unlink(missing_ok=True)
+    path = rows_file(args, "zoo.jsonl")
     there = read_rows(path)
     everything = networks()
     chosen = [n for n in everything if re.search(args.filter, str(n)) and str(n) not in there]

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
-import os
-import platform
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tabulate import tabulate
+from commands import command, header, markdown
 
 TOLERANCE = 1e-9
 SENSITIVE = 1e-3  # how much the outputs must change with the inputs, so that their equality says something
@@ -152,20 +147,17 @@ def blocked(row: Row) -> str:
     return "; ".join(f"{b['macs']:.1%} {b['reason']}" for b in row["blocked"] if b["macs"] >= LEAST)
 
 
-def header(args: argparse.Namespace, rows: Sequence[Row]) -> str:
+def heading(args: argparse.Namespace, rows: Sequence[Row]) -> str:
     """Describe when, where, with what and how the rows were made."""
-    known = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
-    facts = {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": f"{platform.platform()}, {platform.machine()}, {os.cpu_count()} CPUs, {args.threads} thread(s)",
-        "versions": ", ".join([f"python {platform.python_version()}"] + [f"{p} {known.get(p, '-')}" for p in PACKAGES]),
-        "command": f"`python tests/benchmarks/zoo.py {' '.join(sys.argv[1:])}`".replace(" `", "`")
-        + (", which keeps the rows of earlier runs" if args.resume else ""),
-        "limits": f"{args.limit:g} s for a stage of fxprune, {args.other_limit:g} s for a run of Torch-Pruning, "
+    return header(
+        "The zoo",
+        PACKAGES,
+        f"{args.threads} thread(s)",
+        command=f"`{command()}`" + (", which keeps the rows of earlier runs" if args.resume else ""),
+        limits=f"{args.limit:g} s for a stage of fxprune, {args.other_limit:g} s for a run of Torch-Pruning, "
         f"{args.memory:g} GB",
-        "time": f"{sum(row['wall'] for row in rows) / 60:.0f} minutes of processes",
-    }
-    return "\n".join(f"* {key}: {value}" for key, value in facts.items())
+        time=f"{sum(row['wall'] for row in rows) / 60:.0f} minutes of processes",
+    )
 
 
 NOTES = f"""Every model builder of torchvision (of detectors, which branch on the values of boxes, the backbone with its
@@ -183,14 +175,10 @@ long*: over the limit of time; *killed*: the process died."""
 
 def report(rows: Sequence[Row], args: argparse.Namespace) -> str:
     """Return the whole summary."""
-
-    def table(lines: Sequence[Row]) -> str:
-        return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
-
-    parts = ["# The zoo", header(args, rows), NOTES, "## Totals", table(totals(rows))]
+    parts = [heading(args, rows), NOTES, "## Totals", markdown("keys", totals(rows))]
     parts.append("\n".join(f"* {text}" for text in medians(rows)))
     for family in dict.fromkeys(row["family"] for row in rows):
-        parts += [f"## {family}", table([line(row) for row in rows if row["family"] == family])]
+        parts += [f"## {family}", markdown("keys", [line(row) for row in rows if row["family"] == family])]
     wrong = [f"* {row['family']}/{row['name']}: {text}" for row in rows for text in remarks(row)]
     parts += ["## Refusals and failures", "\n".join(wrong) or "None."]
     theirs = [(r, r["torch_pruning"]["message"]) for r in rows if r.get("torch_pruning", {}).get("message")]
