@@ -32,6 +32,7 @@ import fxprune
 SHARE = 0.5
 ROUNDS = 8  # of halving the range in which the least possible share lies
 MARGIN = 0.02  # what is asked above the least possible share, at which whole layers are down to one channel
+TURNS, SECONDS = 40, 10  # of the two tools on the clock: how many at most, and how long about
 REASONS = 8  # why macs cannot go, most first
 TOLERANCE = 1e-9
 UNCHANGED = 0.999  # share of macs above which a pruner has done nothing
@@ -235,7 +236,7 @@ def measure_speed(
     first += sum(record.row["torch_pruning"].get("seconds", {}).values())
     ours: list[dict[str, float]] = []
     theirs: list[dict[str, float]] = []
-    for _ in range(15 if first < 0.5 else 5 if first < 2 else 3 if first < 6 else 1):
+    for _ in range(min(max(int(SECONDS / first), 1), TURNS)):
         clock, subject = Clock(), copy.deepcopy(model)
         gc.collect()
         prune(subject, inputs, pruned.share, clock)
