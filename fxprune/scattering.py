@@ -50,6 +50,21 @@ class Scatter:
     seen: np.ndarray
 
 
+class Rows:
+    """How far each row of a batch's features is of each class: read once for all layers.
+
+    Attributes:
+        shares: (classes, rows) float64.
+        weight: (classes,) their sum over rows.
+        of_any: (rows,) their sum over classes.
+    """
+
+    def __init__(self, shares: torch.Tensor) -> None:
+        """Take the shares, (rows, classes), on any device."""
+        self.shares = shares.cpu().double().T
+        self.weight, self.of_any = self.shares.sum(1), self.shares.sum(0)
+
+
 class ScatterSums:
     """Streamed sums of features by class, from which the scatters follow."""
 
@@ -60,16 +75,16 @@ class ScatterSums:
         self._total = torch.zeros(0, first.shape[1], dtype=torch.float64)
         self._squares = torch.zeros(first.shape[1], dtype=torch.float64)
 
-    def add(self, features: torch.Tensor, shares: torch.Tensor) -> None:
-        """Add rows of features (rows, n), of which `shares` (rows, classes) says how far each is of each class."""
-        x, shares = features.to(torch.float64, copy=True).sub_(self._origin), shares.double()
-        more = shares.shape[1] - len(self._weight)
+    def add(self, features: torch.Tensor, rows: Rows) -> None:
+        """Add rows of features (rows, n), and of which classes they are."""
+        x, count = features - self._origin, len(rows.shares)
+        more = count - len(self._weight)
         if more > 0:
             self._weight = F.pad(self._weight, (0, more))
             self._total = F.pad(self._total, (0, 0, 0, more))
-        self._weight[: shares.shape[1]] += shares.sum(0)
-        self._total[: shares.shape[1]] += shares.T @ x
-        self._squares += shares.sum(1) @ x.square_()
+        self._weight[:count] += rows.weight
+        self._total[:count] += rows.shares @ x
+        self._squares += rows.of_any @ x.square_()
 
     def scatters(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the between and within scatter of every feature, (n,) each.
@@ -121,7 +136,7 @@ class _Reader(TorchFunctionMode):
         self.started = False
         self._names = {id(p): name for name, p in [*module.named_parameters(), *module.named_buffers()]}
         self._count = coupling.num_channels
-        self._batch: dict[str, Memberships] = {}
+        self._batch: dict[str, tuple[Memberships, Rows]] = {}
         self._samples = 0
         self._sums: dict[tuple[str, str], ScatterSums] = {}
         self._inputs: dict[str, np.ndarray] = {}
@@ -139,7 +154,8 @@ class _Reader(TorchFunctionMode):
 
     def start(self, batch: dict[str, Memberships], samples: int) -> None:
         """Begin a batch of so many samples."""
-        self._batch, self._samples, self.started = batch, samples, True
+        self._batch = {task: (members, Rows(members.of_samples)) for task, members in batch.items()}
+        self._samples, self.started = samples, True
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function; read what goes into a layer."""
@@ -161,12 +177,12 @@ class _Reader(TorchFunctionMode):
         x = x if is_conv else x.movedim(-1, 1)
         if FIXED in channels:
             x = x[:, torch.from_numpy(np.flatnonzero(channels != FIXED)).to(x.device)]
-        for task, members in self._batch.items():
-            rows, shares = _rows(x, members)
+        for task, (members, samples) in self._batch.items():
+            features, rows = _features(x, members, samples)
             sums = self._sums.get((where, task))
             if sums is None:
-                sums = self._sums[where, task] = ScatterSums(rows)
-            sums.add(rows, shares)
+                sums = self._sums[where, task] = ScatterSums(features)
+            sums.add(features, rows)
 
     def result(self) -> Scatter:
         """Return the sums over all tensors that carry each channel."""
@@ -182,19 +198,19 @@ class _Reader(TorchFunctionMode):
         return Scatter(between, within, seen)
 
 
-def _rows(x: torch.Tensor, members: Memberships) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return features (rows, channels * cells) of x (b, channels, ..), and (rows, classes) what class each row is of.
+def _features(x: torch.Tensor, members: Memberships, samples: Rows) -> tuple[torch.Tensor, Rows]:
+    """Return features (rows, channels * cells) of x (b, channels, ..), and what class each row is of.
 
     A row is a sample; or a cell of it, where labels are of positions.
     """
     space = x.ndim - 2
     dense = space > 0 and members.labels.ndim == space + 1 and are_numbers(members.labels)
     if space == 0 or space not in POOLS:
-        return (x.flatten(2).mean(2) if space else x).cpu(), members.of_samples.cpu()
+        return (x.flatten(2).mean(2) if space else x).cpu(), samples
     cells = [min(n, DENSE_CELLS if dense else CELLS) for n in x.shape[2:]]
     pooled = POOLS[space](x, cells).cpu()
     if not dense:
-        return pooled.flatten(1), members.of_samples.cpu()
+        return pooled.flatten(1), samples
     sizes = (len(x), *cells)
     places = torch.unravel_index(torch.arange(int(np.prod(sizes))), sizes)
-    return pooled.movedim(1, -1).flatten(0, -2), members.at(places, sizes).cpu()
+    return pooled.movedim(1, -1).flatten(0, -2), Rows(members.at(places, sizes))

@@ -23,7 +23,7 @@ from fxprune.criteria.trace_ratio import TraceRatio, trace_ratio_of
 from fxprune.growing import Growth, concave, lazy_greedy
 from fxprune.memberships import LabelReader, Memberships
 from fxprune.paths import paths_by_score
-from fxprune.scattering import ScatterSums, scatter
+from fxprune.scattering import Rows, ScatterSums, scatter
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(24, 3, 8, 8, generator=GENERATOR)
@@ -59,7 +59,7 @@ def test_streamed_scatters_are_those_of_the_definition_however_batches_are_cut()
             x = torch.from_numpy(features[i : i + size])
             shares = reader.read((x, torch.from_numpy(labels[i : i + size])))["labels"].of_samples
             sums = ScatterSums(x) if sums is None else sums
-            sums.add(x, shares)
+            sums.add(x, Rows(shares))
         assert sums is not None
         for found, expected in zip(sums.scatters(), wanted, strict=True):
             assert found.numpy() == pytest.approx(expected, rel=1e-8)
@@ -69,7 +69,7 @@ def test_a_sample_of_several_classes_counts_in_each() -> None:
     x = torch.randn(9, 2, dtype=torch.float64, generator=GENERATOR)
     shares = torch.randint(0, 2, (9, 3), generator=GENERATOR).double()
     sums = ScatterSums(x)
-    sums.add(x, shares)
+    sums.add(x, Rows(shares))
     sample, label = shares.nonzero(as_tuple=True)
     wanted = slow_scatter(x[sample].numpy(), label.numpy())  # a sample is repeated once for each of its classes
     for found, expected in zip(sums.scatters(), wanted, strict=True):
