@@ -21,7 +21,7 @@ from commands import answer, command, header, markdown
 from tqdm import tqdm
 
 NETWORKS = ("scene:32", "resnet18:64", "resnet50:128", "mobilenet_v3_large:64", "densenet121:64", "convnext_tiny:64",
-            "vit_b_16:64")  # fmt: skip
+            "vit_b_16:64", "resnext101_32x8d:224")  # fmt: skip
 PACKAGES = ("fxprune", "torch", "torchvision", "numpy")
 SHARES = (0.5, 0.2)
 JOBS = Path(__file__).with_name("memory_jobs.py")
