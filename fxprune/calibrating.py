@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError
@@ -259,13 +260,19 @@ def split(batches: Iterable[Any]) -> tuple[Share, Share]:
     return every.where(lambda place: place % 4 != 1), every.where(lambda place: place % 4 == 1)
 
 
+_LAYERS: WeakKeyDictionary[torch.nn.Module, list[Layer]] = WeakKeyDictionary()
+"""Of traced modules that were asked for theirs: to find them takes a run."""
+
+
 def layers_of(coupling: Coupling) -> list[Layer]:
     """Return the weighted layers of a network, as seen in one run, in eval mode, on the example inputs."""
     module = coupling.traced.module
-    lister = Lister({id(p): name for name, p in [*module.named_parameters(), *module.named_buffers()]})
-    with torch.no_grad(), evaluating(module), lister:
-        module(*coupling.traced.args, **coupling.traced.kwargs)
-    return list(lister.layers.values())
+    if module not in _LAYERS:
+        lister = Lister({id(p): name for name, p in [*module.named_parameters(), *module.named_buffers()]})
+        with torch.no_grad(), evaluating(module), lister:
+            module(*coupling.traced.args, **coupling.traced.kwargs)
+        _LAYERS[module] = list(lister.layers.values())
+    return _LAYERS[module]
 
 
 def samples_in(batch: Any) -> int:
