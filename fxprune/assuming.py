@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from fxprune.calibrating import OUTPUTS, Calibration, Moments, layers_of
+from fxprune.calibrating import OUTPUTS, Calibration, Moments
 from fxprune.coupling import Coupling
-from fxprune.layers import channels_of
+from fxprune.layers import channels_of, layers_of
 from fxprune.sums import Layer
 
 

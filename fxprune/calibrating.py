@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError
@@ -22,7 +21,8 @@ from fxprune import sharing
 from fxprune.agreeing import check_network, check_request
 from fxprune.coupling import Coupling
 from fxprune.errors import ArtifactError, PlanError
-from fxprune.gathering import Gatherer, Lister
+from fxprune.gathering import Gatherer
+from fxprune.layers import layers_of
 from fxprune.memberships import LabelReader
 from fxprune.shares import Share
 from fxprune.sums import Layer, Sums, renumber, spreads_of_all, sums_of_all
@@ -258,21 +258,6 @@ def split(batches: Iterable[Any]) -> tuple[Share, Share]:
             "or more: the second and every fourth after it are held out."
         )
     return every.where(lambda place: place % 4 != 1), every.where(lambda place: place % 4 == 1)
-
-
-_LAYERS: WeakKeyDictionary[torch.nn.Module, list[Layer]] = WeakKeyDictionary()
-"""Of traced modules that were asked for theirs: to find them takes a run."""
-
-
-def layers_of(coupling: Coupling) -> list[Layer]:
-    """Return the weighted layers of a network, as seen in one run, in eval mode, on the example inputs."""
-    module = coupling.traced.module
-    if module not in _LAYERS:
-        lister = Lister({id(p): name for name, p in [*module.named_parameters(), *module.named_buffers()]})
-        with torch.no_grad(), evaluating(module), lister:
-            module(*coupling.traced.args, **coupling.traced.kwargs)
-        _LAYERS[module] = list(lister.layers.values())
-    return _LAYERS[module]
 
 
 def samples_in(batch: Any) -> int:

@@ -1,12 +1,31 @@
-"""Which channels go into a weighted layer, and which come out of it."""
+"""The weighted layers of a network, and which channels go into each and come out of it."""
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import numpy as np
+import torch
 
 from fxprune.atoms import FIXED
 from fxprune.coupling import Coupling
+from fxprune.gathering import Lister
 from fxprune.sums import Layer
+from fxprune.tasks import evaluating
+
+_LAYERS: WeakKeyDictionary[torch.nn.Module, list[Layer]] = WeakKeyDictionary()
+"""Of traced modules that were asked for theirs: to find them takes a run."""
+
+
+def layers_of(coupling: Coupling) -> list[Layer]:
+    """Return the weighted layers of a network, as seen in one run, in eval mode, on the example inputs."""
+    module = coupling.traced.module
+    if module not in _LAYERS:
+        lister = Lister({id(p): name for name, p in [*module.named_parameters(), *module.named_buffers()]})
+        with torch.no_grad(), evaluating(module), lister:
+            module(*coupling.traced.args, **coupling.traced.kwargs)
+        _LAYERS[module] = list(lister.layers.values())
+    return _LAYERS[module]
 
 
 def channels_of(coupling: Coupling, layer: Layer) -> tuple[np.ndarray, np.ndarray]:

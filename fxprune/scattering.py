@@ -18,11 +18,11 @@ from torch.overrides import TorchFunctionMode
 
 from fxprune import sharing
 from fxprune.atoms import FIXED
-from fxprune.calibrating import layers_of, samples_in
+from fxprune.calibrating import samples_in
 from fxprune.coupling import Coupling
 from fxprune.errors import PlanError
 from fxprune.gathering import CONVOLUTIONS
-from fxprune.layers import channels_of
+from fxprune.layers import channels_of, layers_of
 from fxprune.memberships import LabelReader, Memberships
 from fxprune.shares import Share
 from fxprune.subtasks import are_numbers

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from fxprune.approximating import Dictionary, backward, errors_along, forward
-from fxprune.calibrating import Calibration, layers_of
+from fxprune.calibrating import Calibration
 from fxprune.coupling import Coupling, Site
 from fxprune.errors import PlanError
 from fxprune.grouping import Group
-from fxprune.layers import channels_of
+from fxprune.layers import channels_of, layers_of
 from fxprune.makers import makers_of
 from fxprune.paths import RemovalPath
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from commands import commands_of, header, markdown, rows_in, seeds_of
+from commands import Row, commands_of, header, markdown, rows_in, seeds_of
 from matplotlib.figure import Figure
 from quality_scores import cell
 
-Row = dict[str, Any]
 Curve = tuple[np.ndarray, np.ndarray]
 """Shares of macs, ascending, and accuracies in percent."""
 DATA_FREE = ("magnitude-global", "bn-scale-global", "random", "tp-magnitude", "tp-magnitude-global",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from commands import Row
 from greedy_measure import Noted
 from planning_child import Batch, Clock, build, images
 from torch import nn
@@ -12,7 +11,6 @@ from torch import nn
 import fxprune
 from fxprune.methods import HBGTS
 
-Row = dict[str, Any]
 NAME, METHOD = "resnet18", "hbgts"
 PX, IMAGES, BATCH, BUDGET, THREADS = 64, 512, 64, 0.5, 2
 

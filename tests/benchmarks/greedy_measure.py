@@ -6,10 +6,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
+from commands import Row
 from greedy_networks import classifiers
 from quality_data import Batch, Splits, Table
 from quality_measure import DENSE, Job, Options, judged, told
@@ -23,7 +23,6 @@ from fxprune import methods
 from fxprune.methods import HBGS, HBGTS, AnyMethod
 from fxprune.offering import Found
 
-Row = dict[str, Any]
 METHODS: Mapping[str, AnyMethod] = {
     "hbgs": HBGS(),
     "hbgs-backward": HBGS(backward=True),

@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     head = header("Memory", PACKAGES, f"{args.threads} thread(s)", data=data, command=f"`{command()}`")
     report = f"{head}\n\n{NOTE}\n\n{markdown('keys', rows)}\n"
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(report)
+    args.out.write_text(report, encoding="utf-8")
     print(report)
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from classes_report import Curve, needed
-from commands import commands_of, header, markdown, seeds_of
+from commands import Row, commands_of, header, markdown, seeds_of
 
-Row = dict[str, Any]
 Found = dict[tuple[int, str, str], float | None]
 """(seed, method, combination) -> the least macs; None where the metrics are not reached."""
 DENSE = 1.0

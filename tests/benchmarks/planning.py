@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = {network: in_child(network, args) for network in tqdm(args.networks, disable=None)}
     text = report(results, args) + "\n"
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(text)
+    args.out.write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     measured = {row["network"] for row in rows}
     known = {name: p for name, p in problems(args.cifar10, quick=args.quick).items() if name in measured}
     plots = {name: plot(name, [r for r in rows if r["network"] == name], args.out) for name in known}
-    (args.out / "quality.md").write_text(report(rows, known, plots, args))
+    (args.out / "quality.md").write_text(report(rows, known, plots, args), encoding="utf-8")
     print(f"{len(rows)} rows in {args.out / 'quality.md'}")
 
 

@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     outcomes, seconds = measure(args)
     report = write_report(args, outcomes, seconds)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(report)
+    args.out.write_text(report, encoding="utf-8")
     print(report)
     return int(any(o.failure for o in outcomes))
 

@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     report = measure(args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(report)
+    args.out.write_text(report, encoding="utf-8")
     print(report)
 
 

@@ -139,7 +139,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = [n for n in everything if re.search(args.filter, str(n)) and str(n) not in there]
     measure(chosen, args, path)
     rows = read_rows(path)
-    (args.out / "zoo.md").write_text(report([rows[str(n)] for n in everything if str(n) in rows], args))
+    (args.out / "zoo.md").write_text(
+        report([rows[str(n)] for n in everything if str(n) in rows], args), encoding="utf-8"
+    )
     print(f"{len(rows)} networks in {args.out / 'zoo.md'}")
 
 
