@@ -33,8 +33,11 @@ METHODS: Mapping[str, AnyMethod] = {
     "joint": methods.Joint(),
     "random": methods.Random(),
 }
-EPOCHS, RATE, TEMPERATURE = 4, 2e-3, 2.0
-"""Of fine-tuning, on all training images: half as many epochs as of training."""
+EPOCHS, LONG, SMALL = 4, 16, 0.1
+"""Epochs of fine-tuning, on all training images, and those where at most this share of the macs is left: half of those
+of training, and twice as many. Dense networks are fine-tuned as long as the smallest."""
+RATE, TEMPERATURE = 6e-3, 2.0
+"""The highest learning rate of fine-tuning, and the temperature of its distillation."""
 TEACHER = "teacher"
 
 
@@ -90,7 +93,7 @@ def measure(job: Job, options: Options) -> list[Row]:
     if job.method == DENSE:
         costs = {"macs": macs_of(network, splits.test.inputs[:1]), "params": params_of(network)}
         row = about | costs | {"budget": 1.0, "seconds": seconds, "cut": test(network, splits.test, problem)}
-        return [row | {"tuned": tuned(network, splits, problem, job.seed, options)}]
+        return [row | {"tuned": tuned(network, splits, problem, job.seed, epochs(0, options))}]
     rows = []
     for share in job.budgets:
         try:
@@ -117,12 +120,18 @@ def pruned(job: Job, share: float, network: nn.Module, problem: Problem, splits:
     slim = Ours(method).start(network, problem, batches)(share)
     row: Row = {"seconds": time.process_time() - began} | (method.spent() if isinstance(method, Noted) else {})
     row |= judged(slim, network, problem, splits, job.seed, replace(options, tune=False))
-    return row | {"tuned": tuned(slim, splits, problem, job.seed, options)}
+    return row | {"tuned": tuned(slim, splits, problem, job.seed, epochs(share, options))}
 
 
-def tuned(network: nn.Module, splits: Splits, problem: Problem, seed: int, options: Options) -> Mapping[str, float]:
+def epochs(share: float, options: Options) -> int:
+    """Return for how many epochs to fine-tune a network with a share of its macs left."""
+    if options.quick:
+        return 1
+    return LONG if share <= SMALL else EPOCHS
+
+
+def tuned(network: nn.Module, splits: Splits, problem: Problem, seed: int, epochs: int) -> Mapping[str, float]:
     """Fine-tune in place, the same way for all, and test."""
-    epochs = 1 if options.quick else EPOCHS
     fit(network, splits.train, distilling(problem), epochs=epochs, learning_rate=RATE, seed=seed + 1)
     return test(network, splits.test, problem)
 
