@@ -10,8 +10,8 @@ import torch
 sys.path.append(str(Path(__file__).parent / "benchmarks"))  # its modules import one another, as in the command
 
 from merging import measure, prepared
-from merging_report import DENSE, all_least, bound, least, report
-from merging_tasks import TASKS, data, scene_table, subsets
+from merging_report import DENSE, all_least, bound, least, references, report
+from merging_tasks import ATTRIBUTES, SETS, TASKS, data, recipe, scene_table, single, subsets
 
 from fxprune.examples.scenes import BACKGROUND, compose, split_digits
 
@@ -23,18 +23,28 @@ def test_targets_are_those_of_the_scenes():
     assert table.targets.keys() == TASKS.keys()
     assert torch.equal(table.targets["segmentation"], made.segmentation[:, ::2, ::2])
     assert (table.targets["segmentation"] == BACKGROUND).any()
-    for n in range(40):
-        depths = [d for d in made.depth[n].unique().tolist() if d > 0 and (made.depth[n] == d).sum() >= 8]
-        assert table.targets["count"][n] == len(depths)
-        here = [[(int(made.segmentation[n, y, x]), float(made.depth[n, y, x])) for x in range(32)] for y in range(32)]
-        edge = [
-            [any(here[y][x] != here[a][b] for a, b in ((y, min(x + 1, 31)), (min(y + 1, 31), x))) for x in range(32)]
-            for y in range(32)
-        ]
-        for y in range(0, 32, 2):
-            for x in range(0, 32, 2):
-                expected = edge[y][x] or edge[y][x + 1] or edge[y + 1][x] or edge[y + 1][x + 1]
-                assert table.targets["boundaries"][n, y // 2, x // 2] == expected
+    loops = {0: 1, 6: 1, 8: 2, 9: 1}
+    asked = {
+        "odd": lambda digit: digit % 2,
+        "high": lambda digit: digit >= 5,
+        "prime": lambda digit: digit in {2, 3, 5, 7},
+        "modulo": lambda digit: digit % 3,
+        "loops": lambda digit: loops.get(digit, 0),
+    }
+    assert asked.keys() == ATTRIBUTES.keys() == SETS["attributes"].keys()
+    for name, of in asked.items():
+        background = 2 if name in {"odd", "high", "prime"} else 3
+        classes = torch.tensor([*(int(of(digit)) for digit in range(10)), background])
+        assert torch.equal(table.targets[name], classes[table.targets["segmentation"]])
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_network_returns_what_its_task_reads(name):
+    problem, table = single(name, recipe(quick=True)), scene_table(split_digits()[1], 3, (3,))
+    maps = problem.build()(table.inputs)
+    assert maps.shape == (3, 4 if name in ATTRIBUTES else 11, 16, 16)
+    assert problem.loss(maps, (table.inputs, table.targets)).isfinite()
+    assert problem.metrics[name][1](maps, table.targets) <= 1
 
 
 def rows():
@@ -42,22 +52,25 @@ def rows():
     names = [" + ".join(some) for some in subsets(("a", "b"))]
 
     def row(method, budget, macs, tuned):
-        about = {"tasks": 3, "seed": 0, "command": "python", "seconds": {"merging": 1.0}}
+        about = {"set": "ab", "seed": 0, "command": "python", "seconds": {"merging": 1.0}}
         return about | {"method": method, "budget": budget, "macs": dict(zip(names, macs, strict=True)), "tuned": tuned}
 
     return [
-        row("separate", DENSE, (100, 100, 200), {"a": 0.5, "b": 0.8}),
+        row(DENSE, 0.4, (100, 100, 200), {"a": 0.5, "b": 0.8}),
+        row(DENSE, 0.2, (100, 100, 200), {"a": 0.6, "b": 0.8}),
         row("separate", 0.4, (40, 40, 80), {"a": 0.5, "b": 0.8}),
-        row("separate", 0.2, (20, 20, 40), {"a": 0.495, "b": 0.784}),
+        row("separate", 0.2, (20, 20, 40), {"a": 0.594, "b": 0.784}),
         row("mtz-50", 0.4, (60, 60, 70), {"a": 0.6, "b": 0.9}),
         row("mtz-90", 0.4, (50, 50, 55), {"a": 0.6, "b": 0.7}),
-        row("pam-fisher-2", 0.2, (20, 18, 25), {"a": 0.5, "b": 0.7999}),
-        {"tasks": 3, "seed": 0, "command": "python", "method": "pam-entropy", "budget": 0.2, "error": "PlanError: no"},
+        row("pam-fisher-2", 0.2, (20, 18, 25), {"a": 0.6, "b": 0.7999}),
+        {"set": "ab", "seed": 0, "command": "python", "method": "pam-entropy", "budget": 0.2, "error": "PlanError: no"},
     ]
 
 
 def test_least_macs_are_interpolated_where_the_worst_task_decides():
-    made, dense = rows(), {"a": 0.5, "b": 0.8}
+    made = rows()
+    dense = references(made, 0)
+    assert dense == {0.4: {"a": 0.5, "b": 0.8}, 0.2: {"a": 0.6, "b": 0.8}}  # a budget's own, trained as long
     assert least(made, "separate", "a", dense) == pytest.approx(20)
     assert least(made, "separate", "b", dense) == pytest.approx(math.sqrt(20 * 40))
     assert least(made, "separate", "a + b", dense) == pytest.approx(20 + math.sqrt(20 * 40))
@@ -80,11 +93,26 @@ def test_the_report_tells_every_cell_and_what_failed():
     assert "PlanError: no" in page
 
 
-def test_a_method_is_run_at_every_budget(tmp_path):
-    setting = prepared(2, 0, data(quick=True), tmp_path, quick=True)
-    dense, slim = measure(setting, "separate", [DENSE, 0.3])
-    assert sum(dense["macs"].values()) / 3 == pytest.approx(setting.separate)
-    assert dense["merged"] == dense["macs"]
-    assert sum(slim["macs"].values()) / 3 <= 0.3 * setting.separate
-    assert slim["tuned"].keys() == set(setting.networks)
+def test_a_chain_prunes_further_at_every_link(tmp_path):
+    setting = prepared(("segmentation", "depth"), 0, data(quick=True), tmp_path, quick=True)
+    first, second = measure(setting, "separate", [0.3, 0.6])  # the largest is first, whatever the order
+    assert (first["budget"], second["budget"]) == (0.6, 0.3)
+    for row in (first, second):
+        assert sum(row["macs"].values()) / 3 <= row["budget"] * setting.separate
+        assert row["tuned"].keys() == set(setting.networks)
+    assert sum(first["merged"].values()) / 3 == pytest.approx(setting.separate)
     assert list(tmp_path.glob("merging_depth_*.pt"))
+
+
+def test_what_is_dense_stays_so(tmp_path):
+    setting = prepared(("segmentation", "depth"), 0, data(quick=True), tmp_path, quick=True)
+    (row,) = measure(setting, DENSE, [0.3])
+    assert row["macs"] == row["merged"]
+    assert row["tuned"] != row["cut"]  # it is trained on, all the same
+
+
+def test_a_budget_that_cannot_be_met_is_told_and_the_chain_goes_on_with_what_it_had(tmp_path):
+    setting = prepared(("segmentation", "depth"), 0, data(quick=True), tmp_path, quick=True)
+    first, second = measure(setting, "separate", [0.6, 0.0001])
+    assert "tuned" in first
+    assert second["error"].startswith("PlanError")

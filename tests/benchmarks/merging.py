@@ -1,22 +1,21 @@
 """Merging: what every combination of tasks takes, where the networks of all tasks are merged, pruned and fine-tuned.
 
-Networks of one topology are trained on the demo's scenes, one for each task; a set of three tasks is the demo's, one of
-five has two more. Every method merges the networks of a set. What it makes is trained for a while, pruned by `Joint` to
-several budgets, counted in multiply-accumulates as a mean over all combinations of tasks, and fine-tuned: all the same
-for every method. Budgets are shares of what the separate networks take, not pruned, for every method; these, trained
-equally long, are what a task's metric is compared with.
+Networks of one topology are trained on the demo's scenes, one for each task of a set. Every method merges the networks
+of a set. What it makes is trained for a while, then pruned by `Joint` and fine-tuned again and again, each time to a
+smaller budget of multiply-accumulates, counted as a mean over all combinations of tasks: the same chain for every
+method. Budgets are shares of what the separate networks take, not pruned. These go through a chain of their own, in
+which nothing is pruned: at every budget, a task's metric is compared with that of the network trained as long.
 
 Results are JSON, one line for each set, seed, method and budget, appended as they come
 (`docs/benchmarks/merging.jsonl`), and a Markdown summary of them (`docs/benchmarks/merging.md`).
 
-Run: ``python tests/benchmarks/merging.py [--tasks 3 5] [--methods ...] [--budgets ...] [--seeds ...] [--resume]
-[--quick] [--cache DIR] [--out DIR]``
+Run: ``python tests/benchmarks/merging.py [--sets demo attributes] [--methods ...] [--budgets ...] [--seeds ...]
+[--resume] [--quick] [--cache DIR] [--out DIR]``
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,13 +24,13 @@ from typing import Any
 
 import torch
 from commands import Row, add_options, append, command, rows_file, rows_in
-from merging_report import DENSE, report
-from merging_tasks import TASKS, as_tasks, data, recipe, single, subsets, together
-from quality_data import Splits
+from merging_report import DENSE, TIME, report
+from merging_tasks import SETS, as_tasks, data, recipe, single, subsets, together
+from quality_data import Batch, Splits
 from quality_measure import told
 from quality_networks import ResNet20
 from quality_problems import Problem
-from quality_training import fit, macs_of, test, trained
+from quality_training import Scores, fit, macs_of, test, trained
 from torch import fx, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -40,9 +39,10 @@ import fxprune
 from fxprune import methods
 from fxprune.calibrating import calibrate
 
-Key = tuple[int, int, str, float]
-BUDGETS = (0.7, 0.5, 0.35, 0.25, 0.17, 0.12)
+Key = tuple[str, int, str, float]
+BUDGETS = (0.5, 0.3, 0.18, 0.11, 0.07)
 METHODS: dict[str, Callable[[int], Any]] = {
+    DENSE: lambda count: methods.Separate(),
     "separate": lambda count: methods.Separate(),
     "mtz-50": lambda count: methods.MTZ(share=0.5),
     "mtz-90": lambda count: methods.MTZ(share=0.9),
@@ -50,7 +50,7 @@ METHODS: dict[str, Callable[[int], Any]] = {
     "pam-fisher-2": lambda count: methods.PAM(alpha=0.02, estimator="fisher"),
     "pam-fisher-10": lambda count: methods.PAM(alpha=0.1, estimator="fisher"),
 }
-"""Name -> how to merge so many networks."""
+"""Name -> how to merge so many networks; those of `DENSE` are not pruned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +72,9 @@ class Setting:
     seed: int
 
 
-def prepared(count: int, seed: int, splits: Splits, cache: Path, *, quick: bool) -> Setting:
-    """Return the trained networks of a set of so many tasks."""
-    names, sizes = tuple(TASKS)[:count], recipe(quick=quick)
+def prepared(names: tuple[str, ...], seed: int, splits: Splits, cache: Path, *, quick: bool) -> Setting:
+    """Return the trained networks of some tasks."""
+    count, sizes = len(names), recipe(quick=quick)
     networks = {name: trained(single(name, sizes), splits, seed, cache)[0] for name in names}
     alone = [macs_of(network, splits.test.inputs[:1]) for network in networks.values()]
     often = 2 ** (count - 1) / (2**count - 1)  # the share of all combinations that each task is in
@@ -82,35 +82,38 @@ def prepared(count: int, seed: int, splits: Splits, cache: Path, *, quick: bool)
 
 
 def measure(setting: Setting, name: str, budgets: Sequence[float]) -> Iterator[Row]:
-    """Merge, and yield a row for each budget; `DENSE` is the separate networks, not pruned."""
-    problem, batches = setting.problem, list(setting.splits.calibration.batches(setting.problem.recipe.batch_size))
-    tasks, began = as_tasks(problem), time.process_time()
-    alone = as_tasks_alone(setting)
-    example = batches[0][0][:1]
-    merged = fxprune.merge(
-        setting.networks, batches, method=METHODS[name](len(tasks)), example_inputs=example, tasks=alone
-    )
+    """Merge; then prune and fine-tune to one budget after another, the largest first; yield a row of each."""
+    batches = list(setting.splits.calibration.batches(setting.problem.recipe.batch_size))
+    example, began = batches[0][0][:1], time.process_time()
+    method, alone = METHODS[name](len(setting.networks)), as_tasks_alone(setting)
+    network: nn.Module = fxprune.merge(setting.networks, batches, method=method, example_inputs=example, tasks=alone)
     spent = {"merging": time.process_time() - began}
-    fit_again(merged, setting, 1)
-    settled = {"merged": of_combinations(merged, setting), "settled": test(merged, setting.splits.test, problem)}
-    calibration = calibrate(fxprune.couple(fxprune.trace(merged, example)), batches, tasks)
-    for share in budgets:
-        began = time.process_time()
+    began = time.process_time()
+    fit_again(network, setting, 0)
+    row: Row = {"merged": of_combinations(network, setting)}
+    for stage, share in enumerate(sorted(budgets, reverse=True), 1):
         try:
-            slim: nn.Module = copy.deepcopy(merged)
-            if share != DENSE:
-                budget = fxprune.Budget(macs=share * setting.separate, combinations="mean")
-                slim = fxprune.compile(
-                    merged, example, budget, calibration=calibration, tasks=tasks, verify=False, progress=False
-                )
-            spent["pruning"] = time.process_time() - began
-            row = {"macs": of_combinations(slim, setting), "cut": test(slim, setting.splits.test, problem)}
-            fit_again(slim, setting, 2)
-            spent["in all"] = time.process_time() - began
-            row["tuned"] = test(slim, setting.splits.test, problem)
-            yield {"budget": share, "seconds": dict(spent)} | settled | row
+            if name != DENSE:
+                network = pruned(network, share, setting, batches)
+            row |= {"macs": of_combinations(network, setting), "cut": scores(network, setting)}
+            fit_again(network, setting, stage)
+            spent["chain"] = time.process_time() - began
+            yield {"budget": share, "seconds": dict(spent), "tuned": scores(network, setting)} | row
         except Exception as error:  # whatever goes wrong in a method is part of the report
             yield {"budget": share, "error": told(error)}
+
+
+def pruned(network: nn.Module, share: float, setting: Setting, batches: list[Batch]) -> nn.Module:
+    """Prune to a share of what the separate networks take."""
+    tasks, example = as_tasks(setting.problem), batches[0][0][:1]
+    calibration = calibrate(fxprune.couple(fxprune.trace(network, example)), batches, tasks)
+    budget = fxprune.Budget(macs=share * setting.separate, combinations="mean")
+    return fxprune.compile(network, example, budget, calibration=calibration, tasks=tasks, verify=False, progress=False)
+
+
+def scores(network: nn.Module, setting: Setting) -> Scores:
+    """Return every task's metric on the test scenes."""
+    return test(network, setting.splits.test, setting.problem)
 
 
 def as_tasks_alone(setting: Setting) -> dict[str, fxprune.Task]:
@@ -146,55 +149,52 @@ def time_of_merging(rounds: int = 1) -> dict[str, float]:
     batches = [(images[i : i + 64], {n: t[i : i + 64] for n, t in labels.items()}) for i in range(0, len(images), 64)]
     tasks = {n: fxprune.Task(lambda outputs, batch, n=n: cross_entropy(outputs, batch[1][n]), target=n) for n in names}
     spent = {}
-    for name, method in METHODS.items():
+    for name in [name for name in METHODS if name != DENSE]:
         began = time.process_time()
         for _ in range(rounds):
-            fxprune.merge(networks, batches, method=method(len(names)), example_inputs=images[:1], tasks=tasks)
+            fxprune.merge(networks, batches, method=METHODS[name](len(names)), example_inputs=images[:1], tasks=tasks)
         spent[name] = (time.process_time() - began) / rounds
     return spent
 
 
 def read_rows(path: Path) -> dict[Key, Row]:
-    """Return the rows of a file by number of tasks, seed, method and budget."""
-    return {(row["tasks"], row["seed"], row["method"], row["budget"]): row for row in rows_in(path)}
+    """Return the rows of a file by set, seed, method and budget; of several, the last."""
+    return {(row["set"], row["seed"], row["method"], row["budget"]): row for row in rows_in(path)}
 
 
 def run(args: argparse.Namespace, path: Path) -> None:
-    """Run what is missing, and append a line for each row to a file as soon as it is known."""
+    """Run what is missing, and append a line for each row to a file as soon as it is known.
+
+    A chain of which a row is missing is run again as a whole.
+    """
     there, splits = read_rows(path), data(args.quick)
-    jobs = [(seed, count, name) for seed in args.seeds for count in args.tasks for name in args.methods]
+    jobs = [(seed, of, name) for seed in args.seeds for of in args.sets for name in args.methods]
 
     def note(row: Row) -> None:
         append(path, row | {"command": command()})
 
-    if (0, 0, "time", DENSE) not in there:
-        note({"tasks": 0, "seed": 0, "method": "time", "budget": DENSE, "seconds": time_of_merging()})
-    for seed, count, name in tqdm(jobs, unit="method", disable=None):
-        asked = [DENSE, *args.budgets] if name == "separate" else args.budgets
-        left = [share for share in asked if (count, seed, name, share) not in there]
-        if left:
-            setting = prepared(count, seed, splits, args.cache, quick=args.quick)
-            for row in measure(setting, name, left):
-                note({"tasks": count, "seed": seed, "method": name} | row)
+    if (TIME, 0, TIME, 1.0) not in there:
+        note({"set": TIME, "seed": 0, "method": TIME, "budget": 1.0, "seconds": time_of_merging()})
+    for seed, of, name in tqdm(jobs, unit="method", disable=None):
+        if any((of, seed, name, share) not in there for share in args.budgets):
+            setting = prepared(tuple(SETS[of]), seed, splits, args.cache, quick=args.quick)
+            for row in measure(setting, name, args.budgets):
+                note({"set": of, "seed": seed, "method": name} | row)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("--tasks", nargs="+", type=int, choices=(3, 5), help="how many tasks (default: both sets, quick 3)")
+    add("--sets", nargs="+", choices=SETS, help="of tasks (default: all, quick demo)")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
-    add(
-        "--budgets", nargs="+", type=float, help=f"shares of the separate networks (default: {BUDGETS}, quick 0.5, 0.3)"
-    )
+    add("--budgets", nargs="+", type=float, help=f"a chain of shares (default: {BUDGETS}, quick 0.5, 0.3)")
     add("--seeds", nargs="+", type=int, help="of weights and batches (default: 0 1 2, quick 0)")
     add_options(parser, "merging.jsonl and merging.md", jobs=False)
     args = parser.parse_args(argv)
     args.budgets = args.budgets or ([0.5, 0.3] if args.quick else list(BUDGETS))
-    args.tasks = args.tasks or ([3] if args.quick else [3, 5])
+    args.sets = args.sets or (["demo"] if args.quick else list(SETS))
     args.seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
-    if DENSE in args.budgets:
-        parser.error("a budget of 1 is that of the separate networks, not pruned, which always run")
     return args
 
 

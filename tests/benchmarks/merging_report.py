@@ -11,7 +11,8 @@ from commands import Row, commands_of, header, markdown, seeds_of
 
 Found = dict[tuple[int, str, str], float | None]
 """(seed, method, combination) -> the least macs; None where the metrics are not reached."""
-DENSE = 1.0
+DENSE, TIME = "dense", "time"
+"""The method that prunes nothing; what the row with seconds is called."""
 AS_GOOD = 0.99
 """Of the metric of the separate networks."""
 BASELINE = "Separate"
@@ -27,28 +28,35 @@ PACKAGES = ("fxprune", "torch", "scikit-learn", "numpy")
 
 def report(rows: Sequence[Row]) -> str:
     """Put the report together."""
-    seeds = seeds_of([r for r in rows if r["tasks"]])
-    parts = [header("Merging", PACKAGES, "one thread", command=commands_of(rows), seeds=seeds)]
-    for count in sorted({r["tasks"] for r in rows if r["tasks"]}):
-        parts += of_set(count, [r for r in rows if r["tasks"] == count])
+    trained = [r for r in rows if r["method"] != TIME]
+    parts = [header("Merging", PACKAGES, "one thread", command=commands_of(rows), seeds=seeds_of(trained))]
+    for name in dict.fromkeys(r["set"] for r in trained):
+        parts += of_set(name, [r for r in trained if r["set"] == name])
     parts += [*seconds(rows), *failures(rows)]
     return "\n\n".join(parts) + "\n"
 
 
-def reference(rows: Sequence[Row], seed: int) -> Mapping[str, float] | None:
-    """Return the metrics of the separate networks of a seed, trained as long as others; None if they are missing."""
-    found = [r["tuned"] for r in rows if (r["seed"], r["method"], r["budget"]) == (seed, "separate", DENSE)]
-    return found[0] if found else None
+References = Mapping[float, Mapping[str, float]]
+"""Budget -> the metrics of networks that are not pruned, and trained as long."""
 
 
-def curve(rows: Sequence[Row], combination: str, dense: Mapping[str, float]) -> Curve:
+def references(rows: Sequence[Row], seed: int) -> References:
+    """Return what the rows of a seed are compared with."""
+    return {r["budget"]: r["tuned"] for r in rows if (r["seed"], r["method"]) == (seed, DENSE)}
+
+
+def curve(rows: Sequence[Row], combination: str, dense: References) -> Curve:
     """Return what a combination takes, ascending, and the metric of its worst task, as a share of the dense one's."""
     tasks = combination.split(" + ")
-    points = sorted((r["macs"][combination], min(r["tuned"][t] / dense[t] for t in tasks)) for r in rows)
+    points = sorted(
+        (r["macs"][combination], min(r["tuned"][t] / dense[r["budget"]][t] for t in tasks))
+        for r in rows
+        if r["budget"] in dense
+    )
     return np.array([macs for macs, _ in points], dtype=float), np.array([share for _, share in points])
 
 
-def least(rows: Sequence[Row], method: str, combination: str, dense: Mapping[str, float]) -> float | None:
+def least(rows: Sequence[Row], method: str, combination: str, dense: References) -> float | None:
     """Return the least macs at which all tasks of a combination are as good as the separate networks are.
 
     Between two budgets, by the logarithm of macs. What is separate needs no common budget: it is the sum over tasks.
@@ -64,8 +72,8 @@ def all_least(rows: Sequence[Row]) -> Found:
     found: Found = {}
     names = list(dict.fromkeys(name for r in rows for name in r.get("macs", {})))
     for seed in sorted({r["seed"] for r in rows}):
-        mine, dense = [r for r in rows if r["seed"] == seed], reference(rows, seed)
-        if dense is None:
+        mine, dense = [r for r in rows if r["seed"] == seed], references(rows, seed)
+        if not dense:
             continue
         for kind, settings in KINDS.items():
             for name in names:
@@ -80,7 +88,7 @@ def bound(found: Found, seed: int, combination: str) -> float:
     return sum(alone) / max(alone)
 
 
-def of_set(count: int, rows: Sequence[Row]) -> list[str]:
+def of_set(title: str, rows: Sequence[Row]) -> list[str]:
     """Tabulate one set of tasks."""
     found = all_least(rows)
     seeds, names = (list(dict.fromkeys(key[i] for key in found)) for i in (0, 2))
@@ -98,16 +106,17 @@ def of_set(count: int, rows: Sequence[Row]) -> list[str]:
         for seed in seeds
     ]
     return [
-        f"## {count} tasks",
-        "How many times less macs each combination takes, where every task's metric is within 1 % of that of the "
-        "separate networks, which were trained as long and not pruned: median over seeds, and in brackets the least "
-        "and the most. At best: if all tasks but the dearest of the combination cost nothing.",
+        f"## The set `{title}`",
+        "How many times less macs each combination takes, where every task's metric is within 1 % of that of its own "
+        "network, trained as long and not pruned: median over seeds, and in brackets the least and the most. At best: "
+        "if all tasks but the dearest of the combination cost nothing.",
         markdown(heads, table),
         "The least macs themselves, in millions, of each seed; `-` is not reached at any budget. Between two budgets, "
         "by the logarithm of macs; `Separate` may take another budget for each task.",
         markdown(["tasks", "seed", BASELINE, *others], cells),
-        "Metrics of the separate networks, and what is left of them after merging, training, pruning and fine-tuning, "
-        "in percent: means over seeds. Macs are means over all combinations, of the separate networks, not pruned.",
+        "Metrics of the networks that were not pruned, trained as long as others at the last budget; and, of those "
+        "trained as long as at its own budget, what each method has left, in percent: means over seeds. Macs are means "
+        "over all combinations, as shares of what the separate networks take, not pruned.",
         metrics(rows),
     ]
 
@@ -135,41 +144,40 @@ def millions(macs: float | None) -> str:
 
 def metrics(rows: Sequence[Row]) -> str:
     """Tabulate the metrics of each method and budget."""
-    whole = [r for r in rows if r["method"] == "separate" and r["budget"] == DENSE]
-    tasks, table = list(whole[0]["tuned"]) if whole else [], []
-    mean = {r["seed"]: statistics.mean(r["macs"].values()) for r in whole}
-    for method, share in dict.fromkeys((r["method"], r["budget"]) for r in rows):
-        mine = [r for r in rows if (r["method"], r["budget"]) == (method, share) and "tuned" in r and r["seed"] in mean]
-        if not mine:
-            continue
-        macs = statistics.mean(statistics.mean(r["macs"].values()) / mean[r["seed"]] for r in mine)
-        if (method, share) == ("separate", DENSE):
-            cells = [f"{statistics.mean(r['tuned'][t] for r in mine):.4f}" for t in tasks]
-        else:
-            dense = {r["seed"]: r["tuned"] for r in whole}
-            cells = [f"{100 * statistics.mean(r['tuned'][t] / dense[r['seed']][t] for r in mine):.1f}" for t in tasks]
-        table.append([method, f"{share:g}", f"{macs:.3f}", *cells])
+    dense = {(r["seed"], r["budget"]): r for r in rows if r["method"] == DENSE}
+    budgets = sorted({budget for _, budget in dense}, reverse=True)
+    if not budgets:
+        return ""
+    last = [r for r in dense.values() if r["budget"] == budgets[-1]]
+    tasks = list(last[0]["tuned"])
+    table = [[DENSE, "", "1", *(f"{statistics.mean(r['tuned'][t] for r in last):.4f}" for t in tasks)]]
+    for method in dict.fromkeys(r["method"] for r in rows if r["method"] != DENSE):
+        for share in budgets:
+            mine = [r for r in rows if (r["method"], r["budget"]) == (method, share) and "tuned" in r]
+            pairs = [(r, dense[r["seed"], share]) for r in mine if (r["seed"], share) in dense]
+            if pairs:
+                macs = statistics.mean(sum(r["macs"].values()) / sum(d["macs"].values()) for r, d in pairs)
+                cells = [f"{100 * statistics.mean(r['tuned'][t] / d['tuned'][t] for r, d in pairs):.1f}" for t in tasks]
+                table.append([method, f"{share:g}", f"{macs:.3f}", *cells])
     return markdown(["method", "budget", "macs", *tasks], table)
 
 
 def seconds(rows: Sequence[Row]) -> list[str]:
     """Tabulate how long merging takes."""
-    sets = sorted({r["tasks"] for r in rows if r["tasks"]})
-    timed = [r for r in rows if r["method"] == "time"]
-    names = list(dict.fromkeys(r["method"] for r in rows if r["tasks"]))
+    timed = [r for r in rows if r["method"] == TIME]
+    merged = [r for r in rows if r["method"] not in (TIME, DENSE) and "seconds" in r]
+    sets = list(dict.fromkeys(r["set"] for r in merged))
+    names = dict.fromkeys([name for r in timed for name in r["seconds"]] + [r["method"] for r in merged])
     table = []
     for name in names:
-        spent = [[r["seconds"]["merging"] for r in rows if (r["tasks"], r["method"]) == (n, name) and "seconds" in r]
-                 for n in sets]  # fmt: skip
+        spent = [[r["seconds"]["merging"] for r in merged if (r["set"], r["method"]) == (of, name)] for of in sets]
         cells = [f"{statistics.median(found):.1f}" if found else "-" for found in spent]
         table.append([name, *cells, *(f"{r['seconds'][name]:.1f}" for r in timed)])
-    heads = ["method", *(f"{n} tasks" for n in sets), *("three ResNet-20s" for _ in timed)]
+    heads = ["method", *sets, *("three ResNet-20s" for _ in timed)]
     return ["## How long merging takes", "CPU seconds of one thread, on 512 scenes.", markdown(heads, table)]
 
 
 def failures(rows: Sequence[Row]) -> list[str]:
     """List what could not be run."""
-    wrong = [
-        [r["method"], str(r["tasks"]), str(r["seed"]), f"{r['budget']:g}", r["error"]] for r in rows if "error" in r
-    ]
-    return ["## What could not be run", markdown(["method", "tasks", "seed", "budget", "why"], wrong)] if wrong else []
+    wrong = [[r["method"], r["set"], str(r["seed"]), f"{r['budget']:g}", r["error"]] for r in rows if "error" in r]
+    return ["## What could not be run", markdown(["method", "set", "seed", "budget", "why"], wrong)] if wrong else []

@@ -1,7 +1,9 @@
-"""What the benchmark of merging merges: five tasks on the demo's scenes, and a network that can learn any of them.
+"""What the benchmark of merging merges: tasks on the demo's scenes, and a network that can learn any of them.
 
-All networks are of one topology: a map of features at half the resolution of the scene, from which each task reads as
-many channels as it needs, position by position or pooled over positions.
+One set has the demo's three tasks, which ask for different things. The other has five that need the same knowledge, as
+the attributes of a face in the paper do: each asks for a property of the digit that is in front at a position. All
+networks are of one topology: a map of features at half the resolution of the scene, from which each task reads as many
+channels as it needs, position by position or pooled over positions.
 """
 
 from __future__ import annotations
@@ -21,27 +23,33 @@ from torch.nn.functional import (
     adaptive_max_pool2d,
     binary_cross_entropy_with_logits,
     cross_entropy,
-    max_pool2d,
     mse_loss,
-    pad,
 )
 
 import fxprune
 from fxprune.examples.networks import ConvNormAct, Merge, ResidualBlock
-from fxprune.examples.scenes import BACKGROUND, MAX_DIGITS, NUM_CLASSES, NUM_DIGITS, Digits, compose
+from fxprune.examples.scenes import NUM_CLASSES, NUM_DIGITS, Digits, compose
 from fxprune.examples.training import explained_variance, mean_average_precision, mean_iou
 
-VISIBLE = 8
-"""Of how many pixels something is in sight, as in the demo."""
+ATTRIBUTE_MAPS = 4
+ATTRIBUTES: Mapping[str, tuple[int, ...]] = {
+    "odd": (0, 1, 0, 1, 0, 1, 0, 1, 0, 1),
+    "high": (0, 0, 0, 0, 0, 1, 1, 1, 1, 1),
+    "prime": (0, 0, 1, 1, 0, 1, 0, 1, 0, 0),
+    "modulo": (0, 1, 2, 0, 1, 2, 0, 1, 2, 0),
+    "loops": (1, 0, 0, 0, 0, 0, 1, 0, 2, 1),
+}
+"""Task -> its class for each digit, `modulo` 3 or how many `loops` it has; the background is one more, the last."""
 
 
 class MapNet(nn.Module):
-    """A residual encoder and a decoder with skips: (b, 1, 32, 32) -> (b, 11, 16, 16)."""
+    """A residual encoder and a decoder with skips: (b, 1, 32, 32) -> (b, maps, 16, 16)."""
 
-    def __init__(self, fine: int = 12, middle: int = 24, coarse: int = 48) -> None:
+    def __init__(self, maps: int, fine: int = 12, middle: int = 24, coarse: int = 48) -> None:
         """Build the network.
 
         Args:
+            maps: channels that it returns.
             fine: channels at 16x16 positions.
             middle: channels at 8x8.
             coarse: channels at 4x4.
@@ -52,7 +60,7 @@ class MapNet(nn.Module):
         self.down2 = ResidualBlock(middle, coarse, stride=2)
         self.up1 = Merge(coarse, middle, middle)
         self.up0 = Merge(middle, fine, fine)
-        self.head = nn.Conv2d(fine, NUM_CLASSES, 1)
+        self.head = nn.Conv2d(fine, maps, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the map that a task reads."""
@@ -66,11 +74,13 @@ class SceneTask:
     """How a task reads a map, and how it is judged.
 
     Attributes:
-        read: (b, 11, 16, 16) -> its answer.
+        maps: how many channels its network returns, the same for all tasks of a set.
+        read: (b, maps, 16, 16) -> its answer.
         loss: `(answer, target) -> scalar`.
         metric: name and `(answer, target) -> number`; higher is better, 1 is best.
     """
 
+    maps: int
     read: Callable[[Tensor], Tensor]
     loss: Callable[[Tensor, Tensor], Tensor]
     metric: tuple[str, Callable[[Tensor, Tensor], float]]
@@ -80,46 +90,39 @@ def _relative_error(predicted: Tensor, depth: Tensor) -> Tensor:
     return mse_loss(predicted, depth) / depth.var()
 
 
-def _accuracy(logits: Tensor, classes: Tensor) -> float:
-    return (logits.argmax(1) == classes).double().mean().item()
-
-
 R2 = "R\N{SUPERSCRIPT TWO}"
-TASKS: Mapping[str, SceneTask] = {
-    "segmentation": SceneTask(lambda maps: maps, cross_entropy, ("mIoU", mean_iou)),
-    "depth": SceneTask(lambda maps: maps[:, 0], _relative_error, (R2, explained_variance)),
+DEMO: Mapping[str, SceneTask] = {
+    "segmentation": SceneTask(NUM_CLASSES, lambda maps: maps, cross_entropy, ("mIoU", mean_iou)),
+    "depth": SceneTask(NUM_CLASSES, lambda maps: maps[:, 0], _relative_error, (R2, explained_variance)),
     "presence": SceneTask(
+        NUM_CLASSES,
         lambda maps: adaptive_max_pool2d(maps[:, :NUM_DIGITS], 1).flatten(1),
         binary_cross_entropy_with_logits,
         ("mAP", mean_average_precision),
     ),
-    "count": SceneTask(lambda maps: maps[:, : MAX_DIGITS + 1].mean((2, 3)), cross_entropy, ("accuracy", _accuracy)),
-    "boundaries": SceneTask(lambda maps: maps[:, :2], cross_entropy, ("mIoU", mean_iou)),
 }
-"""In this order; the first three are the demo's."""
+
+
+def _attribute(classes: tuple[int, ...]) -> SceneTask:
+    count = max(classes) + 2
+    return SceneTask(ATTRIBUTE_MAPS, lambda maps: maps[:, :count], cross_entropy, ("mIoU", mean_iou))
+
+
+SETS: Mapping[str, Mapping[str, SceneTask]] = {
+    "demo": DEMO,
+    "attributes": {name: _attribute(classes) for name, classes in ATTRIBUTES.items()},
+}
+"""Set -> its tasks."""
+TASKS: Mapping[str, SceneTask] = {name: task for tasks in SETS.values() for name, task in tasks.items()}
 
 
 def scene_table(digits: Digits, count: int, seed: tuple[int, ...]) -> Table:
-    """Compose scenes, with five targets: those of the demo at half the resolution, and two more.
-
-    `count` (n,) is how many digits are in sight, whichever they are. `boundaries` (n, 16, 16) is 1 where a pixel's
-    digit is not that of its right or lower neighbour.
-    """
+    """Compose scenes, with the targets of all tasks; maps (n, 16, 16) are of every other row and column."""
     made = compose(digits, count, seed)
-    pixels = made.segmentation + (BACKGROUND + 1) * (made.depth * MAX_DIGITS).round().long()  # a number per digit
-    right, below = (
-        pad(pixels[:, :, 1:] != pixels[:, :, :-1], (0, 1)),
-        pad(pixels[:, 1:] != pixels[:, :-1], (0, 0, 0, 1)),
-    )
-    ranks = [(made.depth * MAX_DIGITS).round() == rank + 1 for rank in range(MAX_DIGITS)]
-    targets = {
-        "segmentation": made.segmentation[:, ::2, ::2].contiguous(),
-        "depth": made.depth[:, ::2, ::2].contiguous(),
-        "presence": made.presence,
-        "count": torch.stack([rank.sum((1, 2)) >= VISIBLE for rank in ranks], 1).sum(1),
-        "boundaries": max_pool2d((right | below).float()[:, None], 2)[:, 0].long(),
-    }
-    return Table(made.images, targets)
+    classes = made.segmentation[:, ::2, ::2].contiguous()
+    targets = {"segmentation": classes, "depth": made.depth[:, ::2, ::2].contiguous(), "presence": made.presence}
+    tables = {name: torch.tensor([*known, max(known) + 1]) for name, known in ATTRIBUTES.items()}
+    return Table(made.images, targets | {name: table[classes] for name, table in tables.items()})
 
 
 def single(name: str, recipe: Recipe) -> Problem:
@@ -134,7 +137,8 @@ def single(name: str, recipe: Recipe) -> Problem:
 
     digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]  # kept weights are those of this file
     split = partial(make_splits, scene_table)
-    return Problem(f"merging_{name}_{digest}", MapNet, split, {name: loss}, {name: (task.metric[0], metric)}, recipe)
+    build, metrics = partial(MapNet, task.maps), {name: (task.metric[0], metric)}
+    return Problem(f"merging_{name}_{digest}", build, split, {name: loss}, metrics, recipe)
 
 
 def together(names: tuple[str, ...], recipe: Recipe) -> Problem:
@@ -149,7 +153,7 @@ def together(names: tuple[str, ...], recipe: Recipe) -> Problem:
 
     losses = {name: partial(loss, name) for name in names}
     metrics = {name: (TASKS[name].metric[0], partial(metric, name)) for name in names}
-    return Problem("merged", MapNet, partial(make_splits, scene_table), losses, metrics, recipe)
+    return Problem("merged", alone[names[0]].build, partial(make_splits, scene_table), losses, metrics, recipe)
 
 
 def as_tasks(problem: Problem) -> dict[str, fxprune.Task]:
