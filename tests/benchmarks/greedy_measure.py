@@ -33,9 +33,9 @@ METHODS: Mapping[str, AnyMethod] = {
     "joint": methods.Joint(),
     "random": methods.Random(),
 }
-EPOCHS, LONG, SMALL = 4, 16, 0.1
-"""Epochs of fine-tuning, on all training images, and those where at most this share of the macs is left: half of those
-of training, and twice as many. Dense networks are fine-tuned as long as the smallest."""
+EPOCHS, LONG, SMALL = 2, 16, 0.1
+"""Epochs of fine-tuning, on all training images, and those where at most this share of the macs is left: a quarter
+of those of training, and twice as many. Dense networks are fine-tuned as long as the smallest."""
 RATE, TEMPERATURE = 6e-3, 2.0
 """The highest learning rate of fine-tuning, and the temperature of its distillation."""
 TEACHER = "teacher"
