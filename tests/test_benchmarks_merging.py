@@ -11,7 +11,7 @@ sys.path.append(str(Path(__file__).parent / "benchmarks"))  # its modules import
 
 from merging import measure, prepared
 from merging_report import DENSE, all_least, bound, least, references, report
-from merging_tasks import ATTRIBUTES, SETS, TASKS, data, recipe, scene_table, single, subsets
+from merging_tasks import ATTRIBUTES, SETS, TASKS, data, intersection_over_union, recipe, scene_table, single, subsets
 
 from fxprune.examples.scenes import BACKGROUND, compose, split_digits
 
@@ -23,26 +23,36 @@ def test_targets_are_those_of_the_scenes():
     assert table.targets.keys() == TASKS.keys()
     assert torch.equal(table.targets["segmentation"], made.segmentation[:, ::2, ::2])
     assert (table.targets["segmentation"] == BACKGROUND).any()
-    loops = {0: 1, 6: 1, 8: 2, 9: 1}
+    segments = [{0, 2, 3, 5, 6, 7, 8, 9}, {0, 4, 5, 6, 8, 9}, {0, 1, 2, 3, 4, 7, 8, 9}, {2, 3, 4, 5, 6, 8, 9},
+                {0, 2, 6, 8}, {0, 1, 3, 4, 5, 6, 7, 8, 9}, {0, 2, 3, 5, 6, 8, 9}]  # fmt: skip
+    dashes = [{0, 6, 7, 8, 9}, {0, 1, 7, 8, 9}, {0, 1, 2, 8, 9}, {0, 1, 2, 3, 9}, {0, 1, 2, 3, 4}]
     asked = {
-        "odd": lambda digit: digit % 2,
-        "high": lambda digit: digit >= 5,
-        "prime": lambda digit: digit in {2, 3, 5, 7},
-        "modulo": lambda digit: digit % 3,
-        "loops": lambda digit: loops.get(digit, 0),
+        "binary": [{d for d in range(10) if d & bit} for bit in (8, 4, 2, 1)],
+        "gray": [{8, 9}, {4, 5, 6, 7, 8, 9}, {2, 3, 4, 5}, {1, 2, 5, 6, 9}],
+        "segments": segments,
+        "morse": dashes,
+        "number": [{0, 1, 4, 9}, {2, 3, 5, 7}, {0, 3, 6, 9}, {5, 6, 7, 8, 9}],
     }
     assert asked.keys() == ATTRIBUTES.keys() == SETS["attributes"].keys()
-    for name, of in asked.items():
-        background = 2 if name in {"odd", "high", "prime"} else 3
-        classes = torch.tensor([*(int(of(digit)) for digit in range(10)), background])
-        assert torch.equal(table.targets[name], classes[table.targets["segmentation"]])
+    classes = table.targets["segmentation"]
+    for name, sets in asked.items():
+        assert torch.equal(table.targets[name][:, 0] > 0, classes != BACKGROUND)
+        assert table.targets[name].shape[1] == 1 + len(sets)
+        for i, having in enumerate(sets, 1):
+            assert torch.equal(table.targets[name][:, i] > 0, torch.isin(classes, torch.tensor(sorted(having))))
+
+
+def test_the_union_of_an_attribute_is_over_all_scenes():
+    logits = torch.tensor([[[[1.0, -1.0]], [[1.0, 1.0]]], [[[1.0, 1.0]], [[-1.0, -1.0]]]])
+    present = torch.tensor([[[[1.0, 0.0]], [[0.0, 0.0]]], [[[1.0, 0.0]], [[0.0, 1.0]]]])
+    assert intersection_over_union(logits, present) == pytest.approx((2 / 3 + 0 / 3) / 2)
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_network_returns_what_its_task_reads(name):
     problem, table = single(name, recipe(quick=True)), scene_table(split_digits()[1], 3, (3,))
     maps = problem.build()(table.inputs)
-    assert maps.shape == (3, 4 if name in ATTRIBUTES else 11, 16, 16)
+    assert maps.shape == (3, 8 if name in ATTRIBUTES else 11, 16, 16)
     assert problem.loss(maps, (table.inputs, table.targets)).isfinite()
     assert problem.metrics[name][1](maps, table.targets) <= 1
 

@@ -47,18 +47,19 @@ def command() -> str:
     return shlex.join(["python", *words])
 
 
-def answer(words: Sequence[str], threads: int, limit: float) -> dict[str, Any]:
+def answer(words: Sequence[str], threads: int, limit: float, **settings: str) -> dict[str, Any]:
     """Run Python in a fresh process.
 
     Args:
         words: the script and its arguments.
         threads: of torch.
         limit: seconds.
+        settings: of its environment.
 
     Returns:
         The JSON that it prints last; or, as `error`, why there is none.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | settings
     run = [sys.executable, *words]
     try:
         done = subprocess.run(run, capture_output=True, text=True, env=environment, timeout=limit, check=True)
