@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,7 @@ class Chooser:
         self._tasks = tasks
         self._data = calibration
         self._paths: Sequence[RemovalPath] = ()
+        self._search: Callable[[Mapping[str, float]], np.ndarray | Choice] | None = None
         found: Calibration | None = None
         if isinstance(method, PathMethod):
             found = self._data = gathered(coupling, method, calibration, tasks)
@@ -94,7 +95,7 @@ class Chooser:
     def _choose(self, bounds: Mapping[str, float], weights: np.ndarray) -> np.ndarray:
         method, constraints = self._method, self._constraints
         if isinstance(method, SearchMethod):
-            found = method.choose(Problem(self.coupling, bounds, constraints, self._data, self._tasks))
+            found = self._searched(bounds)
             keep = _checked(method, found.keep if isinstance(found, Choice) else found, self.coupling, bounds)
             if isinstance(found, Choice):
                 self._weights[keep.tobytes()] = found.weights
@@ -106,6 +107,16 @@ class Chooser:
                 keep = allocate(self.coupling, [p.weighed(weights) for p in paths], method.scope, constraints, bounds)
                 paths = method.paths(self.coupling, self._data, keep)
         return allocate(self.coupling, [p.weighed(weights) for p in paths], method.scope, constraints, bounds)
+
+    def _searched(self, bounds: Mapping[str, float]) -> np.ndarray | Choice:
+        """Ask a method that searches by itself; one that can go on from what it was asked before does so."""
+        method = self._method
+        assert isinstance(method, SearchMethod)
+        problem = Problem(self.coupling, bounds, self._constraints, self._data, self._tasks)
+        start = getattr(method, "start", None)
+        if self._search is None and start is not None:
+            self._search = start(problem)
+        return method.choose(problem) if self._search is None else self._search(bounds)
 
 
 def _batches_of(method: Method, calibration: Calibration) -> Iterable[Any]:

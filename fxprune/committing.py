@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +11,8 @@ from torch import nn
 from fxprune.criteria.approximation import Source
 from fxprune.eliminating import DAMPING
 from fxprune.errors import PlanError
-from fxprune.offering import Found, Offering
+from fxprune.offering import Offering
+from fxprune.offers import Found
 from fxprune.problems import Choice, Problem
 
 Tune = Callable[[nn.Module, nn.Module], None]
@@ -78,8 +79,7 @@ class HBGS:
     def choose(self, problem: Problem) -> np.ndarray | Choice:
         """Return (channels,) bool, what to keep; with `tune`, the weights too."""
         _check_pairs(self, problem)
-        found = self.search(problem)
-        return found.keep if found.weights is None else Choice(found.keep, found.weights)
+        return _chosen(self.search(problem))
 
     def search(self, problem: Problem) -> Found:
         """Return what to keep, and how it was found.
@@ -87,7 +87,17 @@ class HBGS:
         Raises:
             PlanError: data are missing, the budget cannot be met, or the checkpoint is of another search.
         """
-        return Offering(problem, self, judge="layers").run()
+        return self.offering(problem).run(problem.bounds)
+
+    def start(self, problem: Problem) -> Callable[[Mapping[str, float]], np.ndarray | Choice]:
+        """Return what chooses within any bounds; one search goes on from larger to smaller ones."""
+        _check_pairs(self, problem)
+        offering = self.offering(problem)
+        return lambda bounds: _chosen(offering.run(bounds))
+
+    def offering(self, problem: Problem) -> Offering:
+        """Return the search itself, to be asked for one budget after another."""
+        return Offering(problem, self, judge="layers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +150,7 @@ class HBGTS:
     def choose(self, problem: Problem) -> np.ndarray | Choice:
         """Return (channels,) bool, what to keep; with `tune`, the weights too."""
         _check_pairs(self, problem)
-        found = self.search(problem)
-        return found.keep if found.weights is None else Choice(found.keep, found.weights)
+        return _chosen(self.search(problem))
 
     def search(self, problem: Problem) -> Found:
         """Return what to keep, and how it was found.
@@ -149,7 +158,21 @@ class HBGTS:
         Raises:
             PlanError: data or tasks are missing, the budget cannot be met, or the checkpoint is of another search.
         """
-        return Offering(problem, self, judge=self.judge, beam=self.beam).run()
+        return self.offering(problem).run(problem.bounds)
+
+    def start(self, problem: Problem) -> Callable[[Mapping[str, float]], np.ndarray | Choice]:
+        """Return what chooses within any bounds; one search goes on from larger to smaller ones."""
+        _check_pairs(self, problem)
+        offering = self.offering(problem)
+        return lambda bounds: _chosen(offering.run(bounds))
+
+    def offering(self, problem: Problem) -> Offering:
+        """Return the search itself, to be asked for one budget after another."""
+        return Offering(problem, self, judge=self.judge, beam=self.beam)
+
+
+def _chosen(found: Found) -> np.ndarray | Choice:
+    return found.keep if found.weights is None else Choice(found.keep, found.weights)
 
 
 def _check_pairs(method: HBGS | HBGTS, problem: Problem) -> None:

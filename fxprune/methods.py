@@ -117,7 +117,8 @@ class SearchMethod(Protocol):
 
     If it has an attribute `compensate` that is true, `compile` gathers moments once, gives them as calibration, and
     corrects the weights that stay. If it has an attribute `decompose` that is true, it is given a network of pairs; see
-    `fxprune.decomposing`.
+    `fxprune.decomposing`. If it has a method `start`, `start(problem)(bounds)` is asked in place of `choose`, so that a
+    sweep need not search anew for each budget.
     """
 
     def choose(self, problem: Problem) -> np.ndarray | Choice:

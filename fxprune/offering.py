@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from fxprune.criteria.approximation import Approximator
 from fxprune.errors import PlanError
 from fxprune.grouping import Group
 from fxprune.judging import EndJudge, LayerJudge
+from fxprune.offers import Branch, Found, Offer, written
 from fxprune.paths import paths_by_score
 from fxprune.problems import Problem
 from fxprune.rerunning import Rerun
@@ -33,69 +34,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """What a group would give up next.
-
-    Attributes:
-        group: its index.
-        choices: that would go; none where its neighbours have changed, and it has to say again.
-        error: of the network without them, or of its layers.
-        rise: by how much that is more than the error of the network at the time: of squares, where these add up.
-        round: in which it was measured.
-    """
-
-    group: int
-    choices: tuple[int, ...]
-    error: float
-    rise: float
-    round: int
-
-
-@dataclass(frozen=True, slots=True)
-class Branch:
-    """A network of the beam.
-
-    Attributes:
-        now: what is left of it.
-        error: of it, when it was committed.
-        offers: group -> what it offers, as far as known; None where it has nothing to give.
-        commits: (group, choices, error) of each round.
-    """
-
-    now: Shrunk
-    error: float
-    offers: Mapping[int, Offer | None]
-    commits: tuple[tuple[int, int, float], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What a search has found.
-
-    Attributes:
-        keep: (channels,) what to keep.
-        error: of the last commit: of the network, or of the layers that read the group.
-        commits: (group, channels, error) of each round.
-        evaluations: how often an offer was measured, by this rank.
-        forwards: what these measurements cost, in runs of the whole dense network on all batches, by its
-            multiply-accumulates.
-        published: how many such runs the published search would have taken: one for each offer in each round.
-        weights: parameters and buffers that were trained between rounds, of the dense shapes; None without.
-    """
-
-    keep: np.ndarray
-    error: float
-    commits: tuple[tuple[int, int, float], ...]
-    evaluations: int
-    forwards: float
-    published: int
-    weights: Mapping[str, torch.Tensor] | None = None
+Spent = tuple[int, float, int]
+"""Offers measured; runs of the network, those of the rerun's parts as parts; runs of the published search."""
 
 
 class Offering:
-    """Runs rounds until the budget is met."""
+    """Runs rounds until a budget is met.
+
+    Rounds do not depend on budgets before one is met: asked for a smaller one next, the search goes on from there,
+    unless it has a beam, which budgets prune, is tuned or is noted in a file.
+    """
 
     def __init__(self, problem: Problem, method: HBGS | HBGTS, *, judge: str, beam: int = 1) -> None:
         """Prepare.
@@ -108,12 +56,9 @@ class Offering:
         """
         self.method = method
         self.coupling = problem.coupling
-        self.bounds = problem.bounds
-        limits = replace(problem.constraints, min_width=max(problem.constraints.min_width, 1))
-        self.units = Units(self.coupling, limits, 2)
-        dense = np.ones(self.coupling.num_channels, dtype=bool)
-        paths = paths_by_score(self.coupling, np.ones(len(dense)))
-        allocate(self.coupling, paths, "uniform", limits, self.bounds)  # raises where nothing meets the bounds
+        self._limits = replace(problem.constraints, min_width=max(problem.constraints.min_width, 1))
+        self.units = Units(self.coupling, self._limits, 2)
+        self._check(problem.bounds)
         reads = method.compensate or method.on == "activations"
         self.data: Calibration = problem.data(method, moments=reads, losses=judge == "loss")
         self.approximator = Approximator(
@@ -134,11 +79,10 @@ class Offering:
         tasks = self.data.tasks if judge == "loss" else None
         self.judge = LayerJudge(self.coupling, self.rerun) if self._layerwise else EndJudge(self.rerun, tasks)
         self.evaluations, self.published = 0, 0
-        self.rerun.work = 0.0
-        self.about = {
+        self._passed: tuple[Branch, int, Spent] | None = None
+        self.about: dict[str, Any] = {
             "network": self.coupling.fingerprint,
             "method": repr(method),
-            "budget": dict(self.bounds),
             "constraints": repr(problem.constraints),
             "tasks": list(self.data.tasks or {}),
             "weights": float(
@@ -146,15 +90,39 @@ class Offering:
             ),
         }
 
+    @property
+    def _spent(self) -> Spent:
+        return self.evaluations, self.rerun.work, self.published
+
+    @_spent.setter
+    def _spent(self, spent: Spent) -> None:
+        self.evaluations, self.rerun.work, self.published = spent
+
     def _members(self, group: Group) -> np.ndarray:
         found = np.zeros(self.coupling.num_channels, dtype=bool)
         found[self.coupling.members.of(np.concatenate(group.cells))[0]] = True
         return found
 
-    def run(self) -> Found:
-        """Return what to keep."""
+    def _check(self, bounds: Mapping[str, float]) -> None:
+        """Raise PlanError where nothing meets some bounds."""
+        paths = paths_by_score(self.coupling, np.ones(self.coupling.num_channels))
+        allocate(self.coupling, paths, "uniform", self._limits, bounds)
+
+    def run(self, bounds: Mapping[str, float]) -> Found:
+        """Return what to keep.
+
+        Args:
+            bounds: resource -> the most it may cost, absolute.
+
+        Raises:
+            PlanError: the bounds cannot be met, or the checkpoint is of another search.
+        """
+        self._check(bounds)
+        self.bounds = bounds
+        self.about["budget"] = dict(bounds)
         beam, best, number = self._resumed()
         while beam:
+            here = beam[0], number, self._spent
             children = self._children(beam, number)
             if not children:
                 if best is None:
@@ -165,6 +133,7 @@ class Offering:
             for parent, offer in children:
                 done = self._finished(parent, offer)
                 if done is not None:
+                    self._passed = here
                     best = done if best is None or done.error < best.error else best
                 else:
                     beam.append(self._committed(parent, offer))
@@ -309,25 +278,36 @@ class Offering:
             return
         state = {
             "number": number,
-            "beam": [_written(b) for b in beam],
-            "best": None if best is None else _written(best),
-            "spent": [self.evaluations, self.rerun.work, self.published],
+            "beam": [written(b) for b in beam],
+            "best": None if best is None else written(best),
+            "spent": self._spent,
         }
         write_state(self.method.checkpoint, self.about, state)
 
     def _resumed(self) -> tuple[list[Branch], Branch | None, int]:
+        if self._passed is not None and self._goes_on(self._passed[0]):
+            branch, number, self._spent = self._passed
+            return [branch], None, number
+        self._spent = 0, 0.0, 0
         dense = Branch(self.shrinker.dense(), 0.0, {}, ())
         if self.coupling.costs.within(dense.now.keep, self.bounds):
             return [], dense, 0
         path = self.method.checkpoint
         known: dict[str, Any] | None = None
         if path is not None:
-            known = sharing.from_first("the checkpoint", lambda: read_state(path, self.about))
+            known = sharing.from_first(
+                "the checkpoint", lambda: read_state(path, self.about | {"budget": dict(self.bounds)})
+            )
         if known is None:
             return [dense], None, 0
-        self.evaluations, self.rerun.work, self.published = known["spent"]
+        self._spent = known["spent"]
         best = None if known["best"] is None else self._read(known["best"])
         return [self._read(b) for b in known["beam"]], best, known["number"]
+
+    def _goes_on(self, branch: Branch) -> bool:
+        """Return whether a search for the bounds would come past this network."""
+        alone = self._beam == 1 and self.method.tune is None and self.method.checkpoint is None
+        return alone and not self.coupling.costs.within(branch.now.keep, self.bounds)
 
     def _read(self, written: dict[str, Any]) -> Branch:
         keep = np.ones(self.coupling.num_channels, dtype=bool)
@@ -338,15 +318,3 @@ class Offering:
         }
         commits = tuple((group, count, error) for group, count, error in written["commits"])
         return Branch(self.shrinker.without(self.shrinker.dense(), keep), written["error"], offers, commits)
-
-
-def _written(branch: Branch) -> dict[str, Any]:
-    fields = ("group", "choices", "error", "rise", "round")
-    return {
-        "gone": np.flatnonzero(~branch.now.keep).tolist(),
-        "error": branch.error,
-        "offers": {
-            str(i): None if o is None else {name: getattr(o, name) for name in fields} for i, o in branch.offers.items()
-        },
-        "commits": branch.commits,
-    }

@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parent / "benchmarks"))  # its modules import
 
 from greedy import jobs_for, parse
 from greedy_forwards import convolutions
-from greedy_measure import METHODS, TEACHER, Noted, distilling, with_answers
+from greedy_measure import METHODS, TEACHER, Noted, distilling, start, with_answers
 from greedy_networks import NETWORKS, OTHERS, classifiers
 from greedy_report import costs, loss, losses, report
 from quality_data import Table
@@ -137,11 +137,31 @@ def test_the_report_tells_every_cell_what_failed_and_what_the_search_took():
     assert page.count("## resnet18") == 0
 
 
-def test_jobs_are_those_without_rows_and_each_has_one_budget():
-    args = parse(["--networks", "vgg16", "resnet18", "--methods", "hbgs", "joint", "--seeds", "0"])
+def test_jobs_are_those_without_rows_and_a_method_has_all_its_budgets_in_one():
+    args = parse(["--networks", "vgg16", "resnet18", "--methods", "hbgs", "joint", "random", "--seeds", "0"])
     there = {("vgg16", 0, DENSE, 1.0): {}, ("vgg16", 0, "hbgs", 0.06): {}}
+    there |= {("vgg16", 0, "random", share): {} for share in (0.5, 0.3, 0.15, 0.06)}
     first, then = jobs_for(args, there)
     assert first == []
-    assert [(j.method, *j.budgets) for j in then if j.method == "hbgs"] == [("hbgs", b) for b in (0.5, 0.3, 0.15)]
-    assert len(then) == 7
+    assert [(j.method, *j.budgets) for j in then] == [("hbgs", 0.5, 0.3, 0.15), ("joint", 0.5, 0.3, 0.15, 0.06)]
     assert set(parse(["--quick"]).methods) <= set(METHODS)
+
+
+@pytest.mark.parametrize("name", ["hbgs-backward", "joint"])
+def test_what_is_cut_for_one_budget_after_another_is_what_compile_cuts_for_each(name):
+    problem = classifiers(quick=True)["vgg"]
+    torch.manual_seed(0)
+    network = problem.build().eval()
+    batches = list(problem.split(problem.recipe.counts).calibration.batches(32))
+    cut, tasks = start(METHODS[name], network, problem, batches), {"digit": fxprune.Task(problem.loss, target="digit")}
+    spent = 0.0
+    for share in (0.7, 0.5):
+        slim, row = cut(share)
+        budget = fxprune.Budget(macs=share)
+        alone = fxprune.compile(
+            network, batches[0][0][:1], budget, method=METHODS[name], calibration=batches, tasks=tasks, progress=False
+        )
+        with torch.no_grad():
+            assert torch.allclose(slim(batches[0][0]), alone(batches[0][0]), rtol=1e-4, atol=1e-5)
+        assert row["seconds"] > (spent if "rounds" in row else 0)  # from the dense network on
+        spent = row["seconds"]

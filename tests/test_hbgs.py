@@ -19,6 +19,7 @@ import fxprune
 from fxprune import Budget, Constraints, PlanError, Task
 from fxprune.calibrating import Calibration, calibrate
 from fxprune.methods import HBGS, HBGTS, FilterBackward, FilterOMP, PathMethod, Problem
+from fxprune.offering import Offering
 from fxprune.planning import plan_of
 
 MAKERS = {"stem": ["stem"], "a": ["a"], "c": ["b", "c"], "wide": ["wide"]}
@@ -157,6 +158,41 @@ def test_what_is_remembered_saves_measurements() -> None:
     assert lazy.evaluations < 0.75 * lazy.published
     assert lazy.forwards < 0.7 * lazy.evaluations
     assert np.array_equal(lazy.keep, every.keep)  # here; it is a bound that need not hold
+
+
+@pytest.mark.parametrize("method", [HBGS(), HBGS(remember=False), HBGTS(), HBGTS(beam=2)], ids=repr)
+def test_one_search_for_many_budgets_finds_what_each_would_find(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = asked(0.8, calibration=calibrated())
+    shares = (0.8, 0.5, 0.3, 0.6)  # the last needs a search of its own
+    bounds = [{"macs": share * first.bounds["macs"] / 0.8} for share in shares]
+    alone = [method.search(replace(first, bounds=b)) for b in bounds]
+    rounds = []
+    children = Offering._children
+    monkeypatch.setattr(Offering, "_children", lambda self, *args: rounds.append(1) or children(self, *args))
+    offering = method.offering(first)
+    together = [offering.run(b) for b in bounds]
+    for one, other in zip(alone, together, strict=True):
+        assert np.array_equal(one.keep, other.keep)
+        assert one.commits == other.commits
+        assert (one.evaluations, one.published) == (other.evaluations, other.published)
+        assert one.forwards == pytest.approx(other.forwards)
+    needed = [len(found.commits) for found in alone]
+    if getattr(method, "beam", 1) == 1:
+        assert len(rounds) == needed[2] + 2 + needed[3]  # the round that meets a budget is made anew for the next
+    else:
+        assert len(rounds) >= sum(needed)
+
+
+def test_a_sweep_searches_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    init = Offering.__init__
+    monkeypatch.setattr(Offering, "__init__", lambda self, *args, **kw: made.append(1) or init(self, *args, **kw))
+    budgets = [fxprune.Budget(macs=share) for share in (0.7, 0.4)]
+    coupling, data = asked(0.5).coupling, calibrated()
+    points = fxprune.sweep(coupling, budgets, method=HBGS(), calibration=data)
+    assert len(made) == 1
+    for budget, point in zip(budgets, points, strict=True):
+        assert point.plan.groups == fxprune.plan(coupling, budget, method=HBGS(), calibration=data).groups
 
 
 def test_a_wider_beam_ends_with_no_larger_error() -> None:

@@ -39,13 +39,14 @@ Work = Callable[[], list[Row]]
 
 
 def jobs_for(args: argparse.Namespace, there: Mapping[Key, Row]) -> tuple[list[Job], list[Job]]:
-    """Return the jobs that train, and those that prune, each to one budget, as far as there are no rows of theirs."""
+    """Return the jobs that train, and those that prune by a method, as far as there are no rows of theirs."""
     pairs = [(network, seed) for seed in args.seeds for network in args.networks if network != NAME]
-    first = [Job(network, seed, DENSE, (1.0,)) for network, seed in pairs]
-    then = [Job(*pair, method, (share,)) for pair in pairs for method in args.methods for share in args.budgets]
-    first, then = (
-        [j for j in jobs if (j.network, j.seed, j.method, j.budgets[0]) not in there] for jobs in (first, then)
-    )
+    first = [Job(*pair, DENSE, (1.0,)) for pair in pairs if (*pair, DENSE, 1.0) not in there]
+    then = []
+    for pair in pairs:
+        for method in args.methods:
+            left = tuple(share for share in args.budgets if (*pair, method, share) not in there)
+            then += [Job(*pair, method, left)] if left else []
     return first, then
 
 

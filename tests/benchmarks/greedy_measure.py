@@ -1,9 +1,9 @@
-"""One job of the benchmark of greedy pruning: a method on a trained network, at one budget."""
+"""One job of the benchmark of greedy pruning: a method on a trained network, at some budgets."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -19,9 +19,13 @@ from quality_training import fit, macs_of, params_of, test, trained
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
+import fxprune
 from fxprune import methods
+from fxprune.calibrating import calibrate
+from fxprune.choosing import Chooser
 from fxprune.methods import HBGS, HBGTS, AnyMethod
-from fxprune.offering import Found
+from fxprune.offers import Found
+from fxprune.planning import plan_of
 
 METHODS: Mapping[str, AnyMethod] = {
     "hbgs": HBGS(),
@@ -70,16 +74,27 @@ class Noted:
 
     def choose(self, problem: methods.Problem) -> np.ndarray:
         """Return (channels,) bool, what to keep."""
-        self.found.append(self.method.search(problem))
-        return self.found[-1].keep
+        return self.start(problem)(problem.bounds)
+
+    def start(self, problem: methods.Problem) -> Callable[[Mapping[str, float]], np.ndarray]:
+        """Return what chooses within any bounds."""
+        search = self.method.offering(problem)
+
+        def chosen(bounds: Mapping[str, float]) -> np.ndarray:
+            self.found.append(search.run(bounds))
+            return self.found[-1].keep
+
+        return chosen
 
     def spent(self) -> Row:
-        """Return what all searches took: rounds, offers measured, runs of the network, and those as published."""
+        """Return what the last choice took from the dense network on: rounds, offers measured, runs of the network,
+        and those as published."""
+        found = self.found[-1]
         return {
-            "rounds": sum(len(f.commits) for f in self.found),
-            "evaluations": sum(f.evaluations for f in self.found),
-            "forwards": sum(f.forwards for f in self.found),
-            "published": sum(f.published for f in self.found),
+            "rounds": len(found.commits),
+            "evaluations": found.evaluations,
+            "forwards": found.forwards,
+            "published": found.published,
         }
 
 
@@ -94,10 +109,14 @@ def measure(job: Job, options: Options) -> list[Row]:
         costs = {"macs": macs_of(network, splits.test.inputs[:1]), "params": params_of(network)}
         row = about | costs | {"budget": 1.0, "seconds": seconds, "cut": test(network, splits.test, problem)}
         return [row | {"tuned": tuned(network, splits, problem, job.seed, epochs(0, options))}]
+    batches = list(splits.calibration.batches(problem.recipe.batch_size))
+    cut = start(METHODS[job.method], network, problem, batches)
     rows = []
-    for share in job.budgets:
+    for share in sorted(job.budgets, reverse=True):  # a search goes on from one to the next
         try:
-            row = pruned(job, share, network, problem, splits, options)
+            slim, row = cut(share)
+            row |= judged(slim, network, problem, splits, job.seed, replace(options, tune=False))
+            row["tuned"] = tuned(slim, splits, problem, job.seed, epochs(share, options))
         except Exception as error:  # whatever goes wrong in a method is part of the report
             row = {"error": told(error)}
         rows.append(about | {"budget": share} | row)
@@ -111,16 +130,38 @@ def bench(name: str, *, quick: bool) -> tuple[Problem, Splits]:
     return problem, problem.split(problem.recipe.counts)
 
 
-def pruned(job: Job, share: float, network: nn.Module, problem: Problem, splits: Splits, options: Options) -> Row:
-    """Prune to a share of the macs; test what comes out as it is, and after fine-tuning."""
-    method = METHODS[job.method]
-    method = Noted(method) if isinstance(method, (HBGS, HBGTS)) else method
-    batches = list(splits.calibration.batches(problem.recipe.batch_size))
+def start(
+    method: AnyMethod, network: nn.Module, problem: Problem, batches: list[Batch]
+) -> Callable[[float], tuple[nn.Module, Row]]:
+    """Calibrate; return what prunes to a share of the macs, and tells how long that takes from the dense network on."""
     began = time.process_time()
-    slim = Ours(method).start(network, problem, batches)(share)
-    row: Row = {"seconds": time.process_time() - began} | (method.spent() if isinstance(method, Noted) else {})
-    row |= judged(slim, network, problem, splits, job.seed, replace(options, tune=False))
-    return row | {"tuned": tuned(slim, splits, problem, job.seed, epochs(share, options))}
+    if not isinstance(method, (HBGS, HBGTS)) or method.decompose:
+        compiled = Ours(method).start(network, problem, batches)
+        spent = time.process_time() - began
+
+        def cut(share: float) -> tuple[nn.Module, Row]:
+            began = time.process_time()
+            return compiled(share), {"seconds": spent + time.process_time() - began}
+
+        return cut
+
+    tasks = {name: fxprune.Task(loss, target=name) for name, loss in problem.losses.items()}
+    coupling = fxprune.couple(fxprune.trace(network, batches[0][0][:1]))
+    known, noted = calibrate(coupling, batches, tasks), Noted(method)
+    chooser = Chooser(coupling, noted, fxprune.Constraints(), known, tasks)
+    searching = time.process_time() - began
+
+    def found(share: float) -> tuple[nn.Module, Row]:
+        nonlocal searching
+        began = time.process_time()
+        plan = plan_of(coupling, chooser.keep(fxprune.Budget(macs=share).bounds(coupling.costs.dense)))
+        searching += time.process_time() - began
+        began = time.process_time()
+        slim = fxprune.rewrite(coupling, plan)
+        fxprune.compensate(coupling, plan, slim, known, damping=method.damping)
+        return slim, {"seconds": searching + time.process_time() - began} | noted.spent()
+
+    return found
 
 
 def epochs(share: float, options: Options) -> int:
