@@ -179,7 +179,7 @@ def subsets(names: tuple[str, ...]) -> list[tuple[str, ...]]:
 
 def recipe(*, quick: bool) -> Recipe:
     """Return sizes and schedules; the networks of quick ones stay poor."""
-    found = Recipe(Counts(4_000, 512, 2_000), epochs=16, tune_epochs=3, tune_learning_rate=4e-3)
+    found = Recipe(Counts(4_000, 512, 2_000), epochs=16, tune_epochs=6, tune_learning_rate=4e-3)
     return replace(found, counts=Counts(256, 64, 64), epochs=1, tune_epochs=1) if quick else found
 
 
