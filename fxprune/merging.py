@@ -41,11 +41,15 @@ class Merger:
         own = np.arange(1, len(self.tasks) + 1)[:, None]
         return np.repeat(own, self.splits.coupling.num_channels, axis=1)
 
-    def side_by_side(self) -> tuple[SlimModule, list[Wired]]:
-        """Return a network in which all that can be shared is, and its layers; it computes what the networks do."""
+    def shared(self) -> np.ndarray:
+        """Return (networks, channels) parts in which every channel that can be is shared."""
         parts = self.separate()
         parts[:, self.splits.free] = SHARED
-        wiring = Wiring(self.splits, self.tasks, Sharing(settled(self.splits, parts)))
+        return parts
+
+    def side_by_side(self) -> tuple[SlimModule, list[Wired]]:
+        """Return a network in which all that can be shared is, and its layers; it computes what the networks do."""
+        wiring = Wiring(self.splits, self.tasks, Sharing(settled(self.splits, self.shared())))
         return wiring.build(), wiring.wired
 
 
@@ -77,7 +81,7 @@ def merge(
     Args:
         networks: task -> network, two or more; none is touched. Names are those of outputs and of modules.
         calibration: batches `(inputs, targets)`, for methods that read data.
-        method: `methods.Separate()`, `methods.PAM(alpha=..)` or `methods.MTZ(share=..)`.
+        method: `methods.Separate()`, `methods.Shared()`, `methods.PAM(alpha=..)` or `methods.MTZ(share=..)`.
         example_inputs: as for `compile`, of every network alike.
         tasks: task -> `Task`, for methods that differentiate losses. Losses are called as `loss(outputs, batch)`, with
             what that task's network returns.

@@ -5,8 +5,8 @@ score goes first. Any object with these two works as `method=`. One whose order 
 of `scores`, `rounds` and `paths(coupling, calibration, keep)`: see `PathMethod`. One that searches by itself has
 `choose(problem) -> (channels,) bool` and nothing else: see `SearchMethod`.
 
-Methods of `merge` are others: any object with `share_out(merger)`, see `fxprune.merging`. `Separate`, `PAM` and
-`MTZ` are.
+Methods of `merge` are others: any object with `share_out(merger)`, see `fxprune.merging`. `Separate`, `Shared`,
+`PAM` and `MTZ` are.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fxprune.paths import RemovalPath
 from fxprune.probing import SHARES, Probe, measured
 from fxprune.problems import Choice, Problem
 from fxprune.regrouping import PAM
-from fxprune.separating import Separate
+from fxprune.separating import Separate, Shared
 from fxprune.tasks import Task
 from fxprune.tolerating import PAGCP
 from fxprune.zipping import MTZ
@@ -60,6 +60,7 @@ __all__ = [
     "Random",
     "SearchMethod",
     "Separate",
+    "Shared",
     "Taylor",
 ]
 

@@ -191,7 +191,7 @@ def test_all_shared_is_the_separate_networks_too() -> None:
 
 
 @pytest.mark.parametrize("kind", [Chain, Branches])
-@pytest.mark.parametrize("method", [methods.Separate(), Given(0), Given()], ids=["separate", "random", "shared"])
+@pytest.mark.parametrize("method", [methods.Separate(), methods.Shared(), Given(0), Given()], ids=repr)
 def test_selections_of_tasks_are_bit_identical_and_drop_what_others_need(kind: type[nn.Module], method: Any) -> None:
     merged = fxprune.merge(three(kind), method=method, example_inputs=X)
     whole = run(merged, (X,))
@@ -206,6 +206,16 @@ def test_selections_of_tasks_are_bit_identical_and_drop_what_others_need(kind: t
     costs = fxprune.combination_costs(merged, X)
     if isinstance(method, methods.Separate):
         assert costs["seg"].costs.macs * 3 == costs.whole.costs.macs
+
+
+def test_all_that_can_be_is_shared_and_the_networks_are_computed() -> None:
+    nets = three(Chain)
+    merged = fxprune.merge(nets, method=methods.Shared(), example_inputs=X)
+    for name, net in nets.items():
+        for x, y in zip(leaves(run(merged, (X,))[name]), leaves(run(net, (X,))), strict=True):
+            torch.testing.assert_close(x, y)
+    given = fxprune.merge(nets, method=Given(), example_inputs=X)
+    assert {n: t.shape for n, t in merged.state_dict().items()} == {n: t.shape for n, t in given.state_dict().items()}
 
 
 def test_what_is_merged_trains_copies_and_compiles() -> None:

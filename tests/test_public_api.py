@@ -23,7 +23,7 @@ NAMES = {
 METHODS = {
     "BatchNormScale", "CATRO", "Choice", "FilterBackward", "FilterOMP", "FromTorchPruning", "HBGS", "HBGTS", "Joint",
     "MTZ", "Magnitude", "Method", "PAGCP", "PAM", "PathMethod", "Problem", "Random", "SearchMethod", "Separate",
-    "Taylor",
+    "Shared", "Taylor",
 }  # fmt: skip
 KEYWORD_ONLY = {
     "compile": ["method", "calibration", "tasks", "constraints", "on_conflict", "verify", "unknown", "progress"],

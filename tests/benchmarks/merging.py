@@ -45,7 +45,7 @@ BUDGETS = (1.0, 0.6, 0.4, 0.27, 0.18, 0.12)
 METHODS: dict[str, Callable[[int], Any]] = {
     DENSE: lambda count: methods.Separate(),
     "separate": lambda count: methods.Separate(),
-    "shared": lambda count: methods.PAM(alpha={}),  # no group is named: every channel is of use to every task
+    "shared": lambda count: methods.Shared(),
     "mtz-50": lambda count: methods.MTZ(share=0.5),
     "mtz-90": lambda count: methods.MTZ(share=0.9),
     "pam-entropy": lambda count: methods.PAM(share=1 - 1 / count),  # a task keeps as many channels as its network has
