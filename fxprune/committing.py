@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -19,8 +20,38 @@ Tune = Callable[[nn.Module, nn.Module], None]
 """Trains a network in place: `(network so far, dense network)`; channels that have gone are zero, and stay so."""
 
 
+class _Searching(ABC):
+    """What is the same for all searches that offer and commit."""
+
+    __slots__ = ()
+    decompose: bool
+
+    def choose(self, problem: Problem) -> np.ndarray | Choice:
+        """Return (channels,) bool, what to keep; with `tune`, the weights too."""
+        return self.start(problem)(problem.bounds)
+
+    def search(self, problem: Problem) -> Found:
+        """Return what to keep, and how it was found.
+
+        Raises:
+            PlanError: data or tasks are missing, the budget cannot be met, or the checkpoint is of another search.
+        """
+        return self.offering(problem).run(problem.bounds)
+
+    def start(self, problem: Problem) -> Callable[[Mapping[str, float]], np.ndarray | Choice]:
+        """Return what chooses within any bounds; one search goes on from larger to smaller ones."""
+        if self.decompose and not hasattr(problem.coupling, "pairs"):
+            raise PlanError(f"{self} adds layers, which a plan alone cannot. Pass it to `fxprune.compile`.")
+        offering = self.offering(problem)
+        return lambda bounds: _chosen(offering.run(bounds))
+
+    @abstractmethod
+    def offering(self, problem: Problem) -> Offering:
+        """Return the search itself, to be asked for one budget after another."""
+
+
 @dataclass(frozen=True, slots=True)
-class HBGS:
+class HBGS(_Searching):
     """Commit, in each round, the filters whose loss changes a layer's output least.
 
     In each round, the filters that linear combinations of the others give best are found in every group, by orthogonal
@@ -76,32 +107,13 @@ class HBGS:
     def __post_init__(self) -> None:
         _check(self)
 
-    def choose(self, problem: Problem) -> np.ndarray | Choice:
-        """Return (channels,) bool, what to keep; with `tune`, the weights too."""
-        _check_pairs(self, problem)
-        return _chosen(self.search(problem))
-
-    def search(self, problem: Problem) -> Found:
-        """Return what to keep, and how it was found.
-
-        Raises:
-            PlanError: data are missing, the budget cannot be met, or the checkpoint is of another search.
-        """
-        return self.offering(problem).run(problem.bounds)
-
-    def start(self, problem: Problem) -> Callable[[Mapping[str, float]], np.ndarray | Choice]:
-        """Return what chooses within any bounds; one search goes on from larger to smaller ones."""
-        _check_pairs(self, problem)
-        offering = self.offering(problem)
-        return lambda bounds: _chosen(offering.run(bounds))
-
     def offering(self, problem: Problem) -> Offering:
         """Return the search itself, to be asked for one budget after another."""
         return Offering(problem, self, judge="layers")
 
 
 @dataclass(frozen=True, slots=True)
-class HBGTS:
+class HBGTS(_Searching):
     """Commit, in each round, the filters whose loss changes the network's output least.
 
     As `HBGS`, but an offer is judged by the end of the network: by `|out - out0| / |out0|`, or by the rise of the
@@ -147,25 +159,6 @@ class HBGTS:
         if self.tune is not None and self.beam > 1:
             raise PlanError("HBGTS tunes one network: pass `beam=1`, or no `tune`.")
 
-    def choose(self, problem: Problem) -> np.ndarray | Choice:
-        """Return (channels,) bool, what to keep; with `tune`, the weights too."""
-        _check_pairs(self, problem)
-        return _chosen(self.search(problem))
-
-    def search(self, problem: Problem) -> Found:
-        """Return what to keep, and how it was found.
-
-        Raises:
-            PlanError: data or tasks are missing, the budget cannot be met, or the checkpoint is of another search.
-        """
-        return self.offering(problem).run(problem.bounds)
-
-    def start(self, problem: Problem) -> Callable[[Mapping[str, float]], np.ndarray | Choice]:
-        """Return what chooses within any bounds; one search goes on from larger to smaller ones."""
-        _check_pairs(self, problem)
-        offering = self.offering(problem)
-        return lambda bounds: _chosen(offering.run(bounds))
-
     def offering(self, problem: Problem) -> Offering:
         """Return the search itself, to be asked for one budget after another."""
         return Offering(problem, self, judge=self.judge, beam=self.beam)
@@ -173,11 +166,6 @@ class HBGTS:
 
 def _chosen(found: Found) -> np.ndarray | Choice:
     return found.keep if found.weights is None else Choice(found.keep, found.weights)
-
-
-def _check_pairs(method: HBGS | HBGTS, problem: Problem) -> None:
-    if method.decompose and not hasattr(problem.coupling, "pairs"):
-        raise PlanError(f"{method} adds layers, which a plan alone cannot. Pass it to `fxprune.compile`.")
 
 
 def _check(method: HBGS | HBGTS) -> None:

@@ -295,9 +295,7 @@ class Offering:
         path = self.method.checkpoint
         known: dict[str, Any] | None = None
         if path is not None:
-            known = sharing.from_first(
-                "the checkpoint", lambda: read_state(path, self.about | {"budget": dict(self.bounds)})
-            )
+            known = sharing.from_first("the checkpoint", lambda: read_state(path, self.about))
         if known is None:
             return [dense], None, 0
         self._spent = known["spent"]
@@ -309,12 +307,12 @@ class Offering:
         alone = self._beam == 1 and self.method.tune is None and self.method.checkpoint is None
         return alone and not self.coupling.costs.within(branch.now.keep, self.bounds)
 
-    def _read(self, written: dict[str, Any]) -> Branch:
+    def _read(self, state: dict[str, Any]) -> Branch:
         keep = np.ones(self.coupling.num_channels, dtype=bool)
-        keep[written["gone"]] = False
+        keep[state["gone"]] = False
         offers: dict[int, Offer | None] = {
             int(i): None if o is None else Offer(**(o | {"choices": tuple(o["choices"])}))
-            for i, o in written["offers"].items()
+            for i, o in state["offers"].items()
         }
-        commits = tuple((group, count, error) for group, count, error in written["commits"])
-        return Branch(self.shrinker.without(self.shrinker.dense(), keep), written["error"], offers, commits)
+        commits = tuple((group, count, error) for group, count, error in state["commits"])
+        return Branch(self.shrinker.without(self.shrinker.dense(), keep), state["error"], offers, commits)
