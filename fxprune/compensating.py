@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 import torch
-from torch import nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch import fx, nn
 
 from fxprune import sharing
-from fxprune.accumulating import Spread
 from fxprune.calibrating import Calibration
 from fxprune.correcting import corrections
 from fxprune.coupling import Coupling
 from fxprune.eliminating import DAMPING
+from fxprune.errors import PlanError
+from fxprune.norms import estimate_statistics, norms_of
 from fxprune.opening import opened
 from fxprune.planning import keep_of
 from fxprune.plans import Plan
-from fxprune.sums import spreads_of_all
-from fxprune.tasks import evaluating, run_batch
+from fxprune.refitting import refit
 
 
 @sharing.together("compensate")
 def compensate(
     coupling: Coupling,
     plan: Plan,
-    slim: nn.Module,
+    slim: fx.GraphModule,
     calibration: Calibration,
     *,
     damping: float = DAMPING,
+    sequential: bool = False,
 ) -> tuple[str, ...]:
     """Correct a slim network's weights in place: each layer's by least squares, for the inputs it has lost.
 
@@ -47,15 +42,27 @@ def compensate(
         calibration: of the dense network. If it has its batches, the statistics of batch norms are estimated again,
             on those of all ranks.
         damping: share of the mean diagonal that is added to H; as in planning.
+        sequential: afterwards fit each layer again, from the first to the last, to what the dense network answers there
+            from what the slim one by now reads there; the calibration must have its batches.
 
     Returns:
         The weights that were corrected.
+
+    Raises:
+        PlanError: `sequential`, and the calibration has no batches.
     """
+    if sequential and calibration.batches is None:
+        raise PlanError(
+            "sequential=True reads batches, and this calibration has none: they are not saved with it. Pass batches, "
+            "or `dataclasses.replace(calibration, batches=batches)`."
+        )
     corrected = correct(coupling, plan, slim, calibration, damping=damping)
-    if calibration.batches is not None:
-        norms = _norms(opened(coupling, plan.classes), plan, calibration)
-        estimate_statistics(slim, norms, calibration.batches)
-    return corrected
+    if calibration.batches is None:
+        return corrected
+    norms = norms_of(coupling, plan, calibration)
+    estimate_statistics(slim, norms, calibration.batches)
+    refitted = refit(coupling, plan, slim, norms, calibration.batches, damping) if sequential else ()
+    return tuple(dict.fromkeys(corrected + refitted))
 
 
 def correct(
@@ -86,98 +93,5 @@ def take_over(plan: Plan, slim: nn.Module) -> None:
                 _write(there[name], plan.cut(name, value))
 
 
-def _norms(coupling: Coupling, plan: Plan, calibration: Calibration) -> dict[str, Norm]:
-    """Return what the dense network's batch norms did to the data, in the channels that stay."""
-    state = {name: tensor for name, tensor, _ in coupling.traced.state}
-    found = {}
-    for name, (mean, var) in calibration.norms.items():
-        home = name.removesuffix("mean")
-        running_mean, running_var = state[name].double().cpu(), state[f"{home}var"].double().cpu()
-        level, spread = (mean - running_mean) / running_var.sqrt(), var / running_var
-        found[name] = Norm(plan.cut(name, level), plan.cut(name, spread))
-    return found
-
-
 def _write(target: torch.Tensor, value: torch.Tensor) -> None:
     target.copy_(value.to(target))
-
-
-def estimate_statistics(slim: nn.Module, norms: Mapping[str, Norm], batches: Iterable[Any]) -> None:
-    """Estimate the running statistics of batch norms again, in place, so that what they return is spread as before.
-
-    Where the dense network's statistics are those of the data, so are the new ones.
-
-    Args:
-        slim: in eval mode while the batches run.
-        norms: running mean -> what the dense network's batch norm did to the data.
-        batches: calibration batches of this rank.
-
-    Source: Jordan et al., REPAIR (2023), with batch norms in place of an affine map.
-    """
-    buffers = dict(slim.named_buffers())
-    estimator = _Estimator({id(buffers[name]): (name, norm) for name, norm in norms.items() if name in buffers})
-    with evaluating(slim), torch.no_grad(), estimator:
-        for batch in batches:
-            run_batch(slim, batch, {})
-    eps = {name: value for part in sharing.gather("batch norms", estimator.eps) for name, value in part.items()}
-    with torch.no_grad():
-        for name, spread in spreads_of_all(estimator.spreads).items():
-            norm, targets = norms[name], (buffers[name], buffers[f"{name.removesuffix('mean')}var"])
-            for target, value in zip(targets, norm.matched(spread.mean, spread.var, eps[name]), strict=True):
-                _write(target, torch.where(norm.lives, value, target.double().cpu()))
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """What a batch norm of the dense network did to the data, by channel.
-
-    Attributes:
-        level: mean of what it returned, before scale and shift.
-        spread: variance of that.
-    """
-
-    level: torch.Tensor
-    spread: torch.Tensor
-
-    @property
-    def lives(self) -> torch.Tensor:
-        """(channels,) which vary at all."""
-        return self.spread > 1e-12
-
-    def matched(self, mean: torch.Tensor, var: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the running mean and variance that take values of this mean and variance to this level and spread."""
-        running = (var / self.spread.clamp_min(1e-12)).clamp_min(eps)
-        return mean - self.level * running.sqrt(), running - eps
-
-
-class _Estimator(TorchFunctionMode):
-    """Lets batch norms normalise each batch by its own statistics, to the level and spread of the dense network."""
-
-    def __init__(self, norms: Mapping[int, tuple[str, Norm]]) -> None:
-        super().__init__()
-        self.spreads: dict[str, Spread] = {}
-        self.eps: dict[str, float] = {}
-        self._norms = norms
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.batch_norm:
-            return func(*args, **kwargs)
-        given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
-        known = self._norms.get(id(given.get("running_mean")))
-        if known is None:
-            return func(*args, **kwargs)
-        name, norm = known
-        x, mean, var, eps = given["input"], given["running_mean"], given["running_var"], given.get("eps", 1e-5)
-        own = Spread()
-        own.add(x)
-        self.spreads.setdefault(name, Spread()).add(x)
-        self.eps[name] = eps
-        new = [
-            torch.where(norm.lives, value, old.double().cpu()).to(old)
-            for value, old in zip(norm.matched(own.mean, own.var, eps), (mean, var), strict=True)
-        ]
-        return func(x, *new, given.get("weight"), given.get("bias"), False, 0.0, eps)
-
-
-_ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")

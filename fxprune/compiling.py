@@ -19,7 +19,7 @@ from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling, couple
 from fxprune.decomposing import plan_decomposed
 from fxprune.errors import PlanError, RewriteError
-from fxprune.methods import AnyMethod, PathMethod, corrects, damping_of, default_method
+from fxprune.methods import AnyMethod, PathMethod, corrects, damping_of, default_method, is_sequential
 from fxprune.planning import check_request, plan
 from fxprune.plans import Plan
 from fxprune.problems import gathered
@@ -117,7 +117,7 @@ def compile(
         if chosen.weights is not None:
             take_over(chosen, slim)
         elif isinstance(known, Calibration) and corrects(method):
-            compensate(coupling, chosen, slim, known, damping=damping_of(method))
+            compensate(coupling, chosen, slim, known, damping=damping_of(method), sequential=is_sequential(method))
         _step(bar, "done")
     notes = tuple(f"node {node!r} was frozen: {reason}" for node, reason in freeze.items())
     notes += () if budget.latency_model is None else budget.latency_model.warnings()

@@ -24,7 +24,9 @@ CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 
 
 @dataclass(frozen=True, slots=True)
-class _Call:
+class Call:
+    """How a function uses a weight: the layer it is, and the geometry of a convolution, empty where it is linear."""
+
     layer: Layer
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -81,14 +83,14 @@ class Gatherer(TorchFunctionMode):
             return out
         return self._read(call, args[0], out)
 
-    def _read(self, call: _Call, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def _read(self, call: Call, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         layer = call.layer
         sums = self.sums.get(layer.name)
         if sums is None:
             sums = self.sums[layer.name] = Sums(layer, layer.name in self._shares_taps)
         is_conv = bool(call.kernel)
-        places = self._places(layer.name, out, is_conv=is_conv)
-        rows = _rows(call, x.detach(), places)
+        places = some_places(out, self._positions[layer.name], f"{layer.name} {self._batch}", is_conv=is_conv)
+        rows = rows_read(call, x.detach(), places)
         read = rows.transpose(2, 3).flatten(1, 2) if sums.shared_taps else rows.flatten(2)
         sums.inputs.add(read)
         if out.shape[0] == self.samples:
@@ -111,30 +113,14 @@ class Gatherer(TorchFunctionMode):
         if name is not None:
             self.sums[name].norm = running_mean
 
-    def _places(self, name: str, out: torch.Tensor, *, is_conv: bool) -> tuple[torch.Tensor, ...]:
-        """Return which positions are read, as one index per dim but the channels: equally many of every sample."""
-        sizes = [out.shape[0], *(out.shape[2:] if is_conv else out.shape[1:-1])]
-        each = 1
-        for n in sizes[1:]:
-            each *= n
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {self._batch}".encode()))
-        count = self._positions[name]
-        if each <= count:
-            flat = torch.arange(sizes[0] * each)
-        else:
-            picked = torch.rand(sizes[0], each, generator=generator).topk(count).indices
-            flat = (picked + torch.arange(sizes[0])[:, None] * each).flatten()
-        return torch.unravel_index(flat.to(out.device), sizes)
-
     def _add_gradient(
         self, sums: Sums, g: torch.Tensor, places: tuple[torch.Tensor, ...], scale: float, *, is_conv: bool
     ) -> None:
-        rows = g[(places[0], slice(None), *places[1:])] if is_conv else g[places]
-        rows = rows.reshape(len(rows), sums.layer.blocks, -1).transpose(0, 1)
+        rows = rows_made(g, sums.layer.blocks, places, is_conv=is_conv)
         sums.outputs.setdefault(self.task, Gram()).add(rows * scale**0.5)
 
 
-def call_of(names: Mapping[int, str], func: Any, args: Any, kwargs: Any) -> _Call | None:
+def call_of(names: Mapping[int, str], func: Any, args: Any, kwargs: Any) -> Call | None:
     """Return how a function uses a weight; None where it does not, and for convolutions of single channels."""
     if func is not F.linear and func not in CONVOLUTIONS:
         return None
@@ -144,7 +130,7 @@ def call_of(names: Mapping[int, str], func: Any, args: Any, kwargs: Any) -> _Cal
         return None
     bias = names.get(id(kwargs.get("bias", args[2] if len(args) > 2 else None)))
     if func is F.linear:
-        return _Call(Layer(name, 1, weight.shape[1], weight.shape[0], 1, bias), (), (), (), ())
+        return Call(Layer(name, 1, weight.shape[1], weight.shape[0], 1, bias), (), (), (), ())
     rank = CONVOLUTIONS[func]
     given = dict(zip(("stride", "padding", "dilation", "groups"), args[3:], strict=False)) | kwargs
     kernel, groups = tuple(weight.shape[2:]), int(given.get("groups", 1))
@@ -153,7 +139,7 @@ def call_of(names: Mapping[int, str], func: Any, args: Any, kwargs: Any) -> _Cal
     if padding is None or (groups > 1 and weight.shape[1] == 1):
         return None
     layer = Layer(name, groups, weight.shape[1], weight.shape[0] // groups, weight[0, 0].numel(), bias)
-    return _Call(layer, _spread(given.get("stride", 1), rank), padding, dilation, kernel)
+    return Call(layer, _spread(given.get("stride", 1), rank), padding, dilation, kernel)
 
 
 class Lister(TorchFunctionMode):
@@ -195,7 +181,28 @@ def _padding(value: Any, kernel: tuple[int, ...], dilation: tuple[int, ...], ran
     return _spread(value, rank)
 
 
-def _rows(call: _Call, x: torch.Tensor, places: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def some_places(out: torch.Tensor, count: int, seed: str, *, is_conv: bool) -> tuple[torch.Tensor, ...]:
+    """Return up to so many positions of each sample, drawn by chance, as one index per dim but the channels."""
+    sizes = [out.shape[0], *(out.shape[2:] if is_conv else out.shape[1:-1])]
+    each = 1
+    for n in sizes[1:]:
+        each *= n
+    if each <= count:
+        flat = torch.arange(sizes[0] * each)
+    else:
+        generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
+        picked = torch.rand(sizes[0], each, generator=generator).topk(count).indices
+        flat = (picked + torch.arange(sizes[0])[:, None] * each).flatten()
+    return torch.unravel_index(flat.to(out.device), sizes)
+
+
+def rows_made(out: torch.Tensor, blocks: int, places: tuple[torch.Tensor, ...], *, is_conv: bool) -> torch.Tensor:
+    """Return (blocks, rows, outputs): what an output, or its gradient, is at each of the places."""
+    rows = out[(places[0], slice(None), *places[1:])] if is_conv else out[places]
+    return rows.reshape(len(rows), blocks, -1).transpose(0, 1)
+
+
+def rows_read(call: Call, x: torch.Tensor, places: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """Return (blocks, rows, channels, taps): what each of the places of the output is computed from."""
     layer = call.layer
     if not call.kernel:

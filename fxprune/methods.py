@@ -146,6 +146,8 @@ class Joint:
     Attributes:
         scope: "optimal", or as of other methods.
         compensate: `compile` corrects the weights that stay; see `fxprune.compensate`.
+        sequential: it corrects them layer by layer, each for what the slim network by then feeds it. The calibration
+            must have its batches.
         rounds: how often to plan.
         within: weight of what varies within classes, from 0 to 1, where the means of classes have weight 1: what tells
             classes apart is kept, and of channels that tell the same, one. At 1, classes make no difference; below,
@@ -157,12 +159,17 @@ class Joint:
 
     scope: Scope = "optimal"
     compensate: bool = True
+    sequential: bool = False
     rounds: int = 1
     within: float = 1.0
     damping: float = DAMPING
     samples: int | None = None
 
     def __post_init__(self) -> None:
+        if self.sequential and not self.compensate:
+            raise PlanError(
+                "Joint(sequential=True, compensate=False): weights are corrected or not. Leave one of them out."
+            )
         if not isinstance(self.within, (int, float)) or not 0 <= self.within <= 1:
             raise PlanError(f"Joint(within={self.within!r}) is no weight. Pass a number from 0 to 1.")
 
@@ -318,6 +325,11 @@ def corrects(method: AnyMethod) -> bool:
 def damping_of(method: AnyMethod) -> float:
     """Return the damping of that correction, as a share of the mean diagonal."""
     return float(getattr(method, "damping", DAMPING))
+
+
+def is_sequential(method: AnyMethod) -> bool:
+    """Say whether they are corrected layer by layer, each for what the slim network feeds it."""
+    return corrects(method) and bool(getattr(method, "sequential", False))
 
 
 def default_method(calibration: object) -> AnyMethod:

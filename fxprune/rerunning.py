@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.func import functional_call
-from torch.utils import _pytree as pytree
 
 from fxprune.coupling import Coupling
 from fxprune.running import Runner
 from fxprune.tasks import evaluating, inputs_of
 from fxprune.traced import copied
-from fxprune.values import bind, tensors_in
+from fxprune.values import bind, clones, tensors_in
 
 OUTPUT = "output"
 """Name of the node that stands for what the network returns."""
@@ -115,7 +114,7 @@ class Rerun:
             runner = _Rerunner(self._root, self._graph, values, self._names)
             given = self._inputs(self._graph, self.batches[i])
             places = [n.name for n in self._nodes if n.op == "placeholder"]
-            inputs = dict(zip(places, given if self.sharing else _copy(given), strict=True))
+            inputs = dict(zip(places, given if self.sharing else clones(given), strict=True))
             for n, done in self._plans[key]:
                 for source in n.all_input_nodes:
                     if source not in runner.env:
@@ -127,7 +126,7 @@ class Rerun:
                 if n.name in wanted:
                     value = runner.env[n]
                     value = self._graph.process_outputs(value) if n.op == "output" else value
-                    found[n.name] = value if self.sharing else _copy(value)
+                    found[n.name] = value if self.sharing else clones(value)
                 for last in done:
                     runner.env.pop(last, None)
         if count:
@@ -194,7 +193,7 @@ class _Rerunner(Runner):
     def run_apart(self, n: fx.Node, written: Container[str]) -> Any:
         """Run a node; what it writes to is copied before."""
         saved = {source: self.env[source] for source in n.all_input_nodes if source.name in written}
-        self.env.update({source: _copy(value) for source, value in saved.items()})
+        self.env.update({source: clones(value) for source, value in saved.items()})
         try:
             return self.run_node(n)
         finally:
@@ -216,10 +215,6 @@ class _Rerunner(Runner):
 
     def _known(self, module: nn.Module, prefix: str) -> list[str]:
         return [prefix + name for name, _ in (*module.named_parameters(), *module.named_buffers())]
-
-
-def _copy(value: Any) -> Any:
-    return pytree.tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, value)
 
 
 def _aliases(coupling: Coupling) -> dict[str, str]:
@@ -249,7 +244,7 @@ def _without_writes(root: nn.Module, graph: fx.Graph, inputs: list[Any]) -> dict
         what is read later.
     """
     runner = Runner(root, graph)
-    runner.args_iter = iter(_copy(inputs))
+    runner.args_iter = iter(clones(inputs))
     nodes, writes = list(graph.nodes), list[tuple[fx.Node, set[fx.Node]]]()
     for n in nodes:
         before = {s: [t._version for t in tensors_in(runner.env[s])] for s in n.all_input_nodes}

@@ -97,6 +97,15 @@ def sums_of_all(mine: Mapping[str, Sums]) -> dict[str, Sums]:
     return found
 
 
+def gram_of_all(name: str, mine: Gram) -> Gram:
+    """Return what all ranks have summed at one layer, added up in place."""
+    if sharing.size() == 1:
+        return mine
+    found = sharing.total(name, dict(enumerate(mine.sums)) if mine.rows else {})
+    mine.sums, mine.rows = (found[0], found[1]), sum(sharing.gather(name, mine.rows))
+    return mine
+
+
 def spreads_of_all(mine: Mapping[str, Spread]) -> dict[str, Spread]:
     """Return what all ranks have summed at each batch norm, added up."""
     if sharing.size() == 1:

@@ -38,6 +38,11 @@ def to_meta(value: Any) -> Any:
     return move(value) if isinstance(value, torch.Tensor) else pytree.tree_map(move, value)
 
 
+def clones(value: Any) -> Any:
+    """Return a value with copies of the tensors in it."""
+    return pytree.tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, value)
+
+
 def bind(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Lay example inputs out in the order of the graph's placeholders, defaults included."""
     if isinstance(graph._codegen, _PyTreeCodeGen):

@@ -104,6 +104,9 @@ def results(batches: list[Tensor]) -> dict[str, Any]:
     by_class = fxprune.calibrate(coupling, pairs["calibration"], pairs["tasks"], by_class=True)
     curve = fxprune.sweep(coupling, [Budget(macs=0.7), BUDGET], calibration=batches, tasks=tasks())
     slim = fxprune.compile(model, example, BUDGET, progress=False, **guarded)
+    refitted = fxprune.compile(
+        model, example, BUDGET, method=methods.Joint(sequential=True), progress=False, **jobs["joint"]
+    )
     return {
         "plans": plans,
         "moments": {n: (m.second, m.mean, *m.sensitivity.values()) for n, m in calibration.moments.items()},
@@ -112,6 +115,7 @@ def results(batches: list[Tensor]) -> dict[str, Any]:
         "told": (dict(calibration.losses), calibration.samples),
         "curve": [(point.plan.digest, point.rises) for point in curve],
         "weights": slim.state_dict(),
+        "refitted": refitted.state_dict(),
     }
 
 
@@ -130,7 +134,7 @@ def test_ranks_find_what_one_process_finds(ranks: int, count: int) -> None:
             for name, moments in wanted[kind].items():
                 for mine, theirs in zip(moments, found[kind][name], strict=True):
                     assert (mine - theirs).norm() <= 1e-12 * mine.norm()
-        for name in ("norms", "weights"):
+        for name in ("norms", "weights", "refitted"):
             assert found[name].keys() == wanted[name].keys()
             for key, value in wanted[name].items():
                 torch.testing.assert_close(found[name][key], value, rtol=1e-6, atol=1e-7)
