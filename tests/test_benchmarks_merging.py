@@ -10,7 +10,7 @@ import torch
 sys.path.append(str(Path(__file__).parent / "benchmarks"))  # its modules import one another, as in the command
 
 from merging import measure, prepared
-from merging_report import DENSE, all_least, bound, least, references, report
+from merging_report import DENSE, all_least, all_most, bound, least, references, report
 from merging_tasks import ATTRIBUTES, SETS, TASKS, data, intersection_over_union, recipe, scene_table, single, subsets
 
 from fxprune.examples.scenes import BACKGROUND, compose, split_digits
@@ -101,6 +101,16 @@ def test_the_report_tells_every_cell_and_what_failed():
     assert "2.80" in page  # 70 / 25
     assert "not reached" in page
     assert "PlanError: no" in page
+
+
+def test_what_is_never_reached_takes_more_than_all_it_was_tried_with():
+    made = [row | {"tuned": {"a": 0.1, "b": 0.1}} if row["method"].startswith("mtz") else row for row in rows()]
+    assert all_least(made)[0, "MTZ", "a + b"] is None
+    assert all_most(made)[0, "MTZ", "a + b"] == 55  # of the setting that was tried with least
+    assert "| > 2.20" in report(made)  # 55 / 25
+    assert ">" not in report(rows()).split("## The set")[1].split("|", 1)[1]
+    some = [row for row in made if row["method"] != "mtz-50"]
+    assert all_most(some)[0, "MTZ", "a + b"] is None  # it might be with what was not tried
 
 
 def test_a_chain_prunes_further_at_every_link(tmp_path):

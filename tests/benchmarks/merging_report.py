@@ -92,6 +92,18 @@ def all_least(rows: Sequence[Row]) -> Found:
     return found
 
 
+def all_most(rows: Sequence[Row]) -> Found:
+    """Return the most macs at which a kind was tried, of each seed and combination; of its settings, the least."""
+    found: Found = {}
+    for (seed, kind, name), _ in all_least(rows).items():
+        tried = [
+            [r["macs"][name] for r in rows if (r["seed"], r["method"]) == (seed, method) and "tuned" in r]
+            for method in KINDS[kind]
+        ]
+        found[seed, kind, name] = min(map(max, tried)) if all(tried) else None
+    return found
+
+
 def bound(found: Found, seed: int, combination: str) -> float:
     """Return how many times less than separate networks a combination takes at best: but for its dearest task."""
     alone = [found[seed, BASELINE, task] or np.nan for task in combination.split(" + ")]
@@ -100,15 +112,18 @@ def bound(found: Found, seed: int, combination: str) -> float:
 
 def of_set(title: str, rows: Sequence[Row]) -> list[str]:
     """Tabulate one set of tasks."""
-    found = all_least(rows)
+    found, most = all_least(rows), all_most(rows)
     seeds, names = (list(dict.fromkeys(key[i] for key in found)) for i in (0, 2))
     others = [kind for kind in KINDS if kind != BASELINE and any(r["method"] in KINDS[kind] for r in rows)]
     heads = ["tasks", "at best", *(f"Separate / {kind}" for kind in others), *(f"MTZ / {k}" for k in others[1:])]
     table = []
     for name in names:
         line = [name, spread([bound(found, seed, name) for seed in seeds])]
-        line += [spread([ratio(found, seed, name, BASELINE, kind) for seed in seeds]) for kind in others]
-        line += [spread([ratio(found, seed, name, "MTZ", kind) for seed in seeds]) for kind in others[1:]]
+        for of, kinds in ((BASELINE, others), ("MTZ", others[1:])):
+            for kind in kinds:
+                known = [found[seed, of, name] is not None for seed in seeds]
+                values = [ratio(found, most, (seed, of, name), (seed, kind, name)) for seed in seeds]
+                line.append(("" if all(known) or values == [None] * len(values) else "> ") + spread(values))
         table.append(line)
     cells = [
         [name, str(seed), *(millions(found[seed, kind, name]) for kind in (BASELINE, *others))]
@@ -119,7 +134,8 @@ def of_set(title: str, rows: Sequence[Row]) -> list[str]:
         f"## The set `{title}`",
         "How many times less macs each combination takes, where every task's metric is within 1 % of that of its own "
         "network, trained as long and not pruned: median over seeds, and in brackets the least and the most. At best: "
-        "if all tasks but the dearest of the combination cost nothing.",
+        "if all tasks but the dearest of the combination cost nothing. `>`: what is divided does not get there at any "
+        "budget, on some seed; it takes more than the most macs that it was tried with, which stand for it.",
         markdown(heads, table),
         "The least macs themselves, in millions, of each seed; `-` is not reached at any budget. Between two budgets, "
         "by the logarithm of macs; `Separate` may take another budget for each task.",
@@ -131,10 +147,13 @@ def of_set(title: str, rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def ratio(found: Found, seed: int, name: str, kind: str, other: str) -> float | None:
-    """Return how many times as much one kind takes as another; None where either does not get there."""
-    one, two = found[seed, kind, name], found[seed, other, name]
-    return one / two if one is not None and two is not None else None
+def ratio(found: Found, most: Found, one: tuple[int, str, str], other: tuple[int, str, str]) -> float | None:
+    """Return how many times as much one takes as the other; None where the other does not get there.
+
+    Where the one does not, it takes more than all it was tried with.
+    """
+    takes, less = found[one] if found[one] is not None else most[one], found[other]
+    return takes / less if takes is not None and less is not None else None
 
 
 def spread(values: Sequence[float | None]) -> str:

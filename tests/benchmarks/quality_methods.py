@@ -63,6 +63,7 @@ class Ours:
 
 OURS: dict[str, Contender] = {
     "joint": Ours(methods.Joint()),
+    "joint-sequential": Ours(methods.Joint(sequential=True)),
     "joint-one-score": Ours(methods.Joint(), one_score=True),
     "joint-uniform": Ours(methods.Joint(scope="uniform")),
     "joint-classes": Ours(methods.Joint(within=0.2)),
