@@ -30,7 +30,7 @@ KEYWORD_ONLY = {
     "couple": ["unknown", "freeze"],
     "plan": ["method", "calibration", "tasks", "constraints", "on_conflict"],
     "calibrate": ["max_bytes", "positions", "by_class", "progress"],
-    "compensate": ["damping"],
+    "compensate": ["damping", "sequential"],
     "merge": ["method", "example_inputs", "tasks"],
     "combination_costs": ["combinations", "latency"],
     "sweep": ["method", "calibration", "tasks", "constraints"],
@@ -85,19 +85,19 @@ def test_every_error_is_one_of_ours() -> None:
 def test_importing_costs_little_beyond_torch() -> None:
     program = """
 import sys, time
-import torch, networkx, numpy
-before = set(sys.modules)
 start = time.process_time()
+import torch, networkx, numpy
+before, half = set(sys.modules), time.process_time()
 import fxprune
-print(time.process_time() - start)
+print((time.process_time() - half) / (half - start))
 print(*sorted(name for name in sys.modules if "." not in name and name not in before))
 heavy = ("torchvision", "sklearn", "matplotlib", "scipy", "pandas", "timm", "torch_pruning")
 print(*(name for name in heavy if name in sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    seconds, _, heavy = done.stdout.split("\n")[:3]
+    share, _, heavy = done.stdout.split("\n")[:3]
     assert heavy == ""
-    assert float(seconds) < 1.0
+    assert float(share) < 0.6  # of what torch itself takes; most of it is parts of torch
 
 
 def test_types_are_shipped() -> None:
