@@ -18,11 +18,11 @@ from fxprune.values import clones, tensors_in
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A layer or a batch norm at work.
+    """A layer or batch norm at work, or a parameter that something else reads.
 
     Attributes:
-        name: of the layer's weight, or of the batch norm's running mean.
-        call: how the layer uses its weight; None for a batch norm.
+        name: of the layer's weight, of the batch norm's running mean, or of the parameter.
+        call: how the layer uses its weight; None for all others.
         x: what went in.
         out: what came out.
         eps: of the batch norm.
@@ -106,4 +106,7 @@ class _Watch(TorchFunctionMode):
         call = call_of(self._names, func, args, kwargs)
         if call is not None:
             self._seen.append(Seen(call.layer.name, call, args[0], out))
+        elif isinstance(out, torch.Tensor):
+            read = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor) and id(a) in self._names]
+            self._seen += [Seen(self._names[id(a)], None, a, out) for a in read]
         return out

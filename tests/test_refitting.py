@@ -216,6 +216,32 @@ def test_what_a_network_writes_to_its_input_is_not_read_by_the_other() -> None:
     assert errors[0] < 0.5 * errors[1]
 
 
+class Tied(nn.Module):
+    """Looks words up in the weight that its head answers with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.hidden, self.head = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.hidden(self.words(x)).relu())
+
+
+def test_a_weight_that_something_else_reads_too_is_not_refitted() -> None:
+    torch.manual_seed(0)
+    model, x = Tied().eval(), torch.arange(20).reshape(5, 4)
+    coupling = fxprune.couple(fxprune.trace(model, x))
+    known = fxprune.calibrate(coupling, [x])
+    plan = fxprune.plan(coupling, Budget(macs=0.7), method=methods.Joint(samples=0), calibration=known)
+    found = []
+    for sequential in (False, True):
+        slim = fxprune.rewrite(coupling, plan)
+        compensate(coupling, plan, slim, known, sequential=sequential)
+        found.append(slim.state_dict()["words.weight"])
+    assert torch.equal(*found)
+
+
 def test_a_walk_sees_what_runs_and_lets_go_of_what_is_not_needed_any_more() -> None:
     model, batches = Deep().eval(), images(32, 0)
     traced = fxprune.trace(model, batches[0])
@@ -226,6 +252,6 @@ def test_a_walk_sees_what_runs_and_lets_go_of_what_is_not_needed_any_more() -> N
             names += [s.name for s in walk.run(n)[0]]
             assert all(len(env) <= 4 for env in walk.values)
     assert names == [
-        "stem.weight", "first.running_mean", "wide.weight", "second.running_mean", "grouped.weight", "bare.weight",
+        "stem.weight", "first.running_mean", "wide.weight", "second.running_mean", "each.weight", "each.bias", "grouped.weight", "bare.weight",
         "twice.weight", "twice.weight", "head.weight",
     ]  # fmt: skip
