@@ -252,6 +252,6 @@ def test_a_walk_sees_what_runs_and_lets_go_of_what_is_not_needed_any_more() -> N
             names += [s.name for s in walk.run(n)[0]]
             assert all(len(env) <= 4 for env in walk.values)
     assert names == [
-        "stem.weight", "first.running_mean", "wide.weight", "second.running_mean", "each.weight", "each.bias", "grouped.weight", "bare.weight",
-        "twice.weight", "twice.weight", "head.weight",
+        "stem.weight", "first.running_mean", "wide.weight", "second.running_mean", "each.weight", "each.bias",
+        "grouped.weight", "bare.weight", "twice.weight", "twice.weight", "head.weight",
     ]  # fmt: skip
