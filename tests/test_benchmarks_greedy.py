@@ -13,9 +13,10 @@ from two_tasks import trained
 sys.path.append(str(Path(__file__).parent / "benchmarks"))  # its modules import one another, as in the command
 
 from greedy import jobs_for, parse
+from greedy_distilling import DISTANCES, TEACHER, distilling, with_answers
 from greedy_forwards import convolutions
-from greedy_measure import METHODS, TEACHER, Noted, distilling, start, with_answers
-from greedy_networks import NETWORKS, OTHERS, classifiers
+from greedy_measure import METHODS, Noted, start
+from greedy_networks import NETWORKS, OTHERS, greedy_problems
 from greedy_report import costs, loss, losses, report
 from quality_data import Table
 from quality_measure import DENSE
@@ -40,7 +41,7 @@ def test_a_noted_search_finds_the_same_and_tells_what_it_took(method):
 
 
 def test_distillation_adds_the_divergence_at_temperature_2():
-    problem = distilling(classifiers(quick=True)["resnet20"])
+    problem = distilling(greedy_problems(quick=True)["resnet20"])
     logits, teacher, labels = torch.tensor([[2.0, 0.0], [0.0, 4.0]]), torch.tensor([[0.0, 2.0], [0.0, 4.0]]), [0, 1]
     batch = (torch.zeros(2, 1), {"digit": torch.tensor(labels), TEACHER: teacher})
     p = 1 / (1 + math.e)  # of the first class, for the teacher's first image; the second image's answers are the same
@@ -60,8 +61,24 @@ def test_a_teacher_answers_in_the_order_of_the_images():
     assert not found.targets[TEACHER].requires_grad
 
 
+@pytest.mark.parametrize("name", list(DISTANCES))
+def test_networks_with_several_heads_learn_from_what_another_answers_with_each(name):
+    problem = greedy_problems(quick=True)[name]
+    torch.manual_seed(0)
+    teacher, other = problem.build().eval(), problem.build().eval()
+    table = with_answers(problem.split(problem.recipe.counts).calibration, teacher)
+    loss = distilling(problem).losses[TEACHER]
+    (batch,) = table.batches(len(table))
+    assert {TEACHER + task for task in problem.metrics} == table.targets.keys() - problem.metrics.keys()
+    with torch.no_grad():
+        same, answers = teacher(batch[0]), other(batch[0])
+        assert loss(same, batch).item() == pytest.approx(0, abs=1e-5)
+        for task in problem.metrics:
+            assert loss(same | {task: answers[task]}, batch) > 1e-4, task
+
+
 def test_networks_are_what_their_names_say():
-    every, known = classifiers(quick=False), problems()
+    every, known = greedy_problems(quick=False), problems()
     assert tuple(every) == NETWORKS
     for name, build in OTHERS.items():
         network = build().eval()
@@ -73,7 +90,9 @@ def test_networks_are_what_their_names_say():
         assert len(layers) - len(shortcuts) == depth
         assert every[name].name.startswith(f"{name}_")
         assert every[name].recipe == known["resnet20"].recipe
-    assert [every[name].name for name in NETWORKS if name not in OTHERS] == ["resnet20", "mobilenetv2", "vgg"]
+    assert [every[name].name for name in NETWORKS if name not in OTHERS] == [
+        "resnet20", "mobilenetv2", "vgg", "scenes", "two-heads",
+    ]  # fmt: skip
 
 
 def test_the_code_of_the_paper_prunes_16_convolutions_of_resnet18():
@@ -149,7 +168,7 @@ def test_jobs_are_those_without_rows_and_a_method_has_all_its_budgets_in_one():
 
 @pytest.mark.parametrize("name", ["hbgs-backward", "joint"])
 def test_what_is_cut_for_one_budget_after_another_is_what_compile_cuts_for_each(name):
-    problem = classifiers(quick=True)["vgg"]
+    problem = greedy_problems(quick=True)["vgg"]
     torch.manual_seed(0)
     network = problem.build().eval()
     batches = list(problem.split(problem.recipe.counts).calibration.batches(32))

@@ -1,7 +1,7 @@
-"""Greedy pruning: HBGS and HBGTS, forward and backward, down to 6 % of the multiply-accumulates of six classifiers.
+"""Greedy pruning: HBGS and HBGTS, forward and backward, down to 6 % of the multiply-accumulates of eight networks.
 
-The classifiers of the quality benchmark, a ResNet-56, a narrow VGG-16 and a wide ResNeXt-20 are trained on single
-digits made hard; their weights are kept. Every method prunes each of them to several shares of its macs; the slim
+The networks of the quality benchmark are trained, and on its hard digits a ResNet-56, a narrow VGG-16 and a wide
+ResNeXt-20; their weights are kept. Every method prunes each of them to several shares of its macs; the slim
 network is tested as it is, and after a fine-tuning with distillation, the same for every method. `--networks resnet18`
 is another part: what HBGTS costs on torchvision's ResNet-18, in seconds and in runs of the network. It runs last,
 alone, on two threads.

@@ -10,14 +10,14 @@ from functools import cache
 import numpy as np
 import torch
 from commands import Row
-from greedy_networks import classifiers
-from quality_data import Batch, Splits, Table
+from greedy_distilling import distilling, with_answers
+from greedy_networks import greedy_problems
+from quality_data import Batch, Splits
 from quality_measure import DENSE, Job, Options, judged, told
 from quality_methods import Ours
 from quality_problems import Problem
 from quality_training import fit, macs_of, params_of, test, trained
-from torch import Tensor, nn
-from torch.nn.functional import kl_div, log_softmax
+from torch import nn
 
 import fxprune
 from fxprune import methods
@@ -39,10 +39,9 @@ METHODS: Mapping[str, AnyMethod] = {
 }
 EPOCHS, LONG, SMALL = 2, 16, 0.1
 """Epochs of fine-tuning, on all training images, and those where at most this share of the macs is left: a quarter
-of those of training, and twice as many. Dense networks are fine-tuned as long as the smallest."""
-RATE, TEMPERATURE = 6e-3, 2.0
-"""The highest learning rate of fine-tuning, and the temperature of its distillation."""
-TEACHER = "teacher"
+of those that classifiers are trained for, and twice as many. Dense networks are fine-tuned as long as the smallest."""
+RATE = 6e-3
+"""The highest learning rate of fine-tuning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +125,7 @@ def measure(job: Job, options: Options) -> list[Row]:
 @cache
 def bench(name: str, *, quick: bool) -> tuple[Problem, Splits]:
     """Return a problem and its data."""
-    problem = classifiers(quick=quick)[name]
+    problem = greedy_problems(quick=quick)[name]
     return problem, problem.split(problem.recipe.counts)
 
 
@@ -175,24 +174,3 @@ def tuned(network: nn.Module, splits: Splits, problem: Problem, seed: int, epoch
     """Fine-tune in place, the same way for all, and test."""
     fit(network, splits.train, distilling(problem), epochs=epochs, learning_rate=RATE, seed=seed + 1)
     return test(network, splits.test, problem)
-
-
-@torch.no_grad()
-def with_answers(table: Table, teacher: nn.Module) -> Table:
-    """Add what a network answers to the targets; images are always the same, so that it need answer only once."""
-    answers = torch.cat([teacher.eval()(inputs) for inputs, _ in table.batches(250)])
-    return Table(table.inputs, {**table.targets, TEACHER: answers})
-
-
-def distilling(problem: Problem) -> Problem:
-    """Add the distance from a teacher to the losses of a classifier.
-
-    The Kullback-Leibler divergence of its distribution from the teacher's, both of logits over a temperature, mean over
-    images, and not times its square: as in the authors' code of HBGS.
-    """
-
-    def distance(outputs: Tensor, batch: Batch) -> Tensor:
-        student, teacher = (log_softmax(logits / TEMPERATURE, 1) for logits in (outputs, batch[1][TEACHER]))
-        return kl_div(student, teacher, reduction="batchmean", log_target=True)
-
-    return replace(problem, losses={**problem.losses, TEACHER: distance})

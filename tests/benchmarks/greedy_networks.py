@@ -90,11 +90,11 @@ class ResNeXt20(nn.Sequential):
 
 
 OTHERS: dict[str, Callable[[], nn.Module]] = {"resnet56": ResNet56, "vgg16": VGG16, "resnext20": ResNeXt20}
-NETWORKS = ("resnet20", "mobilenetv2", "vgg", *OTHERS)
+NETWORKS = ("resnet20", "mobilenetv2", "vgg", "scenes", "two-heads", *OTHERS)
 
 
-def classifiers(*, quick: bool) -> dict[str, Problem]:
-    """Return the problems of all networks: those of the quality benchmark as they are, the others on the same data."""
+def greedy_problems(*, quick: bool) -> dict[str, Problem]:
+    """Return the problems of all networks: those of the quality benchmark as they are, the others on its digits."""
     known = problems(quick=quick)
     digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]  # kept weights are those of this file
     others = {name: replace(known["resnet20"], name=f"{name}_{digest}", build=build) for name, build in OTHERS.items()}

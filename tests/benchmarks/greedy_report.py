@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from classes_report import scores as lines
 from commands import commands_of, header, markdown, seeds_of
+from greedy_distilling import TEMPERATURE
 from greedy_forwards import NAME
-from greedy_measure import EPOCHS, LONG, METHODS, RATE, SMALL, TEMPERATURE, Row
+from greedy_measure import EPOCHS, LONG, METHODS, RATE, SMALL, Row
 from quality_measure import DENSE
 from quality_report import failures
 from quality_scores import Cell, cell, over_seeds, points
@@ -19,13 +20,15 @@ AS_GOOD = 0.5
 PACKAGES = ("fxprune", "torch", "torchvision", "scikit-learn", "numpy")
 
 HOW = (
-    "Points are accuracies in percent, means with standard deviations over seeds; single digits among fragments of "
-    "others, as on the [quality page](quality.md), where three of the networks are from. All methods see the same 512 "
+    "Points are accuracies in percent, of the networks with several heads the mean of all tasks' metrics in percent; "
+    "means with standard deviations over seeds. The data is that of the [quality page](quality.md), where five of the "
+    "networks are from; the other three learn single digits among fragments of others. All methods see the same 512 "
     "calibration images, which share no scan with training and test images. Macs are counted by "
     f"`torch.utils.flop_counter`, against the network as it was. Fine-tuning is the same for all methods: {EPOCHS} "
     f"epochs on the training images, {LONG} where at most {SMALL:.0%} of the macs are left, AdamW with a one-cycle "
-    f"schedule up to {RATE:g}, on the cross entropy and, as in the code of HBGS's authors, the Kullback-Leibler "
-    f"divergence from the dense network's answers at a temperature of {TEMPERATURE:g}. There is none between rounds. "
+    f"schedule up to {RATE:g}, on the losses of training and, as in the code of HBGS's authors, the Kullback-Leibler "
+    f"divergence from the dense network's answers at a temperature of {TEMPERATURE:g}; answers that are numbers, by "
+    "their squared error; scenes as `fxprune.examples.training.distill` does. There is none between rounds. "
     f"For comparison, dense networks are fine-tuned in the same way for {LONG} epochs. The schedule was chosen on the "
     "test images of seed 0, by `joint` on the ResNeXt.\n\n"
     "`hbgs` and `hbgts` take five filters a round, approximated by matching pursuit on the filters as published, and "
