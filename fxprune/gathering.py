@@ -33,6 +33,11 @@ class Call:
     dilation: tuple[int, ...]
     kernel: tuple[int, ...]
 
+    @property
+    def dim(self) -> int:
+        """Which dim of the output has the channels."""
+        return 1 if self.kernel else -1
+
 
 class Gatherer(TorchFunctionMode):
     """Adds up moments while a network runs, and while losses are differentiated.
@@ -120,8 +125,16 @@ class Gatherer(TorchFunctionMode):
         sums.outputs.setdefault(self.task, Gram()).add(rows * scale**0.5)
 
 
-def call_of(names: Mapping[int, str], func: Any, args: Any, kwargs: Any) -> Call | None:
-    """Return how a function uses a weight; None where it does not, and for convolutions of single channels."""
+def call_of(names: Mapping[int, str], func: Any, args: Any, kwargs: Any, *, single: bool = False) -> Call | None:
+    """Return how a function uses a weight; None where it does not.
+
+    Args:
+        names: id of a parameter or buffer -> its name.
+        func: the function.
+        args: what it is called with.
+        kwargs: by name.
+        single: convolutions of single channels are wanted too.
+    """
     if func is not F.linear and func not in CONVOLUTIONS:
         return None
     weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
@@ -136,7 +149,7 @@ def call_of(names: Mapping[int, str], func: Any, args: Any, kwargs: Any) -> Call
     kernel, groups = tuple(weight.shape[2:]), int(given.get("groups", 1))
     dilation = _spread(given.get("dilation", 1), rank)
     padding = _padding(given.get("padding", 0), kernel, dilation, rank)
-    if padding is None or (groups > 1 and weight.shape[1] == 1):
+    if padding is None or (groups > 1 and weight.shape[1] == 1 and not single):
         return None
     layer = Layer(name, groups, weight.shape[1], weight.shape[0] // groups, weight[0, 0].numel(), bias)
     return Call(layer, _spread(given.get("stride", 1), rank), padding, dilation, kernel)

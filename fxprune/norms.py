@@ -20,6 +20,9 @@ from fxprune.plans import Plan
 from fxprune.sums import spreads_of_all
 from fxprune.tasks import evaluating, run_batch
 
+BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+"""The arguments of `torch.nn.functional.batch_norm`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Norm:
@@ -32,6 +35,12 @@ class Norm:
 
     level: torch.Tensor
     spread: torch.Tensor
+
+    @staticmethod
+    def of(mean: torch.Tensor, var: torch.Tensor, running_mean: torch.Tensor, running_var: torch.Tensor) -> Norm:
+        """Return what a batch norm of these statistics does to values of this mean and variance, (channels,) each."""
+        running_mean, running_var = running_mean.double().cpu(), running_var.double().cpu()
+        return Norm((mean - running_mean) / running_var.sqrt(), var / running_var)
 
     @property
     def lives(self) -> torch.Tensor:
@@ -55,10 +64,8 @@ def norms_of(coupling: Coupling, plan: Plan, calibration: Calibration) -> dict[s
     state = {name: tensor for name, tensor, _ in coupling.traced.state}
     found = {}
     for name, (mean, var) in calibration.norms.items():
-        home = name.removesuffix("mean")
-        running_mean, running_var = state[name].double().cpu(), state[f"{home}var"].double().cpu()
-        level, spread = (mean - running_mean) / running_var.sqrt(), var / running_var
-        found[name] = Norm(plan.cut(name, level), plan.cut(name, spread))
+        norm = Norm.of(mean, var, state[name], state[f"{name.removesuffix('mean')}var"])
+        found[name] = Norm(plan.cut(name, norm.level), plan.cut(name, norm.spread))
     return found
 
 
@@ -99,7 +106,7 @@ class _Estimator(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.batch_norm:
             return func(*args, **kwargs)
-        given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+        given = dict(zip(BATCH_NORM, args, strict=False)) | kwargs
         known = self._norms.get(id(given.get("running_mean")))
         if known is None:
             return func(*args, **kwargs)
@@ -114,6 +121,3 @@ class _Estimator(TorchFunctionMode):
             for value, old in zip(norm.matched(own.mean, own.var, eps), (mean, var), strict=True)
         ]
         return func(x, *new, given.get("weight"), given.get("bias"), False, 0.0, eps)
-
-
-_ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")

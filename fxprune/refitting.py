@@ -9,8 +9,7 @@ one reads there, before the walk goes on.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +23,7 @@ from fxprune.coupling import Coupling
 from fxprune.fitting import Answers, best_fit
 from fxprune.gathering import Call, rows_made, rows_read, some_places
 from fxprune.norms import Norm
+from fxprune.pairing import Pair, pairs_of, survey
 from fxprune.plans import Plan
 from fxprune.shares import Share
 from fxprune.sums import gram_of_all, spreads_of_all
@@ -52,8 +52,8 @@ def refit(
 
     With y what the dense layer answers, x what the slim one reads, and W its weight: that becomes
     W + (C - W H) (H + d)^-1, H = E[x x^T], C = E[y x^T], both centred where a bias or a batch norm behind it takes up
-    constants. Weights that are used in several places stay as they are; so do depthwise convolutions, which have one
-    input for each output.
+    constants. Where the output is added to something computed before, as to a shortcut, y has what that misses on top.
+    Weights that are used in several places stay as they are.
 
     Args:
         coupling: of the dense network.
@@ -70,57 +70,87 @@ def refit(
     Source: He et al., Channel Pruning for Accelerating Very Deep Neural Networks (2017), section 3.2.
     """
     traced = coupling.traced
-    networks = (traced.root, traced.graph), (slim, slim.graph)
     with evaluating(traced.root), evaluating(slim), torch.inference_mode(False), torch.no_grad():
         example = bind(traced.graph, traced.args, traced.kwargs)
-        known, mine = (_survey(Walk(*network, [example])) for network in networks)
-        room = MAX_BYTES / (known.peak + mine.peak) * samples_in(example)
+        known, mine = survey(traced.root, traced.graph, example), survey(slim, slim.graph, example)
         share = Share.of(batches)
-        read = _first(share, room)
+        read = _first(share, MAX_BYTES / (known.peak + mine.peak) * samples_in(example))
         given = [bind(traced.graph, *inputs_of(batch)) for batch in read]
-        dense, thin = (Walk(*network, given) for network in networks)
+        dense, thin = Walk(traced.root, traced.graph, given), Walk(slim, slim.graph, given)
+        walks = _Walks(
+            plan, {name: tensor for name, tensor, _ in traced.state},
+            dict(slim.named_parameters()) | dict(slim.named_buffers()), dict(norms), dense, dense.nodes(), thin,
+        )  # fmt: skip
         seeing = _Seeing(share.places, sum(sharing.gather("samples", sum(map(samples_in, read)))))
-        pairs = _pairs(known, mine, norms)
-        state = {name: tensor for name, tensor, _ in traced.state}
-        there = dict(slim.named_parameters()) | dict(slim.named_buffers())
-        ahead, fitted = dense.nodes(), []
-        for n in thin.nodes():
-            seen, place = thin.run(n), mine.places.get(n)
-            if n in pairs:
-                pair, layer = pairs[n], pairs[n].call.layer
-                kept = _outputs(plan, layer.name, state[layer.name])
-                answers = _until(pair.home, dense, ahead)
-                grams = seeing.grams(pair.call, [s for (s,) in seen], answers, kept)
-                if not all(gram.rows for gram in grams):  # too few samples to check a fit on
-                    continue
-                _fit(there[layer.name], there.get(layer.bias or ""), grams, pair, damping)
-                fitted.append(layer.name)
-            elif place is not None and place.name in norms and place.call is None:
-                variance = there[f"{place.name.removesuffix('mean')}var"]
-                norms[place.name].write(there[place.name], variance, _spread(place.name, seen), place.eps)
-            else:
-                continue
-            thin.run(n)
-    return tuple(fitted)
+        return tuple(walks.fit(mine.places, pairs_of(known, mine, norms, MAX_BYTES), seeing, damping))
 
 
 @dataclass(frozen=True, slots=True)
-class _Survey:
-    """Where a network uses what.
+class _Walks:
+    """The dense and the slim network, on their way through the same batches.
 
     Attributes:
-        places: node -> the layer or batch norm that it runs, where that is one, and is run nowhere else.
-        peak: the most bytes that values take.
+        plan: what stays.
+        state: parameters and buffers of the dense network.
+        there: those of the slim one.
+        norms: running mean -> what the batch norm is to do to the data.
+        dense: the walk of the dense network.
+        ahead: its nodes that are left.
+        thin: the walk of the slim one.
     """
 
-    places: Mapping[fx.Node, Seen]
-    peak: int
+    plan: Plan
+    state: Mapping[str, torch.Tensor]
+    there: Mapping[str, torch.Tensor]
+    norms: dict[str, Norm]
+    dense: Walk
+    ahead: Iterator[fx.Node]
+    thin: Walk
+
+    def fit(
+        self, places: Mapping[fx.Node, Seen], pairs: Mapping[fx.Node, Pair], seeing: _Seeing, damping: float
+    ) -> Iterator[str]:
+        """Walk to the end, and fit and set what comes; yield the weights that were fitted."""
+        for n in self.thin.nodes():
+            seen, place, pair = self.thin.run(n), places.get(n), pairs.get(n)
+            if pair is not None:
+                layer = pair.call.layer
+                grams = seeing.grams(pair.call, [s for (s,) in seen], self._answers(pair))
+                if not all(gram.rows for gram in grams):  # too few samples to check a fit on
+                    continue
+                _fit(self.there[layer.name], self.there.get(layer.bias or ""), grams, pair, damping)
+                yield layer.name
+            elif place is not None and place.name in self.norms and place.call is None:
+                spread = _spread(place.name, (s.x for (s,) in seen))
+                self.norms[place.name].write(*_statistics(self.there, place.name), spread, place.eps)
+            else:
+                continue
+            self.thin.run(n)
+
+    def _answers(self, pair: Pair) -> list[torch.Tensor]:
+        """Walk the dense network on to a layer; return what the slim network's is to answer, by batch.
+
+        Where that makes up for what its output is added to, the batch norm in between is to expect as much.
+        """
+        name, dim = pair.call.layer.name, pair.call.dim
+        kept = _outputs(self.plan, name, self.state[name])
+        answers = [answer.index_select(dim, kept) for answer in _until(pair.home, self.dense, self.ahead)]
+        if pair.additions is None:
+            return answers
+        dense, slim = pair.additions
+        mean, var = (None, None) if dense.norm is None else _statistics(self.state, dense.norm.name)
+        for i, (theirs, mine) in enumerate(zip(self.dense.values, self.thin.values, strict=True)):
+            missing = theirs[dense.other].index_select(dim, kept) - mine[slim.other]
+            answers[i] = answers[i] + dense.owed(missing, dim, var, kept)
+        if dense.norm is not None and mean is not None and var is not None:
+            spread = _spread(dense.norm.name, answers)
+            self.norms[dense.norm.name] = Norm.of(spread.mean, spread.var, mean[kept], var[kept])
+        return answers
 
 
-def _survey(walk: Walk) -> _Survey:
-    seen = {n: walk.run(n)[0] for n in walk.nodes()}
-    often = Counter(s.name for found in seen.values() for s in found)
-    return _Survey({n: s[0] for n, s in seen.items() if len(s) == 1 and often[s[0].name] == 1}, walk.peak)
+def _statistics(state: Mapping[str, torch.Tensor], mean: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the running mean of a batch norm, and its running variance."""
+    return state[mean], state[f"{mean.removesuffix('mean')}var"]
 
 
 def _first(batches: Iterable[Any], samples: float) -> list[Any]:
@@ -134,45 +164,6 @@ def _first(batches: Iterable[Any], samples: float) -> list[Any]:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    """A layer that the dense network has too.
-
-    Attributes:
-        home: the dense network's node of the weight.
-        call: how the slim network uses it.
-        absorbs: whether a constant in the output is taken up: by the layer's bias, or by the batch norm behind it.
-    """
-
-    home: fx.Node
-    call: Call
-    absorbs: bool
-
-
-def _pairs(known: _Survey, mine: _Survey, norms: Container[str]) -> dict[fx.Node, _Pair]:
-    """Return node of the slim network -> its layer, of those that both networks come to in the same order."""
-    order = {n: i for i, n in enumerate(known.places)}
-    homes = {s.name: n for n, s in known.places.items() if s.call is not None}
-    normed = {id(s.x) for s in mine.places.values() if s.call is None and s.name in norms}
-    found: dict[fx.Node, _Pair] = {}
-    last = -1
-    for n, seen in mine.places.items():
-        home = homes.get(seen.name)
-        if seen.call is None or home is None or order[home] < last or not _is_alike(seen, known.places[home]):
-            continue
-        found[n] = _Pair(home, seen.call, seen.call.layer.bias is not None or id(seen.out) in normed)
-        last = order[home]
-    return found
-
-
-def _is_alike(seen: Seen, dense: Seen) -> bool:
-    """Say whether two outputs have the same positions, and the moment of the layer fits into memory."""
-    assert seen.call is not None
-    layer, dim = seen.call.layer, 1 if seen.call.kernel else -1
-    n = layer.inputs * layer.taps + layer.outputs
-    return seen.out.select(dim, 0).shape == dense.out.select(dim, 0).shape and 8 * layer.blocks * n * n <= MAX_BYTES
-
-
 def _until(home: fx.Node, walk: Walk, nodes: Iterator[fx.Node]) -> list[torch.Tensor]:
     """Walk on to a node of one layer; return what came out of it, by batch."""
     for n in nodes:
@@ -184,7 +175,7 @@ def _until(home: fx.Node, walk: Walk, nodes: Iterator[fx.Node]) -> list[torch.Te
 
 def _outputs(plan: Plan, name: str, weight: torch.Tensor) -> torch.Tensor:
     """Return which outputs of the dense layer the slim one has."""
-    numbers = torch.arange(len(weight)).reshape(-1, *[1] * (weight.ndim - 1)).expand(weight.shape)
+    numbers = torch.arange(len(weight), device=weight.device).reshape(-1, *[1] * (weight.ndim - 1)).expand(weight.shape)
     return plan.cut(name, numbers).flatten(1)[:, 0]
 
 
@@ -200,19 +191,16 @@ class _Seeing:
     places: Sequence[int]
     samples: int
 
-    def grams(
-        self, call: Call, seen: Sequence[Seen], answers: Sequence[torch.Tensor], kept: torch.Tensor
-    ) -> tuple[Gram, Gram]:
-        """Return sums over (blocks, rows, inputs * taps + outputs): what the slim layer reads, and the dense answers.
+    def grams(self, call: Call, seen: Sequence[Seen], answers: Sequence[torch.Tensor]) -> tuple[Gram, Gram]:
+        """Return sums over (blocks, rows, inputs * taps + outputs): what the slim layer reads, and is to answer.
 
-        Both networks are read at the same positions. The second sums are of every fourth sample, to check a fit on.
+        Both are read at the same positions. The second sums are of every fourth sample, to check a fit on.
         """
         layer, grams, is_conv = call.layer, (Gram(), Gram()), bool(call.kernel)
         count = min(POSITIONS, max(4, math.ceil(ROWS * layer.inputs * layer.taps / max(self.samples, 1))))
         for place, s, answer in zip(self.places, seen, answers, strict=False):
             positions = some_places(answer, count, f"{layer.name} {place}", is_conv=is_conv)
-            wanted = answer.index_select(1 if is_conv else -1, kept.to(answer.device))
-            made = rows_made(wanted, layer.blocks, positions, is_conv=is_conv)
+            made = rows_made(answer, layer.blocks, positions, is_conv=is_conv)
             rows = torch.cat([rows_read(call, s.x, positions).flatten(2).double(), made.double()], 2)
             checks = (positions[0] + place) % 4 == 3
             for gram, which in zip(grams, (~checks, checks), strict=True):
@@ -222,9 +210,7 @@ class _Seeing:
         return most, others
 
 
-def _fit(
-    weight: torch.Tensor, bias: torch.Tensor | None, grams: tuple[Gram, Gram], pair: _Pair, damping: float
-) -> None:
+def _fit(weight: torch.Tensor, bias: torch.Tensor | None, grams: tuple[Gram, Gram], pair: Pair, damping: float) -> None:
     """Write a layer's weight and bias."""
     layer = pair.call.layer
     n = layer.inputs * layer.taps
@@ -236,9 +222,9 @@ def _fit(
         bias.copy_(every.bias(new))
 
 
-def _spread(name: str, seen: Iterable[Sequence[Seen]]) -> Spread:
+def _spread(name: str, read: Iterable[torch.Tensor]) -> Spread:
     """Return the spread of what a batch norm reads, on all ranks."""
     found: dict[str, Spread] = {}
-    for (s,) in seen:
-        found.setdefault(name, Spread()).add(s.x)
+    for x in read:
+        found.setdefault(name, Spread()).add(x)
     return spreads_of_all(found)[name]

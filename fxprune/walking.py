@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fxprune.gathering import Call, call_of
+from fxprune.norms import BATCH_NORM
 from fxprune.running import Runner
 from fxprune.values import clones, tensors_in
 
@@ -26,6 +27,7 @@ class Seen:
         x: what went in.
         out: what came out.
         eps: of the batch norm.
+        scale: the batch norm's weight, if it has one.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Seen:
     x: torch.Tensor
     out: torch.Tensor
     eps: float = 0.0
+    scale: torch.Tensor | None = None
 
 
 class Walk:
@@ -99,11 +102,12 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func is F.batch_norm:
-            name = self._names.get(id(args[1] if args[1:] else kwargs.get("running_mean")))
+            given = dict(zip(BATCH_NORM, args, strict=False)) | kwargs
+            name = self._names.get(id(given.get("running_mean")))
             if name is not None:
-                self._seen.append(Seen(name, None, args[0], out, kwargs.get("eps", args[7] if args[7:] else 1e-5)))
+                self._seen.append(Seen(name, None, given["input"], out, given.get("eps", 1e-5), given.get("weight")))
             return out
-        call = call_of(self._names, func, args, kwargs)
+        call = call_of(self._names, func, args, kwargs, single=True)
         if call is not None:
             self._seen.append(Seen(call.layer.name, call, args[0], out))
         elif isinstance(out, torch.Tensor):

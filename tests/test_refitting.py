@@ -18,7 +18,8 @@ from fxprune import Budget, PlanError, methods
 from fxprune.accumulating import Gram
 from fxprune.compensating import compensate
 from fxprune.fitting import Answers, best_fit
-from fxprune.walking import Walk
+from fxprune.pairing import Addition, addition_of, survey
+from fxprune.walking import Seen, Walk
 
 BUDGET = Budget(macs=0.3)
 
@@ -87,10 +88,9 @@ def test_a_network_is_nearer_to_the_dense_one(setting: Any) -> None:
 def test_what_it_cannot_fit_stays(setting: Any) -> None:
     at_once, _ = pruned(setting)
     in_turn, names = pruned(setting, sequential=True)
-    for layer in ("each", "twice"):
-        for of in ("weight", "bias"):
-            assert torch.equal(in_turn.get_parameter(f"{layer}.{of}"), at_once.get_parameter(f"{layer}.{of}"))
-    fitted = {f"{layer}.weight" for layer in ("wide", "grouped", "bare", "head")}
+    for of in ("weight", "bias"):
+        assert torch.equal(in_turn.get_parameter(f"twice.{of}"), at_once.get_parameter(f"twice.{of}"))
+    fitted = {f"{layer}.weight" for layer in ("wide", "each", "grouped", "bare", "head")}
     assert fitted <= {
         name for name in names if not torch.equal(in_turn.get_parameter(name), at_once.get_parameter(name))
     }
@@ -252,6 +252,105 @@ def test_a_walk_sees_what_runs_and_lets_go_of_what_is_not_needed_any_more() -> N
             names += [s.name for s in walk.run(n)[0]]
             assert all(len(env) <= 4 for env in walk.values)
     assert names == [
-        "stem.weight", "first.running_mean", "wide.weight", "second.running_mean", "each.weight", "each.bias",
+        "stem.weight", "first.running_mean", "wide.weight", "second.running_mean", "each.weight",
         "grouped.weight", "bare.weight", "twice.weight", "twice.weight", "head.weight",
     ]  # fmt: skip
+
+
+class Block(nn.Module):
+    """Adds a correction to its input, with a batch norm or dropout in between."""
+
+    def __init__(self, *, normed: bool) -> None:
+        super().__init__()
+        self.wide = nn.Linear(12, 24)
+        self.narrow = nn.Linear(24, 12, bias=not normed)
+        self.last = nn.BatchNorm1d(12, eps=1e-12) if normed else nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.last(self.narrow(self.wide(x).relu()))
+
+
+def blocks(*, normed: bool) -> tuple[nn.Module, list[Tensor]]:
+    torch.manual_seed(0)
+    parts = nn.Linear(6, 12), Block(normed=normed), Block(normed=normed), nn.Linear(12, 3)
+    model, batches = nn.Sequential(*parts).double(), [torch.randn(64, 6, dtype=torch.float64) for _ in range(8)]
+    for batch in batches * 20:
+        model(batch)
+    for block in parts[1:3]:
+        if normed:
+            nn.init.uniform_(block.last.weight, 0.5, 2)
+            nn.init.normal_(block.last.bias)
+    return model.eval(), batches
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_what_ends_a_branch_makes_up_for_what_its_shortcut_misses(normed: bool) -> None:
+    model, batches = blocks(normed=normed)
+    coupling = fxprune.couple(fxprune.trace(model, batches[0]))
+    known = fxprune.calibrate(coupling, batches)
+    plan = fxprune.plan(coupling, Budget(macs=0.4), method=methods.Joint(), calibration=known)
+    slim = fxprune.rewrite(coupling, plan)
+    compensate(coupling, plan, slim, known, damping=1e-12, sequential=True)
+    kept = plan.cut("0.bias", torch.arange(12))
+    assert 2 < len(kept) < 12
+
+    def rows(network: nn.Module, name: str) -> tuple[Tensor, Tensor]:
+        x, y = rows_of(network, name, batches)
+        return x.flatten(1).detach(), y.flatten(1).detach()
+
+    shortcut, cut = rows(model, "2.wide")[0][:, kept], rows(slim, "2.wide")[0]
+    missing = shortcut - cut
+    assert missing.std() > 0.05 * shortcut.std()
+    last: Any = model.get_submodule("2.last")
+    gain = last.weight[kept] / (last.running_var[kept] + last.eps).sqrt() if normed else torch.ones(len(kept))
+    wanted = rows(model, "2.narrow")[1][:, kept] + missing / gain
+    x, answers = rows(slim, "2.narrow")
+    inputs = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], 1)
+    fit = inputs @ torch.linalg.lstsq(inputs, wanted).solution
+    if normed:  # the batch norm takes up constants, and spreads what it reads as wide as what it should
+        fit = fit + answers.mean(0) - fit.mean(0)
+        target = (wanted - last.running_mean[kept]) * gain + last.bias[kept]
+        found = slim.get_submodule("2.last")(answers)
+        assert torch.allclose(found.mean(0), target.mean(0), atol=1e-4)
+        assert torch.allclose(found.var(0), target.var(0), rtol=1e-4)
+    assert torch.allclose(answers, fit, atol=1e-6)
+
+
+class Ways(nn.Module):
+    """Layers whose outputs are added to something, and layers whose outputs are not, or not only, or too early."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.plain, self.dropped, self.early = (nn.Linear(6, 6) for _ in range(4))
+        self.late, self.heard, self.bent, self.turned = (nn.Linear(6, 6) for _ in range(4))
+        self.drop = nn.Dropout()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.plain(x)
+        x = self.drop(self.dropped(x)) + x
+        x = self.early(x) + self.late(x)
+        heard = self.heard(x)
+        x = x + heard * heard.mean()
+        x = x + self.bent(x).relu()
+        return x + self.turned(x).transpose(0, 1)
+
+
+def test_what_a_layer_is_added_to_is_found_where_it_is_known_by_then() -> None:
+    x = torch.randn(6, 6)
+    traced = fxprune.trace(Ways().eval(), x)
+    with torch.no_grad():
+        seen = survey(traced.root, traced.graph, [x])
+    found = {place.name.removesuffix(".weight"): addition_of(n, seen) for n, place in seen.places.items()}
+    others = {name: str(addition.other) for name, addition in found.items() if addition is not None}
+    assert others == {"plain": "stem", "dropped": "add", "late": "early"}
+
+
+def test_channels_that_a_batch_norm_all_but_drops_are_not_asked_to_make_up_for_others() -> None:
+    scale = torch.tensor([2.0, 1e-9, 0.0, -0.5])
+    norm = Seen("mean", None, torch.zeros(()), torch.zeros(()), 0.0, scale)
+    other: Any = None
+    owed = Addition(other, norm).owed(torch.ones(3, 2, 5), 1, torch.full((4,), 4.0), torch.tensor([0, 2]))
+    assert torch.equal(owed, torch.tensor([1.0, 0.0])[:, None].expand(3, 2, 5))
+    owed = Addition(other, norm).owed(torch.ones(3, 3), 1, torch.full((4,), 4.0), torch.tensor([3, 1, 0]))
+    assert torch.equal(owed, torch.tensor([-4.0, 0.0, 1.0]).expand(3, 3))
