@@ -15,6 +15,7 @@ Run: ``python tests/benchmarks/classes.py [--parts ...] [--networks ...] [--seed
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import statistics
 import time
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from multiprocessing import get_context
 
 import numpy as np
@@ -29,7 +31,7 @@ import torch
 from classes_report import report
 from commands import Row, add_options, append, command, rows_file, rows_in
 from quality_data import Splits, Table
-from quality_measure import Options, bench, first, judged, told
+from quality_measure import Options, bench, judged, told
 from quality_methods import CONTENDERS
 from quality_problems import Problem
 from quality_training import fit, macs_of, trained
@@ -47,7 +49,10 @@ FEW = ("joint", "joint-classes", "catro", "taylor-global", "tp-taylor", "tp-tayl
        "tp-activation-global")  # fmt: skip
 PER_CLASS, BUDGETS = (1, 5, 20), (0.7, 0.5, 0.3, 0.15)
 SIZES = (2, 3, 5)
-SHARES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.03)
+SHARES = (0.7, 0.5, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03)
+METHOD = methods.Joint(sequential=True)
+PART = 4
+"""Networks of subtasks, and those beside them, are fine-tuned like the dense one was trained, for this part of it."""
 CLASSES, LABEL = 10, "digit"
 ROUNDS = 9
 
@@ -110,7 +115,8 @@ def subtasks(job: Job, options: Options, problem: Problem, splits: Splits, netwo
     pool = problem.split(replace(problem.recipe.counts, calibration=few * CLASSES)).calibration
     dense = {"kind": "dense", "budget": 1.0, "macs": 1.0}
     yield from (dense | row for row in on_classes(network, splits.test, chosen, "cut"))
-    for share, slim in shrinking(network, problem, rows_of(pool, torch.arange(few)), None):
+    whole = shrinking(network, problem, rows_of(pool, torch.arange(few)), None)
+    for share, slim in chain([(1.0, copy.deepcopy(network))], whole):
         yield from pruned(slim, share, network, problem, splits, chosen, job.seed, "all classes")
     for classes in chosen:
         mine = Splits(*(only(part, classes) for part in (splits.train, splits.calibration, splits.test)))
@@ -145,7 +151,7 @@ def shrinking(
     for share in SHARES:
         try:
             slim = fxprune.compile(
-                network, table.inputs[:1], fxprune.Budget(macs=share), method=methods.Joint(), calibration=known,
+                network, table.inputs[:1], fxprune.Budget(macs=share), method=METHOD, calibration=known,
                 tasks={LABEL: task}, verify=False, progress=False,
             )  # fmt: skip
         except fxprune.PlanError:
@@ -163,12 +169,12 @@ def pruned(
     seed: int,
     kind: str,
 ) -> Iterator[Row]:
-    """Yield rows of a slim network: as it is, and after a short fine-tuning on the images of its classes."""
+    """Yield rows of a slim network: as it is, and after fine-tuning on all training images of its classes."""
     macs = macs_of(slim, splits.test.inputs[:1]) / macs_of(network, splits.test.inputs[:1])
     about = {"kind": kind, "budget": share, "macs": macs}
     rows = [about | row for row in on_classes(slim, splits.test, chosen, "cut")]
-    fit(slim, first(splits.train), problem, epochs=problem.recipe.tune_epochs,
-        learning_rate=problem.recipe.tune_learning_rate, seed=seed + 1)  # fmt: skip
+    epochs, rate = -(-problem.recipe.epochs // PART), problem.recipe.learning_rate
+    fit(slim, splits.train, problem, epochs=epochs, learning_rate=rate, seed=seed + 1)
     for row, tuned in zip(rows, on_classes(slim, splits.test, chosen, "tuned"), strict=True):
         yield row | tuned
 
