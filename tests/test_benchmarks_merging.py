@@ -103,6 +103,22 @@ def test_the_report_tells_every_cell_and_what_failed():
     assert "PlanError: no" in page
 
 
+def test_what_did_not_run_is_not_said_not_to_be_reached():
+    made = rows()
+    later = [row | {"seed": 1} for row in made if row["method"] in (DENSE, "separate", "shared", "mtz-50", "mtz-90")]
+    found = all_least([*made, *later])
+    assert (1, "MTZ", "a") in found
+    assert not any(kind.startswith("PAM") for seed, kind, _ in found if seed == 1)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report([*made, *later]).splitlines()]
+    heads = next(line for line in lines if line[:1] == ["tasks"])
+    both = next(line for line in lines if line[:1] == ["a + b"])
+    assert both[heads.index("Separate / PAM, fisher")] == "1.93"  # of the only seed that ran
+    assert both[heads.index("Separate / PAM, entropy")] == "not reached"
+    assert both[heads.index("Separate / MTZ")] == "0.69 (0.69 .. 0.69)"
+    assert ["a", "1", "0.000", "0.000", "", ""] in lines
+    assert ["mtz-90", "0.4", "0, 1"] in [line[:3] for line in lines]
+
+
 def test_what_is_never_reached_takes_more_than_all_it_was_tried_with():
     made = [row | {"tuned": {"a": 0.1, "b": 0.1}} if row["method"].startswith("mtz") else row for row in rows()]
     assert all_least(made)[0, "MTZ", "a + b"] is None

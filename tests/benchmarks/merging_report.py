@@ -10,7 +10,7 @@ from classes_report import Curve, needed
 from commands import Row, commands_of, header, markdown, seeds_of
 
 Found = dict[tuple[int, str, str], float | None]
-"""(seed, method, combination) -> the least macs; None where the metrics are not reached."""
+"""(seed, kind, combination), of those that ran -> the least macs; None where the metrics are not reached."""
 DENSE, TIME = "dense", "time"
 """The method that prunes nothing; what the row with seconds is called."""
 AS_GOOD = 0.99
@@ -85,8 +85,9 @@ def all_least(rows: Sequence[Row]) -> Found:
         mine, dense = [r for r in rows if r["seed"] == seed], references(rows, seed)
         if not dense:
             continue
+        ran = {r["method"] for r in mine}
         for kind, settings in KINDS.items():
-            for name in names:
+            for name in names if ran & {*settings} else ():
                 reached = [least(mine, method, name, dense) for method in settings]
                 found[seed, kind, name] = min((macs for macs in reached if macs is not None), default=None)
     return found
@@ -118,15 +119,18 @@ def of_set(title: str, rows: Sequence[Row]) -> list[str]:
     heads = ["tasks", "at best", *(f"Separate / {kind}" for kind in others), *(f"MTZ / {k}" for k in others[1:])]
     table = []
     for name in names:
-        line = [name, spread([bound(found, seed, name) for seed in seeds])]
+        separate = [seed for seed in seeds if (seed, BASELINE, name) in found]
+        line = [name, spread([bound(found, seed, name) for seed in separate])]
         for of, kinds in ((BASELINE, others), ("MTZ", others[1:])):
             for kind in kinds:
-                known = [found[seed, of, name] is not None for seed in seeds]
-                values = [ratio(found, most, (seed, of, name), (seed, kind, name)) for seed in seeds]
+                pairs = [((seed, of, name), (seed, kind, name)) for seed in seeds]
+                ran = [(one, other) for one, other in pairs if one in found and other in found]
+                known = [found[one] is not None for one, _ in ran]
+                values = [ratio(found, most, one, other) for one, other in ran]
                 line.append(("" if all(known) or values == [None] * len(values) else "> ") + spread(values))
         table.append(line)
     cells = [
-        [name, str(seed), *(millions(found[seed, kind, name]) for kind in (BASELINE, *others))]
+        [name, str(seed), *(millions(found, (seed, kind, name)) for kind in (BASELINE, *others))]
         for name in names
         for seed in seeds
     ]
@@ -137,8 +141,8 @@ def of_set(title: str, rows: Sequence[Row]) -> list[str]:
         "if all tasks but the dearest of the combination cost nothing. `>`: what is divided does not get there at any "
         "budget, on some seed; it takes more than the most macs that it was tried with, which stand for it.",
         markdown(heads, table),
-        "The least macs themselves, in millions, of each seed; `-` is not reached at any budget. Between two budgets, "
-        "by the logarithm of macs; `Separate` may take another budget for each task.",
+        "The least macs themselves, in millions, of each seed; `-` is not reached at any budget, an empty cell was not "
+        "run. Between two budgets, by the logarithm of macs; `Separate` may take another budget for each task.",
         markdown(["tasks", "seed", BASELINE, *others], cells),
         "Metrics of the networks that were not pruned, trained as long as others at the last budget; and, of those "
         "trained as long as at its own budget, what each method has left, in percent: means over seeds. Macs are means "
@@ -157,18 +161,19 @@ def ratio(found: Found, most: Found, one: tuple[int, str, str], other: tuple[int
 
 
 def spread(values: Sequence[float | None]) -> str:
-    """Return a median, with the least and the most, and how many there are where some are missing."""
+    """Return a median, with the least and the most, and how many of those that ran there are where some are missing."""
     known = [value for value in values if value is not None]
     if not known:
-        return "not reached"
+        return "not reached" if values else "not run"
     text = f"{statistics.median(known):.2f}"
     text += f" ({min(known):.2f} .. {max(known):.2f})" if len(known) > 1 else ""
     return text if len(known) == len(values) else f"{text}, {len(known)} of {len(values)} seeds"
 
 
-def millions(macs: float | None) -> str:
-    """Return macs in millions."""
-    return "-" if macs is None else f"{macs / 1e6:.3f}"
+def millions(found: Found, key: tuple[int, str, str]) -> str:
+    """Return macs in millions; nothing of what did not run."""
+    macs = found.get(key)
+    return f"{macs / 1e6:.3f}" if macs is not None else "-" if key in found else ""
 
 
 def metrics(rows: Sequence[Row]) -> str:
@@ -179,7 +184,8 @@ def metrics(rows: Sequence[Row]) -> str:
         return ""
     last = [r for r in dense.values() if r["budget"] == budgets[-1]]
     tasks = list(last[0]["tuned"])
-    table = [[DENSE, "", "1", *(f"{statistics.mean(r['tuned'][t] for r in last):.4f}" for t in tasks)]]
+    every = ", ".join(str(seed) for seed, budget in dense if budget == budgets[-1])
+    table = [[DENSE, "", every, "1", *(f"{statistics.mean(r['tuned'][t] for r in last):.4f}" for t in tasks)]]
     for method in dict.fromkeys(r["method"] for r in rows if r["method"] != DENSE):
         for share in budgets:
             mine = [r for r in rows if (r["method"], r["budget"]) == (method, share) and "tuned" in r]
@@ -187,8 +193,9 @@ def metrics(rows: Sequence[Row]) -> str:
             if pairs:
                 macs = statistics.mean(sum(r["macs"].values()) / sum(d["macs"].values()) for r, d in pairs)
                 cells = [f"{100 * statistics.mean(r['tuned'][t] / d['tuned'][t] for r, d in pairs):.1f}" for t in tasks]
-                table.append([method, f"{share:g}", f"{macs:.3f}", *cells])
-    return markdown(["method", "budget", "macs", *tasks], table)
+                seeds = ", ".join(str(r["seed"]) for r, _ in pairs)
+                table.append([method, f"{share:g}", seeds, f"{macs:.3f}", *cells])
+    return markdown(["method", "budget", "seeds", "macs", *tasks], table)
 
 
 def seconds(rows: Sequence[Row]) -> list[str]:
