@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
 import torch
 from torch import fx, nn
@@ -51,11 +54,8 @@ def compensate(
     Raises:
         PlanError: `sequential`, and the calibration has no batches.
     """
-    if sequential and calibration.batches is None:
-        raise PlanError(
-            "sequential=True reads batches, and this calibration has none: they are not saved with it. Pass batches, "
-            "or `dataclasses.replace(calibration, batches=batches)`."
-        )
+    if sequential:
+        check_batches(calibration)
     corrected = correct(coupling, plan, slim, calibration, damping=damping)
     if calibration.batches is None:
         return corrected
@@ -63,6 +63,17 @@ def compensate(
     estimate_statistics(slim, norms, calibration.batches)
     refitted = refit(coupling, plan, slim, norms, calibration.batches, damping) if sequential else ()
     return tuple(dict.fromkeys(corrected + refitted))
+
+
+def check_batches(calibration: Iterable[Any] | Calibration | None) -> None:
+    """Raise PlanError where there are no batches for a sequential correction to read."""
+    if calibration is None:
+        raise PlanError("sequential=True reads batches: pass `calibration=[(inputs, targets), ...]`, or leave it out.")
+    if isinstance(calibration, Calibration) and calibration.batches is None:
+        raise PlanError(
+            "sequential=True reads batches, and this calibration has none: they are not saved with it. Pass batches, "
+            "or `dataclasses.replace(calibration, batches=batches)`."
+        )
 
 
 def correct(

@@ -14,12 +14,12 @@ from fxprune import sharing
 from fxprune.budgets import Budget
 from fxprune.calibrating import Calibration
 from fxprune.cloning import submodule
-from fxprune.compensating import compensate, take_over
+from fxprune.compensating import check_batches, compensate, take_over
 from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling, couple
 from fxprune.decomposing import plan_decomposed
 from fxprune.errors import PlanError, RewriteError
-from fxprune.methods import AnyMethod, PathMethod, corrects, damping_of, default_method, is_sequential
+from fxprune.methods import AnyMethod, PathMethod, SearchMethod, corrects, damping_of, default_method, is_sequential
 from fxprune.planning import check_request, plan
 from fxprune.plans import Plan
 from fxprune.problems import gathered
@@ -80,18 +80,22 @@ def compile(
         CouplingError: `unknown="error"`, and there are ops without a rule.
         PlanError: the budget cannot be met, or the request makes no sense.
         VerificationError: the slim network differs from the masked original.
+        RewriteError: a node cannot be rewritten although what reaches it was frozen: a mistake in a rule.
     """
     check_request(budget, method, calibration, tasks, constraints)
     method = method or default_method(calibration)
     batches = list(calibration) if isinstance(calibration, Iterator) else calibration  # it is read more than once
+    if is_sequential(method):
+        check_batches(batches)
     with tqdm(total=5, desc="trace", disable=not progress or sharing.rank() > 0, bar_format=BAR) as bar:
         traced = trace(model, example_inputs)
         _step(bar, "couple")
         coupling = couple(traced, unknown=unknown)
         _step(bar, "plan")
         decomposes = getattr(method, "decompose", False)
-        reads = not decomposes and (corrects(method) or isinstance(method, PathMethod))
-        known = gathered(coupling, method, batches, tasks) if reads else batches
+        measures = isinstance(method, SearchMethod)  # on batches, so that nothing can be assumed in their place
+        reads = isinstance(method, PathMethod) or (corrects(method) and not (measures and batches is None))
+        known = gathered(coupling, method, batches, tasks) if reads and not decomposes else batches
         choose = partial(
             plan,
             budget=budget,

@@ -30,7 +30,7 @@ from fxprune.coupling import Coupling, close_record, couple
 from fxprune.errors import PlanError
 from fxprune.planning import counted, plan_of
 from fxprune.plans import Plan
-from fxprune.problems import Choice, Problem, gathered
+from fxprune.problems import Choice, Problem, gathered, needed
 from fxprune.tasks import Task
 from fxprune.traced import Traced, copied, taking_part
 from fxprune.weighing import weights_of
@@ -275,7 +275,7 @@ def plan_decomposed(
     dense = coupling.costs.dense
     paired = pair_up(coupling.traced, constraints, unknown=unknown)
     given = calibration.batches if isinstance(calibration, Calibration) else calibration
-    known = gathered(paired, method, given, tasks)
+    known = gathered(paired, method, needed(type(method).__name__, given), tasks)
     found = method.choose(Problem(paired, budget.bounds(dense), constraints, known, tasks))
     keep = found.keep if isinstance(found, Choice) else found
     kept = [pair for pair in paired.pairs if pair.wins(keep)]

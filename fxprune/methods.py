@@ -83,7 +83,16 @@ class Method(Protocol):
     def scores(
         self, coupling: Coupling, calibration: Iterable[Any] | None, tasks: Mapping[str, Task] | None
     ) -> np.ndarray:
-        """Return (channels,) scores; the lowest goes first."""
+        """Return (channels,) scores; the lowest goes first.
+
+        Args:
+            coupling: the coupled network.
+            calibration: the batches, as they were passed, or those of a `Calibration`; None if there are none.
+            tasks: name -> Task; None if there are none.
+
+        Returns:
+            (channels,) finite numbers, anything else is a PlanError.
+        """
         ...
 
 

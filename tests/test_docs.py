@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pages import COMMANDS, ELSEWHERE, PAGES, ROOT, Runner, blocks_of, commands_of, own_tables
@@ -137,17 +139,37 @@ def test_numbers_of_benchmarks_are_those_of_their_tables() -> None:
     assert killed == 0
     assert f"Of the [{networks} networks]" in comparison
     assert f"fxprune cuts all {networks}, each equal" in comparison
-    assert f"does so with {tp_exact}; {differs} differs, {unchanged} come back unchanged" in comparison
-    assert f"{runs} run and cannot be compared, {raises} raise, and {long} took longer" in comparison
-    assert f"(all {networks} at half of their macs, equal to the masked original; {tp_exact} by Torch" in readme
+    shares = [row["torch_pruning"]["share"] for row in _zoo() if row["torch_pruning"]["outcome"] == "exact"]
+    assert len(shares) == tp_exact
+    more, most = sum(share > 0.55 for share in shares), max(shares)
+    assert (
+        f"original with {tp_exact} (of which {more} keep more than 55 % of the macs, up to {100 * most:.0f} %)"
+        in comparison
+    )
+    assert f"; {differs} differs, {unchanged} come back unchanged, {raises} raise, and {long} took longer" in comparison
+    assert f"{runs} more run, but the benchmark cannot compare them" in comparison
+    assert (
+        f"(all {networks} at half of their macs, equal to the masked original; with Torch-Pruning {tp_exact}" in readme
+    )
+    assert f"and {runs} could not be compared" in readme
     quality = _text("docs/benchmarks/quality.md")
     counts = [re.search(rf"^\| {stage} +\|(.+)\|$", quality, re.MULTILINE) for stage in STAGES]
-    wins, even, losses = (sum(int(row[1].split("|")[i]) for row in counts if row) for i in range(3))
-    assert f"in each cell: {wins} wins, {even} even, {losses} losses" in readme
+    cut, refreshed, tuned = ([int(number) for number in row[1].split("|")] for row in counts if row)
+    before = [a + b for a, b in zip(cut, refreshed, strict=True)]
+    assert before[1:] == [0, 0]
+    assert tuned[2] == 0
+    assert f"in each cell: {before[0]} wins of {sum(before)} before fine-tuning" in readme
+    assert f"then {tuned[0]} wins and {tuned[1]} even" in readme
     table = _text("docs/benchmarks/speed.md").partition("## Same job, side by side")[2].partition("## ")[0]
     ratios = re.findall(r"\| (\d\.\d+) +\|$", table, re.MULTILINE)
     assert len(ratios) == 4
     assert f"takes {min(ratios)} to {max(ratios)} times as long" in comparison
+
+
+def _zoo() -> list[dict[str, Any]]:
+    """Return the last row of each network."""
+    lines = (ROOT / "docs/benchmarks/zoo.jsonl").read_text(encoding="utf-8").splitlines()
+    return list({(row["family"], row["name"]): row for row in map(json.loads, lines)}.values())
 
 
 def _text(page: str) -> str:

@@ -173,6 +173,8 @@ def test_a_calibration_without_batches_is_told(setting: Any) -> None:
     slim = fxprune.rewrite(coupling, plan)
     with pytest.raises(PlanError, match="sequential=True reads batches, and this calibration has none"):
         compensate(coupling, plan, slim, replace(known, batches=None), sequential=True)
+    with pytest.raises(PlanError, match=r"sequential=True reads batches: pass `calibration="):
+        fxprune.compile(setting[0], images(1, 0)[0], BUDGET, method=methods.Joint(sequential=True), progress=False)
     with pytest.raises(PlanError, match="weights are corrected or not"):
         methods.Joint(sequential=True, compensate=False)
 
