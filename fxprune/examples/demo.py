@@ -138,7 +138,8 @@ def run(*, seed: int = 0, budget: float = 0.5, out: Path = Path("fxprune_demo"),
         train(slim, splits.train, recipe.tune_epochs, recipe.tune_learning_rate, seed + 1, label="fine-tuning")
     with _timed("measuring", seconds):
         tuned = evaluate(slim, splits.test)
-        latencies = {size: measure(dense, slim, splits.test.images[:size]) for size in BATCH_SIZES}
+        rounds = {size: 20 if quick else max(1000 // size, 100) for size in BATCH_SIZES}
+        latencies = {size: measure(dense, slim, splits.test.images[:size], rounds[size]) for size in BATCH_SIZES}
     with _timed("saving", seconds):
         fxprune.save(slim, out / "slim")
         check_saved(slim, out / "slim", splits.test.images[:8])
@@ -172,10 +173,10 @@ def _network(seed: int) -> SceneNet:
         return SceneNet()
 
 
-def measure(dense: nn.Module, slim: nn.Module, images: Tensor) -> fxprune.MeasuredLatency:
-    """Time both networks in turns, more often on few images."""
+def measure(dense: nn.Module, slim: nn.Module, images: Tensor, rounds: int) -> fxprune.MeasuredLatency:
+    """Time both networks in turns."""
     images = images.contiguous(memory_format=torch.channels_last)  # as `train` leaves the weights
-    return fxprune.measure_latency(dense, slim, images, rounds=max(1000 // len(images), 100))
+    return fxprune.measure_latency(dense, slim, images, rounds=rounds)
 
 
 @torch.no_grad()
