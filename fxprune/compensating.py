@@ -46,13 +46,14 @@ def compensate(
             on those of all ranks.
         damping: share of the mean diagonal that is added to H; as in planning.
         sequential: afterwards fit each layer again, from the first to the last, to what the dense network answers there
-            from what the slim one by now reads there; the calibration must have its batches.
+            from what the slim one by now reads there; the calibration must have its batches, of which as many are read
+            as the values of both networks fit into 4 GiB.
 
     Returns:
         The weights that were corrected.
 
     Raises:
-        PlanError: `sequential`, and the calibration has no batches.
+        PlanError: `sequential`, and the calibration has no batches, or fewer than four samples.
     """
     if sequential:
         check_batches(calibration)

@@ -12,6 +12,8 @@ from fxprune.eliminating import damped_solve
 
 STEPS = (1, 10, 100, 1000)
 """How many times the damping is tried, where data are few."""
+STILL = 1e-4
+"""Values that vary by less than this share of their mean square are no better than constants."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,7 @@ class Answers:
         across: (blocks, n, outputs) of both.
         read: (blocks, n) mean of what it reads; zero where moments are not centred.
         wanted: (blocks, outputs) mean of what it should answer.
+        size: (blocks,) mean square of what it reads, means included.
     """
 
     rows: int
@@ -31,6 +34,7 @@ class Answers:
     across: torch.Tensor
     read: torch.Tensor
     wanted: torch.Tensor
+    size: torch.Tensor
 
     @staticmethod
     def of(grams: Sequence[Gram], n: int, *, centred: bool) -> Answers:
@@ -44,18 +48,20 @@ class Answers:
         rows = sum(gram.rows for gram in grams)
         second, mean = (torch.stack(parts).sum(0) / rows for parts in zip(*(g.sums for g in grams), strict=True))
         second = torch.tril(second) + torch.tril(second, -1).transpose(1, 2)
+        size = second.diagonal(dim1=1, dim2=2)[:, :n].mean(1)
         if centred:
             second = second - mean[:, :, None] * mean[:, None, :]
-        return Answers(rows, second[:, :n, :n], second[:, :n, n:], mean[:, :n], mean[:, n:])
+        return Answers(rows, second[:, :n, :n], second[:, :n, n:], mean[:, :n], mean[:, n:], size)
 
     def fitted(self, weight: torch.Tensor, damping: float) -> torch.Tensor:
         """Return the weight (blocks, n, outputs) of least squared error, drawn to a given one by the damping.
 
-        The damping is a share of the mean diagonal of what is read.
+        The damping is a share of the mean diagonal of what is read; what hardly varies for its size is taken for a
+        constant, of which nothing can be told.
         """
         change = [
-            damped_solve(own, damping * float(own.diagonal().mean()), missing)
-            for own, missing in zip(self.own, self.across - self.own @ weight, strict=True)
+            damped_solve(own, damping * max(float(own.diagonal().mean()), STILL * float(size)), missing)
+            for own, missing, size in zip(self.own, self.across - self.own @ weight, self.size, strict=True)
         ]
         return weight + torch.stack(change)
 

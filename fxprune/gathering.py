@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fxprune.accumulating import ClassTotals, Gram, Spread
+from fxprune.functions import as_function
 from fxprune.memberships import Memberships
 from fxprune.sums import Layer, Sums
 
@@ -79,12 +80,12 @@ class Gatherer(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function; read what goes into a layer, and listen to what comes out."""
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = func(*args, **(kwargs or {}))
+        func, args, kwargs = as_function(func, args, kwargs)
         call = call_of(self._names, func, args, kwargs)
         if call is None:
             if func is F.batch_norm:
-                self._read_norm(args[0], self._names.get(id(args[1] if args[1:] else kwargs.get("running_mean"))))
+                self._read_norm(kwargs["input"], self._names.get(id(kwargs.get("running_mean"))))
             return out
         return self._read(call, args[0], out)
 
@@ -107,15 +108,15 @@ class Gatherer(TorchFunctionMode):
             out = out + self.anchor.to(out)
         scale = self.samples**2 * _positions_of(out, is_conv=is_conv) / max(len(places[0]), 1)
         out.register_hook(lambda g: self._add_gradient(sums, g, places, scale, is_conv=is_conv))
-        out._comes_from = layer.name  # pyright: ignore[reportAttributeAccessIssue]
+        out._comes_from = layer.name, out._version, is_conv or out.ndim == 2  # pyright: ignore[reportAttributeAccessIssue]
         return out
 
     def _read_norm(self, x: torch.Tensor, running_mean: str | None) -> None:
         if running_mean is None:
             return
         self.spreads.setdefault(running_mean, Spread()).add(x)
-        name = getattr(x, "_comes_from", None)
-        if name is not None:
+        name, version, is_dim_1 = getattr(x, "_comes_from", ("", 0, False))
+        if is_dim_1 and x._version == version:  # of its channels, and nothing has written to them
             self.sums[name].norm = running_mean
 
     def _add_gradient(
@@ -170,7 +171,7 @@ class Lister(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function; note the layer that it is."""
-        call = call_of(self._names, func, args, kwargs or {})
+        call = call_of(self._names, *as_function(func, args, kwargs))
         if call is not None:
             self.layers[call.layer.name] = call.layer
         return func(*args, **(kwargs or {}))

@@ -15,13 +15,14 @@ from fxprune import sharing
 from fxprune.accumulating import Spread
 from fxprune.calibrating import Calibration
 from fxprune.coupling import Coupling
+from fxprune.functions import as_function
 from fxprune.opening import opened
 from fxprune.plans import Plan
 from fxprune.sums import spreads_of_all
 from fxprune.tasks import evaluating, run_batch
 
-BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-"""The arguments of `torch.nn.functional.batch_norm`."""
+EPS = 1e-5
+"""Of `torch.nn.functional.batch_norm`, where it is not told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +38,12 @@ class Norm:
     spread: torch.Tensor
 
     @staticmethod
-    def of(mean: torch.Tensor, var: torch.Tensor, running_mean: torch.Tensor, running_var: torch.Tensor) -> Norm:
+    def of(
+        mean: torch.Tensor, var: torch.Tensor, running_mean: torch.Tensor, running_var: torch.Tensor, eps: float
+    ) -> Norm:
         """Return what a batch norm of these statistics does to values of this mean and variance, (channels,) each."""
-        running_mean, running_var = running_mean.double().cpu(), running_var.double().cpu()
-        return Norm((mean - running_mean) / running_var.sqrt(), var / running_var)
+        running_mean, wide = running_mean.double().cpu(), running_var.double().cpu() + eps
+        return Norm((mean - running_mean) / wide.sqrt(), var / wide)
 
     @property
     def lives(self) -> torch.Tensor:
@@ -62,11 +65,37 @@ def norms_of(coupling: Coupling, plan: Plan, calibration: Calibration) -> dict[s
     """Return what the dense network's batch norms did to the data, in the channels that stay."""
     coupling = opened(coupling, plan.classes)
     state = {name: tensor for name, tensor, _ in coupling.traced.state}
-    found = {}
+    found, eps = {}, _eps_of(coupling)
     for name, (mean, var) in calibration.norms.items():
-        norm = Norm.of(mean, var, state[name], state[f"{name.removesuffix('mean')}var"])
-        found[name] = Norm(plan.cut(name, norm.level), plan.cut(name, norm.spread))
+        running_var = state.get(f"{name.removesuffix('mean')}var")
+        if running_var is not None:  # else it is called as a function, with statistics that have names of their own
+            norm = Norm.of(mean, var, state[name], running_var, eps.get(name, EPS))
+            found[name] = Norm(plan.cut(name, norm.level), plan.cut(name, norm.spread))
     return found
+
+
+def _eps_of(coupling: Coupling) -> dict[str, float]:
+    """Return running mean -> eps of the batch norm, of those that run on the example inputs."""
+    module = coupling.traced.module
+    lister = _Lister({id(t): name for name, t in [*module.named_parameters(), *module.named_buffers()]})
+    with torch.no_grad(), evaluating(module), lister:
+        module(*coupling.traced.args, **coupling.traced.kwargs)
+    return lister.eps
+
+
+class _Lister(TorchFunctionMode):
+    """Lists the batch norms that run."""
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        super().__init__()
+        self.eps: dict[str, float] = {}
+        self._names = names
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind, _, given = as_function(func, args, kwargs)
+        if kind is F.batch_norm and id(given.get("running_mean")) in self._names:
+            self.eps[self._names[id(given["running_mean"])]] = given.get("eps", EPS)
+        return func(*args, **(kwargs or {}))
 
 
 def estimate_statistics(slim: nn.Module, norms: Mapping[str, Norm], batches: Iterable[Any]) -> None:
@@ -103,21 +132,18 @@ class _Estimator(TorchFunctionMode):
         self._norms = norms
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.batch_norm:
-            return func(*args, **kwargs)
-        given = dict(zip(BATCH_NORM, args, strict=False)) | kwargs
-        known = self._norms.get(id(given.get("running_mean")))
+        kind, _, given = as_function(func, args, kwargs)
+        known = self._norms.get(id(given.get("running_mean"))) if kind is F.batch_norm else None
         if known is None:
-            return func(*args, **kwargs)
+            return func(*args, **(kwargs or {}))
         name, norm = known
-        x, mean, var, eps = given["input"], given["running_mean"], given["running_var"], given.get("eps", 1e-5)
+        x, mean, var, eps = given["input"], given["running_mean"], given["running_var"], given.get("eps", EPS)
         own = Spread()
         own.add(x)
         self.spreads.setdefault(name, Spread()).add(x)
         self.eps[name] = eps
-        new = [
+        mean, var = (
             torch.where(norm.lives, value, old.double().cpu()).to(old)
             for value, old in zip(norm.matched(own.mean, own.var, eps), (mean, var), strict=True)
-        ]
-        return func(x, *new, given.get("weight"), given.get("bias"), False, 0.0, eps)
+        )
+        return F.batch_norm(x, mean, var, given.get("weight"), given.get("bias"), False, 0.0, eps)

@@ -21,6 +21,7 @@ from fxprune.atoms import FIXED
 from fxprune.calibrating import samples_in
 from fxprune.coupling import Coupling
 from fxprune.errors import PlanError
+from fxprune.functions import as_function
 from fxprune.gathering import CONVOLUTIONS
 from fxprune.layers import channels_of, layers_of
 from fxprune.memberships import LabelReader, Memberships
@@ -160,9 +161,10 @@ class _Reader(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function; read what goes into a layer."""
         out = func(*args, **(kwargs or {}))
+        func, args, kwargs = as_function(func, args, kwargs)
         is_conv = func in CONVOLUTIONS
         if (is_conv or func is F.linear) and args:
-            weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
+            weight = args[1] if len(args) > 1 else kwargs.get("weight")
             name = self._names.get(id(weight), "")
             if name in self._inputs and not hasattr(args[0], "_is_read"):  # or another layer has read the same tensor
                 self._read(f"{name}|in", args[0], self._inputs[name], is_conv=is_conv)

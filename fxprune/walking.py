@@ -10,22 +10,23 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
+from fxprune.functions import as_function
 from fxprune.gathering import Call, call_of
-from fxprune.norms import BATCH_NORM
 from fxprune.running import Runner
 from fxprune.values import clones, tensors_in
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A layer or batch norm at work, or a parameter that something else reads.
+    """A layer or batch norm at work, or a parameter or buffer that something else reads.
 
     Attributes:
         name: of the layer's weight, of the batch norm's running mean, or of the parameter.
         call: how the layer uses its weight; None for all others.
         x: what went in.
-        out: what came out.
+        out: what came out; of a layer, without a bias that is computed and no parameter.
         eps: of the batch norm.
         scale: the batch norm's weight, if it has one.
     """
@@ -99,18 +100,22 @@ class _Watch(TorchFunctionMode):
         return seen
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = func(*args, **(kwargs or {}))
+        func, args, kwargs = as_function(func, args, kwargs)
         if func is F.batch_norm:
-            given = dict(zip(BATCH_NORM, args, strict=False)) | kwargs
-            name = self._names.get(id(given.get("running_mean")))
+            name = self._names.get(id(kwargs.get("running_mean")))
             if name is not None:
-                self._seen.append(Seen(name, None, given["input"], out, given.get("eps", 1e-5), given.get("weight")))
+                seen = Seen(name, None, kwargs["input"], out, kwargs.get("eps", 1e-5), kwargs.get("weight"))
+                self._seen.append(seen)
             return out
         call = call_of(self._names, func, args, kwargs, single=True)
         if call is not None:
-            self._seen.append(Seen(call.layer.name, call, args[0], out))
-        elif isinstance(out, torch.Tensor):
-            read = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor) and id(a) in self._names]
-            self._seen += [Seen(self._names[id(a)], None, a, out) for a in read]
+            bias = kwargs.get("bias", args[2] if len(args) > 2 else None)
+            made = out
+            if bias is not None and call.layer.bias is None:
+                made = out - bias.reshape(-1, *[1] * len(call.kernel))
+            self._seen.append(Seen(call.layer.name, call, args[0], made))
+        else:
+            read = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor) and id(a) in self._names]
+            self._seen += [Seen(self._names[id(a)], None, a, a) for a in read]
         return out
