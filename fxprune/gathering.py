@@ -157,23 +157,28 @@ def call_of(names: Mapping[int, str], func: Any, args: Any, kwargs: Any, *, sing
 
 
 class Lister(TorchFunctionMode):
-    """Lists the layers that a network runs.
+    """Lists the layers and batch norms that a network runs.
 
     Attributes:
         layers: weight -> layer.
+        eps: running mean -> eps of the batch norm.
     """
 
     def __init__(self, names: Mapping[int, str]) -> None:
-        """Look for weights: id of a parameter -> its name."""
+        """Look for weights and running means: id of a parameter or buffer -> its name."""
         super().__init__()
         self.layers: dict[str, Layer] = {}
+        self.eps: dict[str, float] = {}
         self._names = names
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run a function; note the layer that it is."""
-        call = call_of(self._names, *as_function(func, args, kwargs))
+        """Run a function; note the layer or batch norm that it is."""
+        kind, given, named = as_function(func, args, kwargs)
+        call = call_of(self._names, kind, given, named)
         if call is not None:
             self.layers[call.layer.name] = call.layer
+        elif kind is F.batch_norm and id(named.get("running_mean")) in self._names:
+            self.eps[self._names[id(named["running_mean"])]] = named["eps"]
         return func(*args, **(kwargs or {}))
 
 

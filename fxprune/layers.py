@@ -13,19 +13,28 @@ from fxprune.gathering import Lister
 from fxprune.sums import Layer
 from fxprune.tasks import evaluating
 
-_LAYERS: WeakKeyDictionary[torch.nn.Module, list[Layer]] = WeakKeyDictionary()
+_LISTED: WeakKeyDictionary[torch.nn.Module, Lister] = WeakKeyDictionary()
 """Of traced modules that were asked for theirs: to find them takes a run."""
 
 
 def layers_of(coupling: Coupling) -> list[Layer]:
     """Return the weighted layers of a network, as seen in one run, in eval mode, on the example inputs."""
+    return list(_listed(coupling).layers.values())
+
+
+def eps_of(coupling: Coupling) -> dict[str, float]:
+    """Return running mean -> eps of the batch norms of a network, as seen in the same run."""
+    return _listed(coupling).eps
+
+
+def _listed(coupling: Coupling) -> Lister:
     module = coupling.traced.module
-    if module not in _LAYERS:
+    if module not in _LISTED:
         lister = Lister({id(p): name for name, p in [*module.named_parameters(), *module.named_buffers()]})
         with torch.no_grad(), evaluating(module), lister:
             module(*coupling.traced.args, **coupling.traced.kwargs)
-        _LAYERS[module] = list(lister.layers.values())
-    return _LAYERS[module]
+        _LISTED[module] = lister
+    return _LISTED[module]
 
 
 def channels_of(coupling: Coupling, layer: Layer) -> tuple[np.ndarray, np.ndarray]:

@@ -16,13 +16,11 @@ from fxprune.accumulating import Spread
 from fxprune.calibrating import Calibration
 from fxprune.coupling import Coupling
 from fxprune.functions import as_function
+from fxprune.layers import eps_of
 from fxprune.opening import opened
 from fxprune.plans import Plan
 from fxprune.sums import spreads_of_all
 from fxprune.tasks import evaluating, run_batch
-
-EPS = 1e-5
-"""Of `torch.nn.functional.batch_norm`, where it is not told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,37 +63,13 @@ def norms_of(coupling: Coupling, plan: Plan, calibration: Calibration) -> dict[s
     """Return what the dense network's batch norms did to the data, in the channels that stay."""
     coupling = opened(coupling, plan.classes)
     state = {name: tensor for name, tensor, _ in coupling.traced.state}
-    found, eps = {}, _eps_of(coupling)
+    found, eps = {}, eps_of(coupling)
     for name, (mean, var) in calibration.norms.items():
         running_var = state.get(f"{name.removesuffix('mean')}var")
         if running_var is not None:  # else it is called as a function, with statistics that have names of their own
-            norm = Norm.of(mean, var, state[name], running_var, eps.get(name, EPS))
+            norm = Norm.of(mean, var, state[name], running_var, eps[name])
             found[name] = Norm(plan.cut(name, norm.level), plan.cut(name, norm.spread))
     return found
-
-
-def _eps_of(coupling: Coupling) -> dict[str, float]:
-    """Return running mean -> eps of the batch norm, of those that run on the example inputs."""
-    module = coupling.traced.module
-    lister = _Lister({id(t): name for name, t in [*module.named_parameters(), *module.named_buffers()]})
-    with torch.no_grad(), evaluating(module), lister:
-        module(*coupling.traced.args, **coupling.traced.kwargs)
-    return lister.eps
-
-
-class _Lister(TorchFunctionMode):
-    """Lists the batch norms that run."""
-
-    def __init__(self, names: Mapping[int, str]) -> None:
-        super().__init__()
-        self.eps: dict[str, float] = {}
-        self._names = names
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kind, _, given = as_function(func, args, kwargs)
-        if kind is F.batch_norm and id(given.get("running_mean")) in self._names:
-            self.eps[self._names[id(given["running_mean"])]] = given.get("eps", EPS)
-        return func(*args, **(kwargs or {}))
 
 
 def estimate_statistics(slim: nn.Module, norms: Mapping[str, Norm], batches: Iterable[Any]) -> None:
@@ -137,7 +111,7 @@ class _Estimator(TorchFunctionMode):
         if known is None:
             return func(*args, **(kwargs or {}))
         name, norm = known
-        x, mean, var, eps = given["input"], given["running_mean"], given["running_var"], given.get("eps", EPS)
+        x, mean, var, eps = given["input"], given["running_mean"], given["running_var"], given["eps"]
         own = Spread()
         own.add(x)
         self.spreads.setdefault(name, Spread()).add(x)

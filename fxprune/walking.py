@@ -105,7 +105,7 @@ class _Watch(TorchFunctionMode):
         if func is F.batch_norm:
             name = self._names.get(id(kwargs.get("running_mean")))
             if name is not None:
-                seen = Seen(name, None, kwargs["input"], out, kwargs.get("eps", 1e-5), kwargs.get("weight"))
+                seen = Seen(name, None, kwargs["input"], out, kwargs["eps"], kwargs.get("weight"))
                 self._seen.append(seen)
             return out
         call = call_of(self._names, func, args, kwargs, single=True)
