@@ -176,6 +176,7 @@ class _Explained:
         self.rest = dictionary.gram / scale[:, None] / scale
         self.choice = dictionary.choice
         self._targets = None if targets is None else torch.from_numpy(targets)
+        self._taken = np.zeros(len(diagonal), dtype=bool)
         self._floor = RANK * float(self.rest.diagonal().max()) if len(diagonal) else 0.0
         self.take(-1)
 
@@ -186,6 +187,17 @@ class _Explained:
             if pivot > self._floor:
                 row = self.rest[at].clone()
                 self.rest.addr_(row, row, alpha=-1 / pivot)
+                self._taken[at] = True
+        if self._taken.sum() * 8 > len(self._taken):
+            self._forget()
+
+    def _forget(self) -> None:
+        """Drop the vectors that were taken in: nothing of them is left to explain, and they answer no more."""
+        left = ~self._taken
+        at = torch.from_numpy(np.flatnonzero(left))
+        self.rest = self.rest[at[:, None], at]
+        self._targets = None if self._targets is None else self._targets[at]
+        self.choice, self.squares, self._taken = self.choice[left], self.squares[left], self._taken[left]
 
     def answers(self, total: np.ndarray) -> None:
         """Add to `total` (choices,) how much of what is not explained is along the vectors of each choice."""

@@ -12,6 +12,7 @@ from fxprune.calibrating import samples_in
 from fxprune.coupling import Coupling
 from fxprune.grouping import Group
 from fxprune.rerunning import OUTPUT, Rerun, Values
+from fxprune.slicing import slice_tensor
 from fxprune.tasks import Task
 from fxprune.values import tensors_in
 
@@ -42,6 +43,8 @@ class LayerJudge:
             if max_bytes < 0:
                 break
             self._dense.append(found)
+        whole = len(self._dense) == len(rerun.batches)
+        self._again = None if whole else Rerun(coupling, rerun.batches, (), max_bytes=0)
 
     def error(self, group: int, keep: np.ndarray, values: Values) -> float:
         """Return the error of a group.
@@ -54,7 +57,7 @@ class LayerJudge:
         ends, stays = self._ends[group], np.append(keep, True)
         sums: dict[str, np.ndarray] = {name: np.zeros(2) for name in ends}
         for i, found in enumerate(self._rerun.run(values, ends)):
-            dense = self._dense[i] if i < len(self._dense) else self._rerun.one(i, {}, ends)
+            dense = self._again.one(i, {}, ends) if self._again and i >= len(self._dense) else self._dense[i]
             for name in ends:
                 sums[name] += self._squares(name, found[name], dense[name], stays)
         return sum(_ratio(*pair) for pair in sums.values())
@@ -64,11 +67,16 @@ class LayerJudge:
         for t, a, b in zip(self._coupling.at(name), tensors_in(found), tensors_in(dense), strict=True):
             if not a.is_floating_point():
                 continue
+            kept = self._rerun.kept
+            if kept is not None:
+                b = slice_tensor(b, t.labels, kept)
             for dim, channels in enumerate(t.labels):
                 if channels is None or channels.size != channels.shape[dim]:
                     continue
+                here = channels.ravel()
+                here = here if kept is None else here[kept.keep[here]]
                 shape = [-1 if d == dim else 1 for d in range(a.ndim)]
-                mask = torch.from_numpy(stays[channels].ravel()).to(a).reshape(shape)
+                mask = torch.from_numpy(stays[here]).to(a).reshape(shape)
                 a, b = a * mask, b * mask
             total += (float((a - b).double().square().sum()), float(b.double().square().sum()))
         return total

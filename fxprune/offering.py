@@ -160,7 +160,8 @@ class Offering:
 
     def _with_offers(self, branch: Branch, number: int) -> Branch:
         """Return a network with offers of all groups; go over to it, for them to be measured."""
-        self.rerun.commit(branch.now.values)
+        alone = self._beam == 1
+        self.rerun.commit(branch.now.values, branch.now.keep if alone else None)
         offers = dict(branch.offers) if self.method.remember else {}
         missing = [group for group in self.coupling.groups() if group.index not in offers]
         made = sharing.spread("offers", lambda group: self._offer(branch, group, number), missing)

@@ -3,41 +3,53 @@
 Candidates of a search differ from the network it is at in a few layers. What lies before these, or beside them, is the
 same for all: it is computed once, and kept as far as memory allows. Nodes that write to their input write to a copy,
 and who reads the input later reads what was written; where that cannot be told, the whole network runs every time.
+
+What has gone for good is zero in the weights of a candidate. Once much has gone, a slim network runs in its place.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
-from torch.func import functional_call
 
+from fxprune.building import build
+from fxprune.cloning import clone, named_state
 from fxprune.coupling import Coupling
+from fxprune.errors import RewriteError
 from fxprune.running import Runner
+from fxprune.slicing import Kept, kept_size, slice_tensor
 from fxprune.tasks import evaluating, inputs_of
 from fxprune.traced import copied
 from fxprune.values import bind, clones, tensors_in
 
+logger = logging.getLogger(__name__)
+
 OUTPUT = "output"
 """Name of the node that stands for what the network returns."""
+NARROW = 0.8
+"""The network that runs is made anew once at most this share of its multiply-accumulates is needed."""
 Values = Mapping[str, torch.Tensor]
 
 
 class Rerun:
-    """A network on some batches, at some values of its parameters.
+    """A network on some batches, at some values of its parameters: all are of the dense shapes.
 
     Attributes:
+        kept: which channels the network that runs has; None for all.
         runs: how often it ran on all batches, in part or in whole.
         work: multiply-accumulates of these runs, as a multiple of those of one run of the whole dense network.
         sharing: whether runs are in part at all.
     """
 
     def __init__(
-        self, coupling: Coupling, batches: Iterable[Any], changes: Iterable[Container[str]], *, max_bytes: int = 2 << 30
+        self, coupling: Coupling, batches: Iterable[Any], changes: Iterable[Iterable[str]], *, max_bytes: int = 2 << 30
     ) -> None:
         """Remember what the runs that are to come start from.
 
@@ -48,24 +60,35 @@ class Rerun:
             max_bytes: activations may take so much memory; batches for which there is none are run in whole.
         """
         self.batches = list(batches)
+        self.kept: Kept | None = None
         self.runs, self.work = 0, 0.0
-        self._root = coupling.traced.root
-        self._names = _aliases(coupling)
-        self._macs = _macs(coupling)
+        self._coupling = coupling
+        self._changes = [frozenset(names) for names in changes]
+        self._max_bytes = max_bytes
+        self._narrows = True
         self._values: dict[str, torch.Tensor] = {}
-        graph, self._writes = copied(coupling.traced.graph), dict[str, set[str]]()
+        self._cut: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._load(coupling.traced.root, coupling.traced.graph)
+
+    def _load(self, root: nn.Module, original: fx.Graph) -> None:
+        """Run this network from now on, at its own values."""
+        self._root, self._names = root, _aliases(self._coupling, root)
+        self._macs = _macs(self._coupling, self.kept)
+        self._values, self._cut = {}, {}
+        graph, self._writes = copied(original), dict[str, set[str]]()
         with self._quiet():
-            plain = _without_writes(self._root, graph, self._inputs(graph, self.batches[0])) if self.batches else {}
+            plain = _without_writes(root, graph, self._inputs(graph, self.batches[0])) if self.batches else {}
         self.sharing = plain is not None
         if plain is not None:
             self._writes = plain
-        self._graph = graph if self.sharing else copied(coupling.traced.graph)
+        self._graph = graph if self.sharing else copied(original)
+        self._runner = _Rerunner(root, self._graph)
         self._nodes = list(self._graph.nodes)
-        self._reads = {n.name: self._used(n, coupling) for n in self._nodes}
+        self._reads = {n.name: self._used(n) for n in self._nodes}
         self._plans: dict[Any, list[tuple[fx.Node, list[fx.Node]]]] = {}
-        self._starts = self._frontier(changes)
+        self._starts = self._frontier(self._changes)
         self._known: list[dict[str, Any]] = [{} for _ in self.batches]
-        room = max_bytes if self.sharing else 0
+        room = self._max_bytes if self.sharing else 0
         for i in range(len(self.batches)):
             found = self._run(i, {}, self._starts)
             room -= sum(t.numel() * t.element_size() for t in tensors_in(found))
@@ -78,12 +101,52 @@ class Rerun:
         """Which share of the batches starts from remembered activations."""
         return sum(map(bool, self._known)) / max(len(self.batches), 1) if self._starts else 1.0
 
-    def commit(self, values: Values) -> None:
-        """Go over to other values of parameters and buffers: all that differ from those of the network."""
+    def commit(self, values: Values, keep: np.ndarray | None = None) -> None:
+        """Go over to other values of parameters and buffers.
+
+        Args:
+            values: all that differ from those of the network.
+            keep: (channels,) which channels may still be needed: the others are zero from now on, and once they are
+                many, they do not run any more. All without it.
+        """
+        if self.batches:
+            self._narrow(np.ones(self._coupling.num_channels, dtype=bool) if keep is None else keep)
         for i, known in enumerate(self._known):
             if known:
                 self._known[i] = known | self._run(i, values, self._starts)
         self._values = dict(values)
+
+    def _narrow(self, keep: np.ndarray) -> None:
+        """Go over to a network that has no more than the channels that may be needed, if it is much smaller."""
+        traced = self._coupling.traced
+        if (keep & ~self.keep).any():
+            self.kept = None
+            self._load(traced.root, traced.graph)
+        costs = self._coupling.costs
+        if not self._narrows or costs(keep).macs > NARROW * costs(self.keep).macs:
+            return
+        try:
+            slim = build(self._coupling, keep)
+        except RewriteError as error:
+            self._narrows = False
+            logger.info("candidates run at the dense network's width: %s", error)
+            return
+        self.kept = Kept(np.append(keep, True))
+        self._load(slim, slim.graph)
+
+    @property
+    def keep(self) -> np.ndarray:
+        """(channels,) which channels the network that runs has."""
+        return np.ones(self._coupling.num_channels, dtype=bool) if self.kept is None else self.kept.keep[:-1]
+
+    def cut(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """Return what the network that runs has of a parameter or buffer."""
+        if self.kept is None or name not in self._coupling.tensors:
+            return value
+        known = self._cut.get(name)
+        if known is None or known[0] is not value:
+            known = self._cut[name] = value, slice_tensor(value, self._coupling.tensors[name][1], self.kept)
+        return known[1]
 
     def run(self, values: Values, wanted: Iterable[str] = (OUTPUT,)) -> Iterator[dict[str, Any]]:
         """Yield what nodes return, batch by batch.
@@ -111,7 +174,8 @@ class Rerun:
             self._plans[key] = self._plan(key[0], wanted, known)
         found: dict[str, Any] = {}
         with self._quiet():
-            runner = _Rerunner(self._root, self._graph, values, self._names)
+            runner = self._runner
+            runner.start({name: self.cut(name, value) for name, value in values.items()})
             given = self._inputs(self._graph, self.batches[i])
             places = [n.name for n in self._nodes if n.op == "placeholder"]
             inputs = dict(zip(places, given if self.sharing else clones(given), strict=True))
@@ -129,6 +193,7 @@ class Rerun:
                     found[n.name] = value if self.sharing else clones(value)
                 for last in done:
                     runner.env.pop(last, None)
+            runner.start({})
         if count:
             self.work += sum(self._macs.get(n.name, 0.0) for n, _ in self._plans[key]) / len(self.batches)
         return found | {name: known[name] for name in wanted if name not in found and name in known}
@@ -165,10 +230,10 @@ class Rerun:
             found |= {s.name for n in dirty for s in n.all_input_nodes if s not in dirty and s.op != "placeholder"}
         return tuple(n.name for n in self._nodes if n.name in found)
 
-    def _used(self, n: fx.Node, coupling: Coupling) -> set[str]:
+    def _used(self, n: fx.Node) -> set[str]:
         if n.op not in ("call_module", "get_attr"):
             return set()
-        names = [*(name for name, _, _ in coupling.traced.state), *self._names]
+        names = [*(name for name, _, _ in self._coupling.traced.state), *self._names]
         target = str(n.target)
         return {self._names.get(name, name) for name in names if name == target or name.startswith(f"{target}.")}
 
@@ -183,12 +248,19 @@ class Rerun:
 
 
 class _Rerunner(Runner):
-    """Runs nodes with other values of parameters and buffers."""
+    """Runs nodes with other values of parameters and buffers: on copies of modules, made once for the same values."""
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, values: Values, names: Mapping[str, str]) -> None:
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         super().__init__(root, graph)
-        self._values = {names.get(name, name): value for name, value in values.items()}
-        self._names = names
+        self._ids = {name: id(t) for name, t in _named(root)}
+        self._held: dict[str, list[int]] = {}
+        self._values: dict[int, torch.Tensor] = {}
+        self._copies: dict[str, tuple[dict[int, torch.Tensor], Any]] = {}
+
+    def start(self, values: Values) -> None:
+        """Forget what has run; run on other values from now on."""
+        self.env = {}
+        self._values = {self._ids[name]: value for name, value in values.items()}
 
     def run_apart(self, n: fx.Node, written: Container[str]) -> Any:
         """Run a node; what it writes to is copied before."""
@@ -200,40 +272,50 @@ class _Rerunner(Runner):
             self.env.update(saved)
 
     def fetch_attr(self, target: str) -> Any:
-        """Return what a node refers to."""
-        name = self._names.get(target, target)
-        return self._values[name] if name in self._values else super().fetch_attr(target)
+        """Return what a node refers to, with the values of this run."""
+        part = super().fetch_attr(target)
+        if isinstance(part, torch.Tensor):
+            return self._values.get(id(part), part)
+        if not isinstance(part, nn.Module):
+            return part
+        if target not in self._held:
+            self._held[target] = [id(t) for _, t, _ in named_state(part)]
+        mine = {i: self._values[i] for i in self._held[target] if i in self._values}
+        if not mine:
+            return part
+        known = self._copies.get(target)
+        if known is None or known[0].keys() != mine.keys() or any(known[0][i] is not t for i, t in mine.items()):
+            known = self._copies[target] = mine, clone(part, mine)
+        return known[1]
 
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Run a module, on other values where it has some."""
-        module, prefix = self.fetch_attr(target), f"{target}."
-        names = [name for name in self._known(module, prefix) if self._names.get(name, name) in self._values]
-        if not names:
-            return super().call_module(target, args, kwargs)
-        values = {name.removeprefix(prefix): self._values[self._names.get(name, name)] for name in names}
-        return functional_call(module, values, args, kwargs, tie_weights=True)
 
-    def _known(self, module: nn.Module, prefix: str) -> list[str]:
-        return [prefix + name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+def _named(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield parameters, buffers and plain tensors, shared ones by all their names."""
+    yield from ((name, t) for name, t, _ in named_state(root))
+    yield from root.named_parameters(remove_duplicate=False)
+    yield from root.named_buffers(remove_duplicate=False)
 
 
-def _aliases(coupling: Coupling) -> dict[str, str]:
-    """Return name -> the first name of the same tensor, for parameters and buffers with several."""
-    first: dict[int, str] = {}
-    state = [(name, t) for name, t, _ in coupling.traced.state]
-    every = [*state, *coupling.traced.root.named_parameters(remove_duplicate=False)]
+def _aliases(coupling: Coupling, root: nn.Module) -> dict[str, str]:
+    """Return name -> the first name of the same tensor, for parameters and buffers of `root` with several."""
+    named, first = dict(_named(root)), dict[int, str]()
+    every = [(name, named[name]) for name, _, _ in coupling.traced.state if name in named]
+    every += named.items()
     for name, t in every:
         first.setdefault(id(t), name)
     return {name: first[id(t)] for name, t in every if first[id(t)] != name}
 
 
-def _macs(coupling: Coupling) -> dict[str, float]:
-    """Return node -> which share of the dense network's multiply-accumulates it takes."""
+def _macs(coupling: Coupling, kept: Kept | None) -> dict[str, float]:
+    """Return node -> what it takes with the channels `kept` (None: all), as a share of the dense network's macs."""
     found: dict[str, float] = {}
+    dense = 0
     for w in coupling.record.work:
-        found[w.node] = found.get(w.node, 0) + w.fixed * math.prod(ids.shape[dim] for ids, dim in w.dims)
-    total = max(sum(found.values()), 1)
-    return {name: macs / total for name, macs in found.items()}
+        sizes = [ids.shape[dim] for ids, dim in w.dims]
+        here = sizes if kept is None else [kept_size(coupling.channels(ids), dim, kept.keep) for ids, dim in w.dims]
+        found[w.node] = found.get(w.node, 0) + w.fixed * math.prod(here)
+        dense += w.fixed * math.prod(sizes)
+    return {name: macs / max(dense, 1) for name, macs in found.items()}
 
 
 def _without_writes(root: nn.Module, graph: fx.Graph, inputs: list[Any]) -> dict[str, set[str]] | None:

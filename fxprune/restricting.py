@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from fxprune.building import build
 from fxprune.calibrating import Calibration, Moments
 from fxprune.costs import CostChange
 from fxprune.coupling import Coupling, couple
@@ -20,7 +21,6 @@ from fxprune.layers import channels_of
 from fxprune.opening import Classes, classes_of, opened, rows_that_stay
 from fxprune.planning import plan_of
 from fxprune.plans import Plan, frozen
-from fxprune.rewriting import build
 from fxprune.tasks import Task
 from fxprune.traced import taking_part
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from two_tasks import TASKS, asked, batches, trained
 
 import fxprune
-from fxprune import Budget, Constraints, PlanError, Task
+from fxprune import Budget, Constraints, PlanError, Task, rerunning
 from fxprune.calibrating import Calibration, calibrate
 from fxprune.methods import HBGS, HBGTS, FilterBackward, FilterOMP, PathMethod, Problem
 from fxprune.offering import Offering
@@ -158,6 +158,19 @@ def test_what_is_remembered_saves_measurements() -> None:
     assert lazy.evaluations < 0.75 * lazy.published
     assert lazy.forwards < 0.7 * lazy.evaluations
     assert np.array_equal(lazy.keep, every.keep)  # here; it is a bound that need not hold
+
+
+@pytest.mark.parametrize(
+    "method", [HBGS(), HBGS(backward=True, on="activations"), HBGTS(), HBGTS(judge="loss")], ids=repr
+)
+def test_narrow_networks_find_what_wide_ones_find(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = method.search(asked(0.2, calibration=calibrated()))
+    monkeypatch.setattr(rerunning, "NARROW", 0)
+    wide = method.search(asked(0.2, calibration=calibrated()))
+    assert np.array_equal(narrow.keep, wide.keep)
+    assert [c[:2] for c in narrow.commits] == [c[:2] for c in wide.commits]
+    assert [c[2] for c in narrow.commits] == pytest.approx([c[2] for c in wide.commits], rel=1e-3)
+    assert narrow.forwards < 0.8 * wide.forwards
 
 
 @pytest.mark.parametrize("method", [HBGS(), HBGS(remember=False), HBGTS(), HBGTS(beam=2)], ids=repr)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from small import Chain, settled
+from small import Chain, Multitask, Residual, settled
 from test_hbgs import Branches
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import fxprune
-from fxprune.judging import ends_of
+from fxprune import rerunning
+from fxprune.errors import RewriteError
+from fxprune.judging import LayerJudge, ends_of
 from fxprune.rerunning import OUTPUT, Rerun
+from fxprune.shrinking import Shrinker, Shrunk
 
 
 class Writes(nn.Module):
@@ -80,6 +83,68 @@ def test_partial_runs_give_what_the_whole_network_gives(name: str, max_bytes: in
 
 def _leaves(value: Tensor | dict[str, Tensor]) -> list[Tensor]:
     return list(value.values()) if isinstance(value, dict) else [value]
+
+
+def shrinking(coupling: fxprune.Coupling, shares: tuple[float, ...]) -> list[Shrunk]:
+    """Return networks of which less and less is left."""
+    shrinker, found = Shrinker(coupling, {}, 1e-4), list[Shrunk]()
+    scores = np.random.default_rng(0).random(coupling.num_channels)
+    for share in shares:
+        keep = np.ones(coupling.num_channels, dtype=bool)
+        for group in coupling.groups():
+            path = group.path(np.where(coupling.is_frozen, np.inf, scores))
+            keep[path[: int(len(path) * (1 - share))].ravel()] = False
+        found.append(shrinker.without(found[-1] if found else shrinker.dense(), coupling.settle(keep)))
+    return found
+
+
+@pytest.mark.parametrize("kind", [Chain, Residual, Branches, Multitask])
+def test_what_has_gone_is_not_run(kind: type[nn.Module]) -> None:
+    model, data = settled(kind()), [torch.randn(4, 3, 8, 8) for _ in range(2)]
+    coupling = fxprune.couple(fxprune.trace(model, data[0]))
+    shrinker = Shrinker(coupling, {}, 1e-4)
+    members = [coupling.settle(np.isin(np.arange(coupling.num_channels), g.cells[0])) for g in coupling.groups()]
+    rerun, still = (Rerun(coupling, data, [shrinker.touched(m) for m in members]) for _ in range(2))
+    judge, other = LayerJudge(coupling, rerun), LayerJudge(coupling, still, max_bytes=0)
+    before = data[0].clone()
+    *networks, last = shrinking(coupling, (0.9, 0.7, 0.5, 0.3))
+    for now, after in zip(networks, [*networks[1:], last], strict=True):
+        rerun.commit(now.values, now.keep)
+        still.commit(now.values)
+        rerun.work = still.work = 0.0
+        for x, found in zip(data, rerun.run(after.values), strict=True):
+            with torch.no_grad():
+                wanted = functional_call(model, dict(after.values), (x,))
+            for a, b in zip(_leaves(found[OUTPUT]), _leaves(wanted), strict=True):
+                assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+        for group in range(len(members)):
+            found = judge.error(group, after.keep, after.values)
+            assert found == pytest.approx(other.error(group, after.keep, after.values), rel=1e-4)
+    assert rerun.kept is not None
+    assert not (networks[-1].keep & ~rerun.keep).any()
+    assert rerun.work < 0.6 * still.work
+    rerun.commit({}, np.ones(coupling.num_channels, dtype=bool))
+    assert rerun.kept is None
+    with torch.no_grad():
+        (wanted, *_), found = _leaves(model(data[0])), next(iter(rerun.run({})))
+    assert torch.equal(_leaves(found[OUTPUT])[0], wanted)
+    assert torch.equal(before, data[0])
+
+
+def test_what_cannot_be_rewritten_runs_as_wide_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RewriteError("sizes in the graph cannot be rewritten", nodes={})
+
+    monkeypatch.setattr(rerunning, "build", refuse)
+    model, data = settled(Chain()), [torch.randn(4, 3, 8, 8)]
+    coupling = fxprune.couple(fxprune.trace(model, data[0]))
+    (now,) = shrinking(coupling, (0.3,))
+    rerun = Rerun(coupling, data, [set(now.values)])
+    rerun.commit(now.values, now.keep)
+    with torch.no_grad():
+        wanted = functional_call(model, dict(now.values), (data[0],))
+    assert rerun.kept is None
+    assert torch.allclose(next(iter(rerun.run(now.values)))[OUTPUT], wanted, atol=1e-6)
 
 
 def test_only_what_depends_on_the_change_is_run() -> None:
