@@ -84,6 +84,13 @@ def named_state(module: nn.Module) -> Iterator[State]:
                 yield f"{prefix}.{key}" if prefix else key, value, is_parameter
 
 
+def all_named(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield parameters, buffers and plain tensor attributes, shared ones by all their names."""
+    yield from ((name, t) for name, t, _ in named_state(module))
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
 def clone(module: nn.Module, tensors: Mapping[int, torch.Tensor] | None = None) -> Any:
     """Return a module of the same structure.
 

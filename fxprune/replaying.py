@@ -7,19 +7,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
-from torch.func import functional_call
+from torch import fx
 from torch.utils import _pytree as pytree
 
-from fxprune.cloning import named_part, named_state
-from fxprune.running import Runner
+from fxprune.running import ValuesRunner
 from fxprune.tasks import evaluating, inputs_of
 from fxprune.values import bind
 
 Env = dict[fx.Node, Any]
 
 
-class Replayer(Runner):
+class Replayer(ValuesRunner):
     """Runs parts of a network's graph with weights changed; those that are tied change together."""
 
     def __init__(self, module: fx.GraphModule) -> None:
@@ -27,10 +25,6 @@ class Replayer(Runner):
         super().__init__(module, module.graph)
         self.whole = module.graph
         self.nodes = list(module.graph.nodes)
-        named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-        self._ids = {name: id(tensor) for name, tensor in named}
-        self._reads: dict[str, dict[str, int]] = {}
-        self._changed: dict[int, torch.Tensor] = {}
         self._first: dict[int, int] = {}
         self._expires: list[list[fx.Node]] = [[] for _ in self.nodes]
         place = {n: i for i, n in enumerate(self.nodes)}
@@ -38,14 +32,13 @@ class Replayer(Runner):
             self._expires[max(map(place.__getitem__, n.users), default=place[n])].append(n)
             if n.op not in ("call_module", "get_attr"):
                 continue
-            reads = self._reads[str(n.target)] = _read_by(module, str(n.target))
             at = min(map(place.__getitem__, n.users if n.op == "get_attr" else [n]), default=len(self.nodes))
-            for tensor in reads.values():
+            for tensor in self.held(str(n.target)):
                 self._first[tensor] = min(at, self._first.get(tensor, at))
 
     def first_reader(self, names: Iterable[str]) -> int:
         """Return the place of the first node that reads any of the parameters and buffers `names`."""
-        return min((self._first.get(self._ids[name], 0) for name in names), default=len(self.nodes) - 1)
+        return min((self._first.get(self.ids[name], 0) for name in names), default=len(self.nodes) - 1)
 
     def run_part(self, values: Mapping[str, torch.Tensor], env: Env, start: int, end: int) -> None:
         """Run nodes on and into what is known; forget what is not read any more.
@@ -56,7 +49,7 @@ class Replayer(Runner):
             start: place of the first node.
             end: place after the last.
         """
-        self._changed = {self._ids[name]: value for name, value in values.items()}
+        self.start(values)
         attributes = {n: self.run_node(n) for n in self.nodes if n.op == "get_attr"}
         env.update(attributes)
         self.env = env
@@ -68,19 +61,6 @@ class Replayer(Runner):
                 env.pop(gone, None)
         for node in attributes:
             env.pop(node, None)
-
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Call a module, with what is changed of it."""
-        changed, module = self._changes(target), self.fetch_attr(target)
-        return functional_call(module, changed, args, kwargs, tie_weights=True) if changed else module(*args, **kwargs)
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Return what the module has by this name, or what it is changed to."""
-        return self._changes(target).get("", self.fetch_attr(target))
-
-    def _changes(self, target: str) -> dict[str, torch.Tensor]:
-        reads = self._reads[target]
-        return {name: self._changed[tensor] for name, tensor in reads.items() if tensor in self._changed}
 
 
 class Replay:
@@ -117,14 +97,6 @@ class Replay:
             replayer.run_part(values, env, first, end)
         (found,) = env.values()
         return replayer.whole.process_outputs(found)
-
-
-def _read_by(module: nn.Module, target: str) -> dict[str, int]:
-    """Return name -> id of the parameters and buffers in a part of a module."""
-    found = named_part(module, target)
-    if isinstance(found, nn.Module):
-        return {name: id(tensor) for name, tensor, _ in named_state(found)}
-    return {"": id(found)} if isinstance(found, torch.Tensor) else {}
 
 
 def _own(value: Any) -> Any:

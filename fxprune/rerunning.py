@@ -20,10 +20,10 @@ import torch
 from torch import fx, nn
 
 from fxprune.building import build
-from fxprune.cloning import clone, named_state
+from fxprune.cloning import all_named
 from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError
-from fxprune.running import Runner
+from fxprune.running import Runner, ValuesRunner
 from fxprune.slicing import Kept, kept_size, slice_tensor
 from fxprune.tasks import evaluating, inputs_of
 from fxprune.traced import copied
@@ -247,20 +247,8 @@ class Rerun:
             yield
 
 
-class _Rerunner(Runner):
-    """Runs nodes with other values of parameters and buffers: on copies of modules, made once for the same values."""
-
-    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
-        super().__init__(root, graph)
-        self._ids = {name: id(t) for name, t in _named(root)}
-        self._held: dict[str, list[int]] = {}
-        self._values: dict[int, torch.Tensor] = {}
-        self._copies: dict[str, tuple[dict[int, torch.Tensor], Any]] = {}
-
-    def start(self, values: Values) -> None:
-        """Forget what has run; run on other values from now on."""
-        self.env = {}
-        self._values = {self._ids[name]: value for name, value in values.items()}
+class _Rerunner(ValuesRunner):
+    """Runs nodes by themselves."""
 
     def run_apart(self, n: fx.Node, written: Container[str]) -> Any:
         """Run a node; what it writes to is copied before."""
@@ -271,34 +259,10 @@ class _Rerunner(Runner):
         finally:
             self.env.update(saved)
 
-    def fetch_attr(self, target: str) -> Any:
-        """Return what a node refers to, with the values of this run."""
-        part = super().fetch_attr(target)
-        if isinstance(part, torch.Tensor):
-            return self._values.get(id(part), part)
-        if not isinstance(part, nn.Module):
-            return part
-        if target not in self._held:
-            self._held[target] = [id(t) for _, t, _ in named_state(part)]
-        mine = {i: self._values[i] for i in self._held[target] if i in self._values}
-        if not mine:
-            return part
-        known = self._copies.get(target)
-        if known is None or known[0].keys() != mine.keys() or any(known[0][i] is not t for i, t in mine.items()):
-            known = self._copies[target] = mine, clone(part, mine)
-        return known[1]
-
-
-def _named(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield parameters, buffers and plain tensors, shared ones by all their names."""
-    yield from ((name, t) for name, t, _ in named_state(root))
-    yield from root.named_parameters(remove_duplicate=False)
-    yield from root.named_buffers(remove_duplicate=False)
-
 
 def _aliases(coupling: Coupling, root: nn.Module) -> dict[str, str]:
     """Return name -> the first name of the same tensor, for parameters and buffers of `root` with several."""
-    named, first = dict(_named(root)), dict[int, str]()
+    named, first = dict(all_named(root)), dict[int, str]()
     every = [(name, named[name]) for name, _, _ in coupling.traced.state if name in named]
     every += named.items()
     for name, t in every:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fxprune.calling import call_of_torch_function
-from fxprune.cloning import clone, named_part, named_state
+from fxprune.cloning import all_named, clone, named_part, named_state
 from fxprune.expecting import Expected
 from fxprune.meta import OnMeta, meta_tensor
 from fxprune.recurrent import run_module
@@ -31,9 +32,13 @@ class Runner(fx.Interpreter):
         return getattr(self, n.op)(n.target, self._value(n.args), self._value(n.kwargs))
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Run a module, or what stands in for it; what only checks sizes has checked them when it was traced."""
+        """Run a module; what only checks sizes has checked them when it was traced."""
         module = self.fetch_attr(target)
-        return None if isinstance(module, Expected) else run_module(module, args, kwargs)
+        return None if isinstance(module, Expected) else self.run_module(module, args, kwargs)
+
+    def run_module(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Call a module."""
+        return module(*args, **kwargs)
 
     def _value(self, arg: Any) -> Any:
         """Look up arguments; functions may write to lists among them, which those of a graph do not allow."""
@@ -50,6 +55,48 @@ class Runner(fx.Interpreter):
         if isinstance(arg, tuple):  # a named one
             return type(arg)(*(self._value(a) for a in arg))
         return arg
+
+
+class ValuesRunner(Runner):
+    """Runs a graph on other values of parameters and buffers: on copies of modules, made once for the same values.
+
+    Attributes:
+        ids: name of a parameter or buffer -> id of the tensor; shared ones have several names.
+    """
+
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        """Run `graph` on what it refers to in `root`, for a start on the values there."""
+        super().__init__(root, graph)
+        self.ids = {name: id(t) for name, t in all_named(root)}
+        self._held: dict[str, list[int]] = {}
+        self._values: dict[int, torch.Tensor] = {}
+        self._copies: dict[str, tuple[dict[int, torch.Tensor], Any]] = {}
+
+    def start(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Forget what has run; run on these values from now on, by the names of parameters and buffers."""
+        self.env = {}
+        self._values = {self.ids[name]: value for name, value in values.items()}
+
+    def held(self, target: str) -> list[int]:
+        """Return the ids of the parameters and buffers that a node refers to by `target`."""
+        if target not in self._held:
+            part = named_part(self.module, target)
+            tensors = [t for _, t, _ in named_state(part)] if isinstance(part, nn.Module) else [part]
+            self._held[target] = [id(t) for t in tensors]
+        return self._held[target]
+
+    def fetch_attr(self, target: str) -> Any:
+        """Return what a node refers to, with the values of this run."""
+        part = super().fetch_attr(target)
+        mine = {i: self._values[i] for i in self.held(target) if i in self._values}
+        if not mine:
+            return part
+        if isinstance(part, torch.Tensor):
+            return mine[id(part)]
+        known = self._copies.get(target)
+        if known is None or known[0].keys() != mine.keys() or any(known[0][i] is not t for i, t in mine.items()):
+            known = self._copies[target] = mine, clone(part, mine)
+        return known[1]
 
 
 class MetaRunner(Runner):
@@ -82,6 +129,10 @@ class MetaRunner(Runner):
         call = call_of_torch_function(function, self._value(n.args), self._value(n.kwargs))
         out = None if call is None else told(*call, {})
         return out[0] if isinstance(out, tuple) else out
+
+    def run_module(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Call a module, or what stands in for it where tensors have no data."""
+        return run_module(module, args, kwargs)
 
     def fetch_attr(self, target: str) -> Any:
         """Return what a node refers to, with its tensors on the meta device."""
