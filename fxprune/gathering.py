@@ -39,6 +39,10 @@ class Call:
         """Which dim of the output has the channels."""
         return 1 if self.kernel else -1
 
+    def batched(self, x: torch.Tensor) -> torch.Tensor:
+        """Return an input or output with a batch dim: without one, it is a single sample."""
+        return x[None] if x.ndim == len(self.kernel) + 1 else x
+
 
 class Gatherer(TorchFunctionMode):
     """Adds up moments while a network runs, and while losses are differentiated.
@@ -94,20 +98,20 @@ class Gatherer(TorchFunctionMode):
         sums = self.sums.get(layer.name)
         if sums is None:
             sums = self.sums[layer.name] = Sums(layer, layer.name in self._shares_taps)
-        is_conv = bool(call.kernel)
-        places = some_places(out, self._positions[layer.name], f"{layer.name} {self._batch}", is_conv=is_conv)
-        rows = rows_read(call, x.detach(), places)
+        is_conv, made = bool(call.kernel), call.batched(out)
+        places = some_places(made, self._positions[layer.name], f"{layer.name} {self._batch}", is_conv=is_conv)
+        rows = rows_read(call, call.batched(x.detach()), places)
         read = rows.transpose(2, 3).flatten(1, 2) if sums.shared_taps else rows.flatten(2)
         sums.inputs.add(read)
-        if out.shape[0] == self.samples:
-            sizes = (len(out), *(out.shape[2:] if is_conv else out.shape[1:-1]))
+        if made.shape[0] == self.samples:
+            sizes = (len(made), *(made.shape[2:] if is_conv else made.shape[1:-1]))
             for task, members in self.classes.items():
                 shares = members.at(places, sizes).repeat_interleave(layer.taps if sums.shared_taps else 1, 0)
                 sums.classes.setdefault(task, ClassTotals()).add(read, shares)
         if not out.requires_grad:
             out = out + self.anchor.to(out)
-        scale = self.samples**2 * _positions_of(out, is_conv=is_conv) / max(len(places[0]), 1)
-        out.register_hook(lambda g: self._add_gradient(sums, g, places, scale, is_conv=is_conv))
+        scale = self.samples**2 * _positions_of(made, is_conv=is_conv) / max(len(places[0]), 1)
+        out.register_hook(lambda g: self._add_gradient(sums, call.batched(g), places, scale, is_conv=is_conv))
         out._comes_from = layer.name, out._version, is_conv or out.ndim == 2  # pyright: ignore[reportAttributeAccessIssue]
         return out
 

@@ -242,11 +242,12 @@ class _Seeing:
         layer, grams, is_conv = call.layer, (Gram(), Gram()), bool(call.kernel)
         most = min(POSITIONS, max(4, math.ceil(ROWS * layer.inputs * layer.taps / self.samples)))
         batches = zip(self.places, self.counts, self.starts, seen, answers, strict=True)
-        for place, count, start, s, answer in batches:
+        for place, count, start, s, wanted in batches:
+            answer = call.batched(wanted)
             positions = some_places(answer, most, f"{layer.name} {place}", is_conv=is_conv)
             positions = _some(positions, most * count, place)
             made = rows_made(answer, layer.blocks, positions, is_conv=is_conv)
-            rows = torch.cat([rows_read(call, s.x, positions).flatten(2).double(), made.double()], 2)
+            rows = torch.cat([rows_read(call, call.batched(s.x), positions).flatten(2).double(), made.double()], 2)
             checks = (start + _samples(positions, answer, count, is_conv=is_conv)) % CHECK == CHECK - 1
             for gram, which in zip(grams, (~checks, checks), strict=True):
                 if which.any():

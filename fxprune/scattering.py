@@ -173,7 +173,7 @@ class _Reader(TorchFunctionMode):
         return out
 
     def _read(self, where: str, x: torch.Tensor, channels: np.ndarray, *, is_conv: bool) -> None:
-        if x.shape[0] != self._samples:
+        if x.shape[0] != self._samples or x.ndim < 2:
             return
         x._is_read = True  # pyright: ignore[reportAttributeAccessIssue]
         x = x if is_conv else x.movedim(-1, 1)

@@ -172,3 +172,31 @@ def test_bad_calibration_data_have_their_errors() -> None:
         calibrate(coupling, ["x"], TASKS)
     with pytest.raises(PlanError, match="'still' does not depend on the network"):
         calibrate(coupling, data, {"still": Task(lambda outputs, batch: batch[0].sum())})
+
+
+class OneImage(nn.Module):
+    """Takes an image without a batch dim, and weighs its features by what it makes of a vector of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1)
+        self.vector, self.weigh, self.head = nn.Parameter(torch.randn(4)), nn.Linear(4, 6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.second(self.first(x).relu()).relu().mean((-2, -1))
+        return self.head(features * self.weigh(self.vector))
+
+
+def test_what_has_no_batch_dim_is_one_sample() -> None:
+    torch.manual_seed(0)
+    model, images = OneImage().eval(), [torch.randn(3, 4, 4) for _ in range(3)]
+    alone, together = (
+        calibrate(fxprune.couple(fxprune.trace(model, batches[0])), batches).moments
+        for batches in (images, [x[None] for x in images])
+    )
+    assert alone.keys() == together.keys() == {f"{name}.weight" for name in ("first", "second", "weigh", "head")}
+    for name, m in together.items():
+        torch.testing.assert_close(alone[name].second, m.second)
+        torch.testing.assert_close(alone[name].mean, m.mean)
+        (a,), (b,) = alone[name].sensitivity.values(), m.sensitivity.values()
+        torch.testing.assert_close(a / a.norm(), b / b.norm())
