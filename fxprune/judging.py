@@ -56,7 +56,7 @@ class LayerJudge:
         """
         ends, stays = self._ends[group], np.append(keep, True)
         sums: dict[str, np.ndarray] = {name: np.zeros(2) for name in ends}
-        for i, found in enumerate(self._rerun.run(values, ends)):
+        for i, found in enumerate(self._rerun.run(values, ends, keep)):
             dense = self._again.one(i, {}, ends) if self._again and i >= len(self._dense) else self._dense[i]
             for name in ends:
                 sums[name] += self._squares(name, found[name], dense[name], stays)
@@ -102,8 +102,8 @@ class EndJudge:
         self._losses = self._mean_losses(self._dense) if tasks else np.zeros(0)
 
     def error(self, group: int, keep: np.ndarray, values: Values) -> float:
-        """Return the error of the network; `group` and `keep` as of `LayerJudge.error`."""
-        outputs = [found[OUTPUT] for found in self._rerun.run(values)]
+        """Return the error of the network; the arguments are those of `LayerJudge.error`."""
+        outputs = [found[OUTPUT] for found in self._rerun.run(values, keep=keep)]
         if self._tasks:
             losses = self._mean_losses(outputs)
             return float(np.mean((losses - self._losses) / np.maximum(np.abs(self._losses), 1e-12)))

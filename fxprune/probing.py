@@ -20,19 +20,15 @@ from fxprune import sharing
 from fxprune.calibrating import Calibration, samples_in
 from fxprune.correcting import Inverses, corrections
 from fxprune.coupling import Coupling
-from fxprune.criteria.magnitude import magnitude
 from fxprune.errors import PlanError, RewriteError
-from fxprune.paths import RemovalPath, paths_by_score
+from fxprune.paths import RemovalPath
 from fxprune.replaying import Replay, Replayer
 from fxprune.shares import Share
 from fxprune.tasks import evaluating, inputs_of
+from fxprune.zeroing import zeros, zeros_suffice
 
 SHARES = (0.25, 0.5, 0.75, 0.9)
 """After which shares of its path a group's loss is measured."""
-
-
-CLOSE = 1e-3
-"""Outputs that differ by less than this, relative to their norm, are the same."""
 
 
 class Probe:
@@ -165,18 +161,8 @@ class Probe:
     def _zeros_do(self) -> bool:
         """Say whether zeros in place of channels make the network that rewriting makes, as tried out once."""
         if self._zeros_suffice is None:
-            self._zeros_suffice = not self._batches or self._try_zeros()
+            self._zeros_suffice = not self._batches or zeros_suffice(self.coupling, self._batches[0])
         return self._zeros_suffice
-
-    def _try_zeros(self) -> bool:
-        for share in (0.5, 0.25, 0.0):
-            keep = _without_some(self.coupling, share)
-            slim = None if self.coupling.violation(keep) else self._rewritten(keep)
-            if slim is not None:
-                found, wanted = self._full(self._values(np.append(keep, True)), 0), _run(slim, self._batches[0])
-                pairs = zip(_tensors(found), _tensors(wanted), strict=True)
-                return all(bool((a - b).norm() <= CLOSE * b.norm()) for a, b in pairs)
-        return False
 
     def _rewritten(self, keep: np.ndarray) -> torch.nn.Module | None:
         """Return the network of some channels; None where nothing is left of a dim, or a size cannot be rewritten."""
@@ -200,12 +186,7 @@ class Probe:
 
     def _values(self, keep: np.ndarray) -> dict[str, torch.Tensor]:
         """Return the parameters and buffers that differ: zero where channels went, corrected where they were read."""
-        values: dict[str, torch.Tensor] = {}
-        for site in self.coupling.sites:
-            gone = ~keep[site.channels]
-            if gone.any() and site.is_parameter:
-                value = values.get(site.name, self._state[site.name].detach())
-                values[site.name] = value.masked_fill(torch.from_numpy(gone).to(value.device), 0)
+        values = zeros(self.coupling, keep[:-1])
         if not self._compensate:
             return values
         touched = set(values)
@@ -224,15 +205,6 @@ def _run(slim: torch.nn.Module, batch: Any) -> Any:
     args, kwargs = inputs_of(batch)
     with evaluating(slim), torch.no_grad():
         return slim(*args, **kwargs)
-
-
-def _without_some(coupling: Coupling, share: float) -> np.ndarray:
-    """Return (channels,) a choice without a share of every group, or one step of it."""
-    keep = np.ones(coupling.num_channels, dtype=bool)
-    for path in paths_by_score(coupling, magnitude(coupling)):
-        steps = min(max(int(share * len(path.choices)), 1), len(path.choices) - 1)
-        keep[coupling.members.of(path.choices[:steps].ravel())[0]] = False
-    return coupling.settle(keep)
 
 
 def _first(share: Share, samples: int, device: torch.device) -> list[Any]:

@@ -4,7 +4,8 @@ Candidates of a search differ from the network it is at in a few layers. What li
 same for all: it is computed once, and kept as far as memory allows. Nodes that write to their input write to a copy,
 and who reads the input later reads what was written; where that cannot be told, the whole network runs every time.
 
-What has gone for good is zero in the weights of a candidate. Once much has gone, a slim network runs in its place.
+What has gone is zero in the weights of a candidate. Once much has gone for good, a slim network runs in its place.
+Where zeros still count, as in a layer norm over channels, every candidate is a slim network of its own, run in whole.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import math
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ from fxprune.slicing import Kept, kept_size, slice_tensor
 from fxprune.tasks import evaluating, inputs_of
 from fxprune.traced import copied
 from fxprune.values import bind, clones, tensors_in
+from fxprune.zeroing import zeros_suffice
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +63,6 @@ class Rerun:
             max_bytes: activations may take so much memory; batches for which there is none are run in whole.
         """
         self.batches = list(batches)
-        self.kept: Kept | None = None
         self.runs, self.work = 0, 0.0
         self._coupling = coupling
         self._changes = [frozenset(names) for names in changes]
@@ -68,19 +70,18 @@ class Rerun:
         self._narrows = True
         self._values: dict[str, torch.Tensor] = {}
         self._cut: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._load(coupling.traced.root, coupling.traced.graph)
+        self._widen()
 
-    def _load(self, root: nn.Module, original: fx.Graph) -> None:
-        """Run this network from now on, at its own values."""
+    def _load(self, root: nn.Module, original: fx.Graph, *, in_part: bool = True) -> None:
+        """Run this network from now on, at its own values, in part or always in whole."""
         self._root, self._names = root, _aliases(self._coupling, root)
         self._macs = _macs(self._coupling, self.kept)
         self._values, self._cut = {}, {}
-        graph, self._writes = copied(original), dict[str, set[str]]()
-        with self._quiet():
-            plain = _without_writes(root, graph, self._inputs(graph, self.batches[0])) if self.batches else {}
-        self.sharing = plain is not None
-        if plain is not None:
-            self._writes = plain
+        graph, plain = copied(original), None
+        if in_part and self.batches:
+            with self._quiet():
+                plain = _without_writes(root, graph, self._inputs(graph, self.batches[0]))
+        self.sharing, self._writes = plain is not None, plain or {}
         self._graph = graph if self.sharing else copied(original)
         self._runner = _Rerunner(root, self._graph)
         self._nodes = list(self._graph.nodes)
@@ -88,8 +89,8 @@ class Rerun:
         self._plans: dict[Any, list[tuple[fx.Node, list[fx.Node]]]] = {}
         self._starts = self._frontier(self._changes)
         self._known: list[dict[str, Any]] = [{} for _ in self.batches]
-        room = self._max_bytes if self.sharing else 0
-        for i in range(len(self.batches)):
+        room = self._max_bytes
+        for i in range(len(self.batches) if self.sharing else 0):
             found = self._run(i, {}, self._starts)
             room -= sum(t.numel() * t.element_size() for t in tensors_in(found))
             if room < 0:
@@ -109,7 +110,7 @@ class Rerun:
             keep: (channels,) which channels may still be needed: the others are zero from now on, and once they are
                 many, they do not run any more. All without it.
         """
-        if self.batches:
+        if self.batches and self.zeros_do:
             self._narrow(np.ones(self._coupling.num_channels, dtype=bool) if keep is None else keep)
         for i, known in enumerate(self._known):
             if known:
@@ -118,21 +119,32 @@ class Rerun:
 
     def _narrow(self, keep: np.ndarray) -> None:
         """Go over to a network that has no more than the channels that may be needed, if it is much smaller."""
-        traced = self._coupling.traced
-        if (keep & ~self.keep).any():
-            self.kept = None
-            self._load(traced.root, traced.graph)
         costs = self._coupling.costs
-        if not self._narrows or costs(keep).macs > NARROW * costs(self.keep).macs:
-            return
+        if (keep & ~self.keep).any():
+            self._widen()
+        if self._narrows and costs(keep).macs <= NARROW * costs(self.keep).macs:
+            self._narrows = self._slim(keep)
+
+    def _widen(self) -> None:
+        """Go over to the whole network."""
+        self.kept: Kept | None = None
+        self._load(self._coupling.traced.root, self._coupling.traced.graph)
+
+    def _slim(self, keep: np.ndarray, *, in_part: bool = True) -> bool:
+        """Go over to the network of the channels `keep`; say whether it could be made."""
         try:
             slim = build(self._coupling, keep)
         except RewriteError as error:
-            self._narrows = False
             logger.info("candidates run at the dense network's width: %s", error)
-            return
+            return False
         self.kept = Kept(np.append(keep, True))
-        self._load(slim, slim.graph)
+        self._load(slim, slim.graph, in_part=in_part)
+        return True
+
+    @cached_property
+    def zeros_do(self) -> bool:
+        """Whether zeros in place of channels make the network without them."""
+        return not self.batches or zeros_suffice(self._coupling, self.batches[0])
 
     @property
     def keep(self) -> np.ndarray:
@@ -148,15 +160,21 @@ class Rerun:
             known = self._cut[name] = value, slice_tensor(value, self._coupling.tensors[name][1], self.kept)
         return known[1]
 
-    def run(self, values: Values, wanted: Iterable[str] = (OUTPUT,)) -> Iterator[dict[str, Any]]:
+    def run(
+        self, values: Values, wanted: Iterable[str] = (OUTPUT,), keep: np.ndarray | None = None
+    ) -> Iterator[dict[str, Any]]:
         """Yield what nodes return, batch by batch.
 
         Args:
             values: all parameters and buffers that differ from those of the network. Those that are the same object as
                 what was committed have not changed.
             wanted: names of nodes; `OUTPUT` for what the network returns.
+            keep: (channels,) which channels the values leave; the others are zero. All without it.
         """
         self.runs += 1
+        if (keep is not None or self.kept is not None) and not self.zeros_do:
+            if keep is None or keep.all() or not self._slim(keep, in_part=False):
+                self._widen()
         for i in range(len(self.batches)):
             yield self._run(i, values, tuple(wanted), count=True)
 

@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 import fxprune
 from fxprune import rerunning
+from fxprune.building import build
 from fxprune.errors import RewriteError
 from fxprune.judging import LayerJudge, ends_of
 from fxprune.rerunning import OUTPUT, Rerun
@@ -144,6 +145,45 @@ def test_what_has_gone_is_not_run(kind: type[nn.Module]) -> None:
         (wanted, *_), found = _leaves(model(data[0])), next(iter(rerun.run({})))
     assert torch.equal(_leaves(found[OUTPUT])[0], wanted)
     assert torch.equal(before, data[0])
+
+
+class Normed(nn.Module):
+    """Norms channels, and takes a softmax over others: what has gone counts as long as it is only zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.weigh = nn.Linear(6, 12), nn.LayerNorm(12), nn.Linear(12, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.weigh(self.norm(self.first(x)).relu()).softmax(-1))
+
+
+def test_where_zeros_count_candidates_are_slim_networks() -> None:
+    model, data = settled(Normed()), [torch.randn(4, 6) for _ in range(2)]
+    coupling = fxprune.couple(fxprune.trace(model, data[0]))
+    rerun = Rerun(coupling, data, [{"first.weight"}, {"weigh.weight"}])
+    judge = LayerJudge(coupling, rerun)
+    before = list(rerun.run({}))
+    assert not rerun.zeros_do
+    for now in shrinking(coupling, (0.7, 0.4)):
+        rerun.commit(now.values, now.keep)
+        rerun.work = 0.0
+        slim = build(coupling, now.keep)
+        for x, found in zip(data, rerun.run(now.values, keep=now.keep), strict=True):
+            with torch.no_grad():
+                torch.testing.assert_close(found[OUTPUT], slim(x))
+        assert rerun.work == pytest.approx(coupling.costs(now.keep).macs / coupling.costs(np.ones_like(now.keep)).macs)
+        group = next(g for g in coupling.groups() if g.name == "first.weight")
+        assert ends_of(coupling, group) == ("weigh",)
+        with torch.no_grad():
+            wanted, found = (torch.cat([m.weigh(m.norm(m.first(x)).relu()) for x in data]) for m in (model, slim))
+        ids = coupling.tensors["weigh.weight"][1][0]
+        wanted = wanted[:, torch.from_numpy(now.keep[ids.ravel()])]
+        error = judge.error(group.index, now.keep, now.values)
+        assert error == pytest.approx(float((found - wanted).norm() / wanted.norm()), rel=1e-4)
+    rerun.commit({})
+    assert torch.equal(next(iter(rerun.run({}, keep=now.keep | True)))[OUTPUT], before[0][OUTPUT])
 
 
 def test_what_cannot_be_rewritten_runs_as_wide_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
