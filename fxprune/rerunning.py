@@ -141,6 +141,11 @@ class Rerun:
         self._load(slim, slim.graph, in_part=in_part)
         return True
 
+    def _alone(self, keep: np.ndarray | None) -> None:
+        """Go over to the network of these channels and no others; to the whole one where it cannot be made."""
+        if keep is None or keep.all() or not self._slim(keep, in_part=False):
+            self._widen()
+
     @cached_property
     def zeros_do(self) -> bool:
         """Whether zeros in place of channels make the network without them."""
@@ -173,8 +178,7 @@ class Rerun:
         """
         self.runs += 1
         if (keep is not None or self.kept is not None) and not self.zeros_do:
-            if keep is None or keep.all() or not self._slim(keep, in_part=False):
-                self._widen()
+            self._alone(keep)
         for i in range(len(self.batches)):
             yield self._run(i, values, tuple(wanted), count=True)
 

@@ -9,6 +9,7 @@ import torch
 
 from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling
+from fxprune.criteria import summed
 from fxprune.grouping import Group
 from fxprune.makers import makers_of
 from fxprune.rounding import multiples
@@ -76,7 +77,7 @@ class Units:
                 if dim != site.dim:
                     counts *= torch.from_numpy(stays[channels]).to(weight)
             dims = tuple(d for d in range(weight.ndim) if site.channels.shape[d] == 1)
-            mean = (weight * counts).sum(dims) / counts.sum(dims).clamp_min(1)
+            mean = summed(weight * counts, dims) / summed(counts, dims).clamp_min(1)
             np.add.at(score, site.channels.ravel(), mean.numpy().ravel())  # positions that stay add to the last
         score = np.where(keep, score[:-1], 0.0)
         total = self.coupling.members.total(score)

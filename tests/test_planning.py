@@ -14,10 +14,14 @@ from plans import cut
 from small import Chain, Multitask, Residual, settled
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from traps import TRAPS
 
 import fxprune
 from fxprune import Budget, Constraints, PlanError, Task, methods
+from fxprune.criteria import weight_sites
+from fxprune.criteria.magnitude import magnitude
 from fxprune.planning import plan_of
+from fxprune.units import Units
 from fxprune.workspaces import Machine
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -393,6 +397,25 @@ def test_magnitude_removes_the_weakest() -> None:
     gone = removed(planned(model, Budget(macs=0.4)), "conv1.weight")
     assert len(gone) >= 3
     assert gone >= {2, 5, 11}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [1, 2, 3])
+def test_magnitude_sums_over_all_weights_of_a_channel(p: int, dtype: torch.dtype) -> None:
+    model = settled(TRAPS["qk-norm by LayerNorm"].make()).to(dtype)
+    coupling = fxprune.couple(fxprune.trace(model, TRAPS["qk-norm by LayerNorm"].inputs[0].to(dtype)))
+    wanted = np.zeros(coupling.num_channels + 1)
+    vectors = 0
+    for site in weight_sites(coupling):
+        weight = model.get_parameter(site.name).detach().double().numpy()
+        np.add.at(wanted, np.broadcast_to(site.channels, weight.shape), np.abs(weight) ** p)
+        vectors += weight.ndim == 1
+    assert vectors
+    np.testing.assert_allclose(magnitude(coupling, p), wanted[:-1], rtol=1e-4 if dtype == torch.float32 else 0.05)
+    units = Units(coupling, fxprune.Constraints(), p)
+    for group in coupling.groups():
+        score = units.score(group, np.ones(coupling.num_channels, dtype=bool))
+        assert len(set(score[np.isfinite(score)].tolist())) > 1  # each by its own weights
 
 
 def test_batch_norm_scale_removes_the_smallest_scale() -> None:

@@ -46,6 +46,11 @@ def add_up(
     return np.bincount(at, np.concatenate(weights, dtype=np.float64), coupling.num_channels + 1)[:-1]
 
 
+def summed(value: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+    """Sum over dims, which keep size 1; over none where there are none (torch would sum over all)."""
+    return value.sum(dims, keepdim=True) if dims else value
+
+
 def weight_sites(coupling: Coupling) -> list[Site]:
     """Return the sites that say most of a channel: those on weights with two dims or more, where it has any."""
     weights = [s for s in coupling.sites if s.is_parameter and s.channels.ndim >= 2]

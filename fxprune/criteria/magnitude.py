@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fxprune.coupling import Coupling
-from fxprune.criteria import add_up, weight_sites
+from fxprune.criteria import add_up, summed, weight_sites
 
 
 def magnitude(coupling: Coupling, p: float = 2.0) -> np.ndarray:
@@ -28,7 +28,7 @@ def magnitude(coupling: Coupling, p: float = 2.0) -> np.ndarray:
     def measure(name: str, weight: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor | np.ndarray:
         if p == 2 and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64):
             return _sum_of_squares(weight.numpy(), dims)
-        return weight.abs().pow(p).sum(dims, keepdim=True)
+        return summed(weight.abs().pow(p), dims)
 
     return add_up(coupling, weight_sites(coupling), measure)
 

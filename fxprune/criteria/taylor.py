@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fxprune.coupling import Coupling
-from fxprune.criteria import add_up, weight_sites
+from fxprune.criteria import add_up, summed, weight_sites
 from fxprune.errors import PlanError
 from fxprune.shares import Share
 from fxprune.tasks import Task, evaluating, run_batch
@@ -46,7 +46,7 @@ def taylor(coupling: Coupling, calibration: Iterable[Any] | None, tasks: Mapping
     def measure(name: str, weight: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
         wide = torch.complex128 if weight.is_complex() else torch.float64
         product = (weight.to(wide).conj() * gradients[name].to(wide)).real
-        return (product.sum(dim=dims, keepdim=True) if dims else product) ** 2
+        return summed(product, dims) ** 2
 
     return add_up(coupling, [s for s in weight_sites(coupling) if s.name in gradients], measure)
 
