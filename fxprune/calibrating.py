@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -52,6 +53,7 @@ class Moments:
         norm: running mean of the batch norm that the output goes straight into, if it does.
         between: (blocks, n, n) the part of `second` that the means of classes make: E over positions of m m^T, m the
             mean of x in the class of the position; the mean over tasks. None where classes were not told apart.
+        own_bias: no other layer adds the same bias.
     """
 
     layer: Layer
@@ -61,11 +63,17 @@ class Moments:
     sensitivity: Mapping[str, torch.Tensor]
     norm: str | None
     between: torch.Tensor | None = None
+    own_bias: bool = True
 
     @property
     def absorbs(self) -> bool:
         """Whether a constant in the output is taken up: by the layer's bias, or by the batch norm behind it."""
-        return self.layer.bias is not None or self.norm is not None
+        return self.holder[0] is not None
+
+    @property
+    def holder(self) -> tuple[str | None, int]:
+        """What takes it up: a bias, or the running mean of a batch norm; and the sign with which it is added there."""
+        return (self.layer.bias, 1) if self.own_bias and self.layer.bias is not None else (self.norm, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +115,12 @@ class Calibration:
             tensors[f"{name}|second"], tensors[f"{name}|mean"] = m.second.contiguous(), m.mean.contiguous()
             tensors |= {f"{name}|sensitivity|{task}": g.contiguous() for task, g in m.sensitivity.items()}
             tensors |= {} if m.between is None else {f"{name}|between": m.between.contiguous()}
-            about[name] = {"layer": asdict(m.layer), "shared_taps": m.shared_taps, "norm": m.norm}
+            about[name] = {
+                "layer": asdict(m.layer),
+                "shared_taps": m.shared_taps,
+                "norm": m.norm,
+                "own_bias": m.own_bias,
+            }
         tensors |= {f"{name}|norm": value for name, value in self.norms.items()}
         head = {"losses": dict(self.losses), "samples": self.samples, "fingerprint": self.fingerprint}
         save_file(tensors, path, {"fxprune": json.dumps({"schema": SCHEMA, "moments": about, **head})})
@@ -141,6 +154,7 @@ class Calibration:
                 {task: tensors[f"{name}|sensitivity|{task}"] for task in data["losses"]},
                 about["norm"],
                 tensors.get(f"{name}|between"),
+                about.get("own_bias", True),
             )
             for name, about in data["moments"].items()
         }
@@ -212,8 +226,13 @@ def calibrate(
         losses = {name: loss + each[name] * size for name, loss in losses.items()}
     if labels is not None:
         renumber(gatherer.sums, labels.numbers)
+    every = sums_of_all(gatherer.sums)
+    biases = Counter(sums.layer.bias for sums in every.values())
     return Calibration(
-        {name: _moments(sums, samples, list(losses)) for name, sums in sums_of_all(gatherer.sums).items()},
+        {
+            name: _moments(sums, samples, list(losses), own_bias=biases[sums.layer.bias] == 1)
+            for name, sums in every.items()
+        },
         {name: torch.stack([s.mean, s.var]) for name, s in spreads_of_all(gatherer.spreads).items()},
         {name: total / samples for name, total in losses.items()},
         samples,
@@ -323,13 +342,14 @@ def _thinned(layers: list[Layer], max_bytes: int, tasks: int) -> set[str]:
     return thinned
 
 
-def _moments(sums: Sums, samples: int, tasks: list[str]) -> Moments:
+def _moments(sums: Sums, samples: int, tasks: list[str], *, own_bias: bool) -> Moments:
     layer = sums.layer
     nothing = torch.zeros(layer.blocks, layer.outputs, layer.outputs, dtype=torch.float64)
     second, mean = sums.inputs.mean(sums.inputs.rows)
     seen = {task: gram.mean(samples)[0].cpu() for task, gram in sums.outputs.items()}
     sensitivity = {task: seen.get(task, nothing) for task in tasks}
-    return Moments(layer, sums.shared_taps, second.cpu(), mean.cpu(), sensitivity, sums.norm, _between(sums))
+    between = _between(sums)
+    return Moments(layer, sums.shared_taps, second.cpu(), mean.cpu(), sensitivity, sums.norm, between, own_bias)
 
 
 def _between(sums: Sums) -> torch.Tensor | None:

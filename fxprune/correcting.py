@@ -65,7 +65,7 @@ def corrections(
         if keep[inputs].all():
             continue
         weight, shift = corrected_weight(m, state[name].detach(), keep[inputs], damping, inverses)
-        holder, sign = (m.layer.bias, 1) if m.layer.bias is not None else (m.norm, -1)
+        holder, sign = m.holder
         yield Correction(name, weight, outputs.ravel(), holder, sign * shift)
 
 

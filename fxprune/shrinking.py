@@ -146,9 +146,8 @@ class Shrinker:
         gone = np.append(channels, False)
         found = {s.name for s in self.coupling.sites if s.is_parameter and gone[s.channels].any()}
         for m, inputs, _ in self._layers.values():
-            holder = m.layer.bias or m.norm
-            if gone[inputs].any() and holder is not None:
-                found.add(holder)
+            if gone[inputs].any() and m.holder[0] is not None:
+                found.add(m.holder[0])
         return found
 
     def without(self, now: Shrunk, keep: np.ndarray, *, trial: bool = False) -> Shrunk:
@@ -173,7 +172,7 @@ class Shrinker:
             lost, like = ~stays[outputs.ravel()], self.state[name]
             weight = weight.reshape(like.shape).to(like)
             values[name] = _masked(weight, lost.reshape(-1, *[1] * (weight.ndim - 1)))
-            holder, sign = (m.layer.bias, 1) if m.layer.bias is not None else (m.norm, -1)
+            holder, sign = m.holder
             if holder is not None:
                 value = self.state[holder] + (sign * shift).to(self.state[holder])
                 values[holder] = _masked(value, lost)

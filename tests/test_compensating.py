@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -121,3 +122,36 @@ def test_statistics_are_estimated_again_so_that_batch_norms_return_what_they_did
     assert lives.any()
     assert torch.allclose(before.mean(1)[lives], after.mean(1)[lives], atol=1e-6)
     assert torch.allclose(before.std(1)[lives], after.std(1)[lives], rtol=1e-3)
+
+
+class OneBias(nn.Module):
+    """Two layers that add the same bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.left, self.right = nn.Linear(10, 24), nn.Linear(24, 6), nn.Linear(24, 6)
+        self.right.bias = self.left.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        return torch.cat([self.left(x), self.right(x * x)], 1)
+
+
+def test_a_bias_of_two_layers_takes_up_nothing(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, batches = OneBias().double().eval(), [torch.randn(400, 10).double() for _ in range(2)]
+    coupling = fxprune.couple(fxprune.trace(model, batches[0][:1]))
+    known = calibrate(coupling, batches)
+    known.save(tmp_path / "known.safetensors")
+    assert not known.moments["left.weight"].absorbs
+    assert not fxprune.Calibration.load(tmp_path / "known.safetensors").moments["right.weight"].absorbs
+    plan = fxprune.plan(coupling, Budget(macs=0.6), method=methods.Magnitude())
+    slim: Any = fxprune.rewrite(coupling, plan)
+    compensate(coupling, plan, slim, known, damping=1e-12)
+    assert torch.equal(slim.left.bias, model.left.bias)
+    kept = np.array(plan.kept["left.weight", 1])
+    features = torch.cat(batches) @ model.first.weight.T + model.first.bias
+    for layer, x in (("left", features.relu()), ("right", features.relu().square())):
+        wanted = (x @ getattr(model, layer).weight.T).detach()
+        fitted = torch.linalg.lstsq(x[:, kept].detach(), wanted).solution
+        torch.testing.assert_close(getattr(slim, layer).weight, fitted.T, rtol=1e-4, atol=1e-6)
