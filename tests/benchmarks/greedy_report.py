@@ -99,8 +99,7 @@ def of_network(network: str, rows: Sequence[Row]) -> list[str]:
     if dense:
         parts.append(
             f"Dense, {len(dense)} seed(s): {cell(dense, DENSE, 1.0, 'cut')}, and {cell(dense, DENSE, 1.0, 'tuned')} "
-            f"fine-tuned; {dense[0]['macs']:,} macs, {dense[0]['params']:,} parameters, trained in "
-            f"{statistics.median(r['seconds'] for r in dense):.0f} s."
+            f"fine-tuned; {dense[0]['macs']:,} macs, {dense[0]['params']:,} parameters."
         )
     heads = ["method", *(f"{b:g} of macs" for b in budgets)]
     for stage, title in STAGES.items():
