@@ -115,12 +115,8 @@ class Calibration:
             tensors[f"{name}|second"], tensors[f"{name}|mean"] = m.second.contiguous(), m.mean.contiguous()
             tensors |= {f"{name}|sensitivity|{task}": g.contiguous() for task, g in m.sensitivity.items()}
             tensors |= {} if m.between is None else {f"{name}|between": m.between.contiguous()}
-            about[name] = {
-                "layer": asdict(m.layer),
-                "shared_taps": m.shared_taps,
-                "norm": m.norm,
-                "own_bias": m.own_bias,
-            }
+            plain = {key: getattr(m, key) for key in ("shared_taps", "norm", "own_bias")}
+            about[name] = {"layer": asdict(m.layer), **plain}
         tensors |= {f"{name}|norm": value for name, value in self.norms.items()}
         head = {"losses": dict(self.losses), "samples": self.samples, "fingerprint": self.fingerprint}
         save_file(tensors, path, {"fxprune": json.dumps({"schema": SCHEMA, "moments": about, **head})})
@@ -226,13 +222,8 @@ def calibrate(
         losses = {name: loss + each[name] * size for name, loss in losses.items()}
     if labels is not None:
         renumber(gatherer.sums, labels.numbers)
-    every = sums_of_all(gatherer.sums)
-    biases = Counter(sums.layer.bias for sums in every.values())
     return Calibration(
-        {
-            name: _moments(sums, samples, list(losses), own_bias=biases[sums.layer.bias] == 1)
-            for name, sums in every.items()
-        },
+        _all_moments(gatherer.sums, samples, list(losses)),
         {name: torch.stack([s.mean, s.var]) for name, s in spreads_of_all(gatherer.spreads).items()},
         {name: total / samples for name, total in losses.items()},
         samples,
@@ -340,6 +331,12 @@ def _thinned(layers: list[Layer], max_bytes: int, tasks: int) -> set[str]:
             f"that of {largest.name!r} with {largest.inputs} inputs. Raise `max_bytes`."
         )
     return thinned
+
+
+def _all_moments(mine: dict[str, Sums], samples: int, tasks: list[str]) -> dict[str, Moments]:
+    every = sums_of_all(mine)
+    biases = Counter(sums.layer.bias for sums in every.values())
+    return {name: _moments(sums, samples, tasks, own_bias=biases[sums.layer.bias] == 1) for name, sums in every.items()}
 
 
 def _moments(sums: Sums, samples: int, tasks: list[str], *, own_bias: bool) -> Moments:

@@ -162,21 +162,21 @@ class _Reader(TorchFunctionMode):
         """Run a function; read what goes into a layer."""
         out = func(*args, **(kwargs or {}))
         func, args, kwargs = as_function(func, args, kwargs)
-        is_conv = func in CONVOLUTIONS
-        if (is_conv or func is F.linear) and args:
+        if (func in CONVOLUTIONS or func is F.linear) and args:
+            rank = CONVOLUTIONS.get(func, 0)
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
             name = self._names.get(id(weight), "")
             if name in self._inputs and not hasattr(args[0], "_is_read"):  # or another layer has read the same tensor
-                self._read(f"{name}|in", args[0], self._inputs[name], is_conv=is_conv)
+                self._read(f"{name}|in", args[0], self._inputs[name], rank)
             if name in self._outputs:
-                self._read(f"{name}|out", out, self._outputs[name], is_conv=is_conv)
+                self._read(f"{name}|out", out, self._outputs[name], rank)
         return out
 
-    def _read(self, where: str, x: torch.Tensor, channels: np.ndarray, *, is_conv: bool) -> None:
-        if x.shape[0] != self._samples or x.ndim < 2:
+    def _read(self, where: str, x: torch.Tensor, channels: np.ndarray, rank: int) -> None:
+        if x.shape[0] != self._samples or x.ndim < rank + 2:
             return
         x._is_read = True  # pyright: ignore[reportAttributeAccessIssue]
-        x = x if is_conv else x.movedim(-1, 1)
+        x = x if rank else x.movedim(-1, 1)
         if FIXED in channels:
             x = x[:, torch.from_numpy(np.flatnonzero(channels != FIXED)).to(x.device)]
         for task, (members, samples) in self._batch.items():

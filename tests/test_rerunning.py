@@ -7,6 +7,7 @@ import pytest
 import torch
 from small import Chain, Multitask, Residual, settled
 from test_hbgs import Branches
+from test_running import Tagged
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -48,23 +49,8 @@ class Tied(nn.Module):
         return {"sum": self.third(z), "first": x.mean(1)}
 
 
-class Steps(nn.Module):
-    """A recurrent layer between linear ones."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.steps, self.head = (
-            nn.Linear(6, 8),
-            nn.LSTM(8, 8, num_layers=2, batch_first=True),
-            nn.Linear(8, 3),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.steps(self.first(x).relu())[0])
-
-
 NETWORKS = {"chain": (Chain, (4, 3, 8, 8)), "branches": (Branches, (4, 3, 8, 8)), "writes": (Writes, (4, 3, 8, 8)),
-            "tied": (Tied, (4, 6)), "recurrent": (Steps, (4, 5, 6))}  # fmt: skip
+            "tied": (Tied, (4, 6)), "recurrent": (Tagged, (4, 5, 6))}  # fmt: skip
 
 
 @pytest.mark.parametrize("max_bytes", [1 << 30, 20_000, 0])
