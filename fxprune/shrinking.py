@@ -12,6 +12,7 @@ from fxprune.calibrating import Moments
 from fxprune.coupling import Coupling
 from fxprune.eliminating import damped_inverse
 from fxprune.layers import channels_of
+from fxprune.zeroing import zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,10 +186,7 @@ class Shrinker:
             state: all parameters and buffers, of the dense shapes.
             keep: (channels,) what is left.
         """
-        stays, values = np.append(keep, True), dict(state)
-        for site in self.coupling.sites:
-            if site.is_parameter and not stays[site.channels].all():
-                values[site.name] = _masked(values[site.name], ~stays[site.channels])
+        values = {**state, **zeros(self.coupling, keep, state)}
         self.state, self._first = values, {}
         return values
 

@@ -5,6 +5,7 @@ They do not where what has gone still counts: in a norm over channels, or a soft
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -38,10 +39,19 @@ def zeros_suffice(coupling: Coupling, batch: Any) -> bool:
     return False
 
 
-def zeros(coupling: Coupling, keep: np.ndarray) -> dict[str, torch.Tensor]:
-    """Return the parameters and buffers that hold other channels than `keep` (channels,), with zeros in their place."""
+def zeros(
+    coupling: Coupling, keep: np.ndarray, state: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """Return the parameters that hold other channels than `keep` (channels,), with zeros in their place.
+
+    Args:
+        coupling: of the network.
+        keep: what stays.
+        state: name -> value; the network's own without it.
+    """
     stays, values = np.append(keep, True), dict[str, torch.Tensor]()
-    state = {name: tensor.detach() for name, tensor, _ in coupling.traced.state}
+    if state is None:
+        state = {name: tensor.detach() for name, tensor, _ in coupling.traced.state}
     for site in coupling.sites:
         gone = ~stays[site.channels]
         if gone.any() and site.is_parameter:
