@@ -2,8 +2,8 @@
 
 Few images: the methods that look at data plan from 1, 5 and 20 calibration images of each class. Subtasks: networks
 for 2, 3 and 5 of the ten classes, planned and fine-tuned for these alone, beside networks for all classes, which are
-tested on the same images, as they are and told which classes there can be. Scatter: what CATRO's statistics cost, in
-forward passes.
+tested on the same images, as they are and told which classes there can be; and the same for a network of a hundred
+classes, the numbers of two digits. Scatter: what CATRO's statistics cost, in forward passes.
 
 Results are JSON, one line for each, appended as they come (`docs/benchmarks/classes.jsonl`), a Markdown summary
 (`docs/benchmarks/classes.md`), and a plot.
@@ -28,6 +28,7 @@ from multiprocessing import get_context
 
 import numpy as np
 import torch
+from classes_numbers import NAME, of_numbers, problem_of_numbers
 from classes_report import report
 from commands import Row, add_options, append, command, rows_file, rows_in
 from quality_data import Splits, Table
@@ -70,11 +71,19 @@ class Job:
 def measure(job: Job, options: Options) -> list[Row]:
     """Return the rows of a job."""
     torch.set_num_threads(1)
-    problem, splits = bench(job.network, options)
+    problem, splits = setting(job.network, options)
     network, _ = trained(problem, splits, job.seed, options.cache)
     about = {"part": job.part, "network": job.network, "seed": job.seed}
     run: Callable[[Job, Options, Problem, Splits, nn.Module], Iterator[Row]] = PARTS[job.part]
     return [about | row for row in run(job, options, problem, splits, network)]
+
+
+def setting(name: str, options: Options) -> tuple[Problem, Splits]:
+    """Return the problem of a network, and its data."""
+    if name != NAME:
+        return bench(name, options)
+    problem = problem_of_numbers(quick=options.quick)
+    return problem, problem.split(problem.recipe.counts)
 
 
 def few_images(job: Job, options: Options, problem: Problem, splits: Splits, network: nn.Module) -> Iterator[Row]:
@@ -103,36 +112,53 @@ def rows_of(table: Table, rows: Tensor) -> Table:
     return Table(table.inputs[rows], {name: target[rows] for name, target in table.targets.items()})
 
 
-def subsets(seed: int) -> list[list[int]]:
+def subsets(seed: int, classes: int) -> list[list[int]]:
     """Return some of the classes, of each size, by chance."""
     rng = np.random.default_rng(seed)
-    return [sorted(map(int, rng.choice(CLASSES, size, replace=False))) for size in SIZES]
+    return [sorted(map(int, rng.choice(classes, size, replace=False))) for size in SIZES]
 
 
 def subtasks(job: Job, options: Options, problem: Problem, splits: Splits, network: nn.Module) -> Iterator[Row]:
     """Prune for all classes, and for some, down to small shares; test on these."""
-    chosen, few = subsets(job.seed), problem.recipe.counts.calibration
-    pool = problem.split(replace(problem.recipe.counts, calibration=few * CLASSES)).calibration
+    chosen = subsets(job.seed, network(splits.test.inputs[:1]).shape[1])
+    whole, parts = (data_of_numbers if job.network == NAME else data_of_digits)(problem, splits, chosen)
+    tests = [(classes, part.test) for classes, part in zip(chosen, parts, strict=True)]
     dense = {"kind": "dense", "budget": 1.0, "macs": 1.0}
-    yield from (dense | row for row in on_classes(network, splits.test, chosen, "cut"))
-    whole = shrinking(network, problem, rows_of(pool, torch.arange(few)), None)
-    for share, slim in chain([(1.0, copy.deepcopy(network))], whole):
-        yield from pruned(slim, share, network, problem, splits, chosen, job.seed, "all classes")
-    for classes in chosen:
-        mine = Splits(*(only(part, classes) for part in (splits.train, splits.calibration, splits.test)))
-        for share, slim in shrinking(network, problem, of_these(pool, classes, few), classes):
-            yield from pruned(slim, share, network, problem, mine, [classes], job.seed, "some classes")
+    yield from (dense | on_classes(network, *test, "cut") for test in tests)
+    made = shrinking(network, problem, whole, None)
+    for share, slim in chain([(1.0, copy.deepcopy(network))], made):
+        yield from pruned(slim, share, network, problem, splits.train, tests, job.seed, "all classes")
+    for classes, part in zip(chosen, parts, strict=True):
+        train = renumbered(part.train, classes)
+        for share, slim in shrinking(network, problem, part.calibration, classes):
+            yield from pruned(slim, share, network, problem, train, [(classes, part.test)], job.seed, "some classes")
 
 
-def of_these(table: Table, classes: Sequence[int], count: int) -> Table:
-    """Return the first images of some classes."""
-    return rows_of(table, torch.nonzero(torch.isin(table.targets[LABEL], torch.tensor(classes)))[:count, 0])
+def data_of_digits(problem: Problem, splits: Splits, chosen: Sequence[Sequence[int]]) -> tuple[Table, list[Splits]]:
+    """Return calibration images of all classes, and data of each choice of them: all images there are of these."""
+    few = problem.recipe.counts.calibration
+    pool = problem.split(replace(problem.recipe.counts, calibration=few * CLASSES)).calibration
+    parts = [
+        Splits(of_these(splits.train, classes), rows_of(of_these(pool, classes), torch.arange(few)),
+               of_these(splits.test, classes))
+        for classes in chosen
+    ]  # fmt: skip
+    return rows_of(pool, torch.arange(few)), parts
 
 
-def only(table: Table, classes: Sequence[int]) -> Table:
-    """Return the images of some classes, labelled by their places among them."""
-    part = of_these(table, classes, len(table))
-    return Table(part.inputs, {LABEL: torch.searchsorted(torch.tensor(classes), part.targets[LABEL])})
+def data_of_numbers(problem: Problem, splits: Splits, chosen: Sequence[Sequence[int]]) -> tuple[Table, list[Splits]]:
+    """Return calibration images of all classes, and data of each choice of them: as many images as there are of all."""
+    return splits.calibration, [of_numbers(classes, problem.recipe.counts) for classes in chosen]
+
+
+def of_these(table: Table, classes: Sequence[int]) -> Table:
+    """Return the images of some classes."""
+    return rows_of(table, torch.nonzero(torch.isin(table.targets[LABEL], torch.tensor(classes)))[:, 0])
+
+
+def renumbered(table: Table, classes: Sequence[int]) -> Table:
+    """Return images of some classes, labelled by their places among them."""
+    return Table(table.inputs, {LABEL: torch.searchsorted(torch.tensor(classes), table.targets[LABEL])})
 
 
 def shrinking(
@@ -164,35 +190,34 @@ def pruned(
     share: float,
     network: nn.Module,
     problem: Problem,
-    splits: Splits,
-    chosen: Sequence[Sequence[int]],
+    train: Table,
+    tests: Sequence[tuple[Sequence[int], Table]],
     seed: int,
     kind: str,
 ) -> Iterator[Row]:
     """Yield rows of a slim network: as it is, and after fine-tuning on all training images of its classes."""
-    macs = macs_of(slim, splits.test.inputs[:1]) / macs_of(network, splits.test.inputs[:1])
-    about = {"kind": kind, "budget": share, "macs": macs}
-    rows = [about | row for row in on_classes(slim, splits.test, chosen, "cut")]
+    example = tests[0][1].inputs[:1]
+    about = {"kind": kind, "budget": share, "macs": macs_of(slim, example) / macs_of(network, example)}
+    rows = [about | on_classes(slim, *test, "cut") for test in tests]
     epochs, rate = -(-problem.recipe.epochs // PART), problem.recipe.learning_rate
-    fit(slim, splits.train, problem, epochs=epochs, learning_rate=rate, seed=seed + 1)
-    for row, tuned in zip(rows, on_classes(slim, splits.test, chosen, "tuned"), strict=True):
-        yield row | tuned
+    fit(slim, train, problem, epochs=epochs, learning_rate=rate, seed=seed + 1)
+    yield from (row | on_classes(slim, *test, "tuned") for row, test in zip(rows, tests, strict=True))
 
 
 @torch.no_grad()
-def on_classes(network: nn.Module, test: Table, chosen: Sequence[Sequence[int]], stage: str) -> Iterator[Row]:
-    """Yield the accuracy on each choice of classes; of a network for all ten also if told which there can be."""
+def on_classes(network: nn.Module, classes: Sequence[int], test: Table, stage: str) -> Row:
+    """Return the accuracy on images of some classes; of a network for all also if told which there can be."""
     logits = torch.cat([network.eval()(inputs) for inputs, _ in test.batches(250)])
-    for classes in chosen:
-        rows = torch.isin(test.targets[LABEL], torch.tensor(classes))
-        row: Row = {"classes": list(classes)}
-        if logits.shape[1] == CLASSES:
-            among, labels = logits[rows][:, list(classes)], only(test, classes).targets[LABEL]
-            row[stage] = (logits[rows].argmax(1) == test.targets[LABEL][rows]).float().mean().item()
-            row[f"{stage}_told"] = (among.argmax(1) == labels).float().mean().item()
-        else:
-            row[stage] = (logits.argmax(1) == test.targets[LABEL]).float().mean().item()
-        yield row
+    row: Row = {"classes": list(classes)}
+    labels, among = renumbered(test, classes).targets[LABEL], logits
+    if logits.shape[1] > len(classes):
+        row[stage] = _right(logits, test.targets[LABEL])
+        stage, among = f"{stage}_told", logits[:, list(classes)]
+    return row | {stage: _right(among, labels)}
+
+
+def _right(logits: Tensor, labels: Tensor) -> float:
+    return (logits.argmax(1) == labels).float().mean().item()
 
 
 def scattering(job: Job, options: Options, problem: Problem, splits: Splits, network: nn.Module) -> Iterator[Row]:
@@ -232,8 +257,10 @@ def jobs_for(args: argparse.Namespace, there: Sequence[Row]) -> list[Job]:
     jobs = []
     for seed in args.seeds:
         for network in args.networks:
-            jobs += [Job("scatter", network, seed)] if seed == args.seeds[0] else []
             jobs += [Job("subtasks", network, seed)]
+            if network == NAME:
+                continue
+            jobs += [Job("scatter", network, seed)] if seed == args.seeds[0] else []
             jobs += [Job("few", network, seed, method) for method in FEW]
     known = {(r["part"], r["network"], r["seed"], r.get("method", "")) for r in there}
     left = [job for job in jobs if (job.part, job.network, job.seed, job.method) not in known]
@@ -245,7 +272,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    add("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    every = [*NETWORKS, NAME]
+    add("--networks", nargs="+", choices=every, default=every, metavar="NETWORK", help=f"some of {', '.join(every)}")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add_options(parser, "classes.jsonl, classes.md and the plot")
     return parser.parse_args(argv)

@@ -120,6 +120,9 @@ def subtasks(rows: Sequence[Row]) -> list[str]:
         "for all classes answers with the greatest of its ten outputs; *told*, with the greatest of those that can be "
         "right. As good at: the share of the dense network's macs at which the network for some classes has that "
         "accuracy, between its points; ratio: that, over the macs of the network for all.",
+        "`resnet20-numbers` is for a hundred classes: numbers of two digits. There, a network for some of them is "
+        "calibrated, tuned and tested on as many images of these, made of the same scans, as the network for all is "
+        "on images of all: of the training images, a few classes of a hundred would have too few.",
         markdown(["network", "classes", "dense", "", "macs", *asked, *(f"told: {name}" for name in asked)], table),
     ]
 
