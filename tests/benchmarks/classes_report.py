@@ -110,6 +110,7 @@ def subtasks(rows: Sequence[Row]) -> list[str]:
                     line += [f"{accuracy:.1f}", *share_needed(found["some classes"], accuracy, macs)]
                 table.append(line)
     asked = ["accuracy", "as good at", "ratio"]
+    seeds = {network: seeds_of([r for r in rows if r["network"] == network]) for network, _ in by_size(rows)}
     return [
         "## Networks for some of the classes",
         "![Accuracy against macs](classes.png)",
@@ -123,6 +124,7 @@ def subtasks(rows: Sequence[Row]) -> list[str]:
         "`resnet20-numbers` is for a hundred classes: numbers of two digits. There, a network for some of them is "
         "calibrated, tuned and tested on as many images of these, made of the same scans, as the network for all is "
         "on images of all: of the training images, a few classes of a hundred would have too few.",
+        f"Seeds: {'; '.join(f'{network} {found}' for network, found in seeds.items())}.",
         markdown(["network", "classes", "dense", "", "macs", *asked, *(f"told: {name}" for name in asked)], table),
     ]
 
