@@ -42,8 +42,8 @@ HOW = (
     " were measured, each on all calibration images. Runs: what that cost, in runs of the whole dense network on "
     "them, by its macs; a part of the network counts as a part. Published: how many the search of HBGTS as published "
     "would have taken along the same rounds, which runs the network once for every offer in every round. The mean "
-    "over seeds. Seconds and runs of the VGG, ResNet-20, MobileNetV2 and ResNet-18, and those of `hbgts` on the "
-    "ResNeXt, are from before offers ran in networks without what has gone, which spares runs: of ResNet-20 by "
+    "over seeds. Seconds and runs of `vgg`, `resnet20`, `mobilenetv2` and ResNet-18, and those of `hbgts` on "
+    "`resnext20`, are from before offers ran in networks without what has gone, which spares runs: of ResNet-20 by "
     "`hbgts`, planned to 0.15 on this machine, 104 are left of 240, and 47 s of 61 s."
 )
 
