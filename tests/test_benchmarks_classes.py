@@ -10,7 +10,7 @@ from torch import nn
 
 sys.path.append(str(Path(__file__).parent / "benchmarks"))  # its modules import one another, as in the command
 
-from classes import data_of_digits, on_classes, renumbered, subsets
+from classes import SHARES, SHARES_OF_SOME, data_of_digits, on_classes, renumbered, shares_left, subsets
 from classes_numbers import numbers, of_numbers, problem_of_numbers
 from classes_report import needed
 from quality_data import Counts, Table
@@ -71,6 +71,16 @@ def test_a_network_for_all_classes_is_right_more_often_when_told_which_there_can
     }  # fmt: skip
     sliced = Table(logits[:, [1, 3]], table.targets)
     assert on_classes(nn.Identity(), [1, 3], sliced, "cut") == {"classes": [1, 3], "cut": pytest.approx(2 / 3)}
+
+
+def test_shares_that_have_rows_are_not_measured_again():
+    every = ((0, SHARES), (2, SHARES_OF_SOME), (3, SHARES_OF_SOME), (5, SHARES_OF_SOME))
+    assert shares_left("resnet20", 0, []) == every
+    about = {"part": "subtasks", "network": "resnet20", "seed": 0, "classes": [1, 2]}
+    rows = [about | {"kind": "some classes", "budget": b} for b in SHARES_OF_SOME[:-1]]
+    rows += [about | {"kind": "all classes", "budget": b} for b in SHARES]
+    assert shares_left("resnet20", 0, rows) == ((2, SHARES_OF_SOME[-1:]), *every[2:])
+    assert shares_left("resnet20", 1, rows) == every
 
 
 def test_what_a_curve_needs_is_between_its_points_by_the_logarithm():

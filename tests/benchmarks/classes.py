@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from multiprocessing import get_context
 
 import numpy as np
@@ -50,22 +49,36 @@ FEW = ("joint", "joint-classes", "catro", "taylor-global", "tp-taylor", "tp-tayl
        "tp-activation-global")  # fmt: skip
 PER_CLASS, BUDGETS = (1, 5, 20), (0.7, 0.5, 0.3, 0.15)
 SIZES = (2, 3, 5)
-SHARES = (0.7, 0.5, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03)
+WHOLE = 1.0
+SHARES = (WHOLE, 0.7, 0.5, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03)
+"""Of networks for all classes, the first of which is not cut; those for some go on to where half of the last is."""
+SHARES_OF_SOME = (*SHARES[1:], 0.02, 0.015)
 METHOD = methods.Joint(sequential=True)
 PART = 4
 """Networks of subtasks, and those beside them, are fine-tuned like the dense one was trained, for this part of it."""
 CLASSES, LABEL = 10, "digit"
 ROUNDS = 9
+Left = tuple[tuple[int, tuple[float, ...]], ...]
+"""How many classes, 0 for all of them, and shares of macs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A part of the benchmark on one network of one seed; of few images, with one method."""
+    """A part of the benchmark on one network of one seed.
+
+    Attributes:
+        part: which part.
+        network: its name.
+        seed: of its training, and of the classes that are chosen.
+        method: of few images, the one that plans.
+        left: of subtasks, what has no rows yet.
+    """
 
     part: str
     network: str
     seed: int
     method: str = ""
+    left: Left = ()
 
 
 def measure(job: Job, options: Options) -> list[Row]:
@@ -123,15 +136,19 @@ def subtasks(job: Job, options: Options, problem: Problem, splits: Splits, netwo
     chosen = subsets(job.seed, network(splits.test.inputs[:1]).shape[1])
     whole, parts = (data_of_numbers if job.network == NAME else data_of_digits)(problem, splits, chosen)
     tests = [(classes, part.test) for classes, part in zip(chosen, parts, strict=True)]
-    dense = {"kind": "dense", "budget": 1.0, "macs": 1.0}
-    yield from (dense | on_classes(network, *test, "cut") for test in tests)
-    made = shrinking(network, problem, whole, None)
-    for share, slim in chain([(1.0, copy.deepcopy(network))], made):
-        yield from pruned(slim, share, network, problem, splits.train, tests, job.seed, "all classes")
-    for classes, part in zip(chosen, parts, strict=True):
-        train = renumbered(part.train, classes)
-        for share, slim in shrinking(network, problem, part.calibration, classes):
-            yield from pruned(slim, share, network, problem, train, [(classes, part.test)], job.seed, "some classes")
+    for size, shares in job.left:
+        if size:
+            classes, part = chosen[SIZES.index(size)], parts[SIZES.index(size)]
+            train, on, kind = renumbered(part.train, classes), [(classes, part.test)], "some classes"
+            made = shrinking(network, problem, part.calibration, classes, shares)
+        else:
+            train, on, kind = splits.train, tests, "all classes"
+            made = shrinking(network, problem, whole, None, shares)
+            if WHOLE in shares:
+                dense = {"kind": "dense", "budget": WHOLE, "macs": 1.0}
+                yield from (dense | on_classes(network, *test, "cut") for test in tests)
+        for share, slim in made:
+            yield from pruned(slim, share, network, problem, train, on, job.seed, kind)
 
 
 def data_of_digits(problem: Problem, splits: Splits, chosen: Sequence[Sequence[int]]) -> tuple[Table, list[Splits]]:
@@ -162,9 +179,9 @@ def renumbered(table: Table, classes: Sequence[int]) -> Table:
 
 
 def shrinking(
-    network: nn.Module, problem: Problem, table: Table, classes: Sequence[int] | None
+    network: nn.Module, problem: Problem, table: Table, classes: Sequence[int] | None, shares: Sequence[float]
 ) -> Iterator[tuple[float, nn.Module]]:
-    """Yield a slim network for each share that can be reached, of some classes or all."""
+    """Yield a slim network for each share that can be reached, of some classes or all; a copy where all is left."""
     batches = list(table.batches(problem.recipe.batch_size))
     task = fxprune.Task(
         lambda outputs, batch: cross_entropy(outputs, batch[1][LABEL]),
@@ -174,7 +191,10 @@ def shrinking(
     )
     coupling = fxprune.couple(fxprune.trace(network, table.inputs[:1]))
     known = calibrate(coupling, batches, {LABEL: task})
-    for share in SHARES:
+    for share in shares:
+        if share == WHOLE:
+            yield share, copy.deepcopy(network)
+            continue
         try:
             slim = fxprune.compile(
                 network, table.inputs[:1], fxprune.Budget(macs=share), method=METHOD, calibration=known,
@@ -257,14 +277,23 @@ def jobs_for(args: argparse.Namespace, there: Sequence[Row]) -> list[Job]:
     jobs = []
     for seed in args.seeds:
         for network in args.networks:
-            jobs += [Job("subtasks", network, seed)]
+            jobs += [Job("subtasks", network, seed, left=left)] if (left := shares_left(network, seed, there)) else []
             if network == NAME:
                 continue
             jobs += [Job("scatter", network, seed)] if seed == args.seeds[0] else []
             jobs += [Job("few", network, seed, method) for method in FEW]
     known = {(r["part"], r["network"], r["seed"], r.get("method", "")) for r in there}
-    left = [job for job in jobs if (job.part, job.network, job.seed, job.method) not in known]
+    left = [job for job in jobs if job.left or (job.part, job.network, job.seed, job.method) not in known]
     return [job for job in left if job.part in args.parts]
+
+
+def shares_left(network: str, seed: int, there: Sequence[Row]) -> Left:
+    """Return what has no rows yet of a network's subtasks."""
+    mine = [r for r in there if (r["part"], r["network"], r["seed"]) == ("subtasks", network, seed)]
+    sizes = [(len(r["classes"]) if r["kind"] == "some classes" else 0, r["budget"]) for r in mine]
+    asked = {0: SHARES} | dict.fromkeys(SIZES, SHARES_OF_SOME)
+    found = ((size, tuple(s for s in shares if (size, s) not in sizes)) for size, shares in asked.items())
+    return tuple((size, shares) for size, shares in found if shares)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
