@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxprune.cloning import submodule
+from fxprune.cloning import submodule, unused_name
 from fxprune.costs import Costs
 from fxprune.coupling import Coupling, close_record, couple
-from fxprune.cutting import cut, home_name
+from fxprune.cutting import HOME, cut
 from fxprune.emptying import CannotEmptyError, Emptying, Removal
 from fxprune.errors import ArtifactError, PlanError
 from fxprune.folding import Fold, fold, narrowed
@@ -78,7 +78,7 @@ class Reduced:
     def fill(self, slim: fx.GraphModule, values: Iterable[torch.Tensor]) -> None:
         """Give the constants of a slim network their values; it remembers them in full precision."""
         assert self.fold is not None
-        home = home_name(self.whole.traced.root)
+        home = unused_name(self.whole.traced.root, HOME)
         exact = slim.meta.setdefault(EXACT, {})
         for end, value in narrowed(list(values), self.fold.constants).items():
             parameter = submodule(slim, home)._parameters[end]

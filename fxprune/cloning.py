@@ -50,6 +50,13 @@ def submodule(module: nn.Module, name: str) -> nn.Module:
     return module
 
 
+def unused_name(module: nn.Module, name: str) -> str:
+    """Return a name that nothing in a module has: `name`, with underscores after it as far as need be."""
+    while hasattr(module, name):
+        name += "_"
+    return name
+
+
 def named_part(module: nn.Module, name: str) -> Any:
     """Return the module, parameter, buffer or attribute of a qualified name; a trace patches `getattr` on modules."""
     path, _, key = name.rpartition(".")

@@ -82,7 +82,7 @@ def compile(
         VerificationError: the slim network differs from the masked original.
         RewriteError: a node cannot be rewritten although what reaches it was frozen: a mistake in a rule.
     """
-    check_request(budget, method, calibration, tasks, constraints)
+    check_request(budget, method, calibration, tasks, constraints, on_conflict)
     method = method or default_method(calibration)
     batches = list(calibration) if isinstance(calibration, Iterator) else calibration  # it is read more than once
     if is_sequential(method):
@@ -92,28 +92,18 @@ def compile(
         _step(bar, "couple")
         coupling = couple(traced, unknown=unknown)
         _step(bar, "plan")
-        decomposes = getattr(method, "decompose", False)
-        measures = isinstance(method, SearchMethod)  # on batches, so that nothing can be assumed in their place
-        reads = isinstance(method, PathMethod) or (corrects(method) and not (measures and batches is None))
-        known = gathered(coupling, method, batches, tasks) if reads and not decomposes else batches
-        choose = partial(
-            plan,
-            budget=budget,
-            method=method,
-            calibration=known,
-            tasks=tasks,
-            constraints=constraints,
-            on_conflict=on_conflict,
-        )
+        request: dict[str, Any] = {
+            "budget": budget, "method": method, "tasks": tasks, "constraints": constraints, "on_conflict": on_conflict
+        }  # fmt: skip
         names: tuple[str, ...] = ()
-        if decomposes:
-            found = plan_decomposed(
-                coupling, budget, method, batches, tasks, constraints or Constraints(), unknown=unknown
-            )
+        if getattr(method, "decompose", False):
+            found = plan_decomposed(coupling, **request, calibration=batches, unknown=unknown)
             names, known, freeze = found.names, found.calibration, {}
             coupling, chosen = found.coupling, found.plan
             slim = rewrite(coupling, chosen)
         else:
+            known = _read(coupling, method, batches, tasks)
+            choose = partial(plan, **request, calibration=known)
             coupling, chosen, slim, freeze = _plan_and_rewrite(coupling, unknown, choose)
         bar.update()
         _step(bar, "verify")
@@ -134,6 +124,19 @@ def compile(
 def _step(bar: tqdm[Any], name: str) -> None:
     bar.update()
     bar.set_description(name)
+
+
+def _read(
+    coupling: Coupling,
+    method: AnyMethod,
+    batches: Iterable[Any] | Calibration | None,
+    tasks: Mapping[str, Task] | None,
+) -> Iterable[Any] | Calibration | None:
+    """Return what planning reads: the batches, or moments, where the method or the correction needs them."""
+    measures = isinstance(method, SearchMethod)  # on batches, so that nothing can be assumed in their place
+    if isinstance(method, PathMethod) or (corrects(method) and not (measures and batches is None)):
+        return gathered(coupling, method, batches, tasks)
+    return batches
 
 
 def _plan_and_rewrite(

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import fx, nn
 
-from fxprune.cloning import clone
+from fxprune.cloning import clone, unused_name
 from fxprune.emptying import Removal, live_operand
 from fxprune.folding import Fold
 from fxprune.literals import plain_name
@@ -32,23 +32,15 @@ def cut(traced: Traced, removal: Removal, fold: Fold) -> Traced:
         if shape is not None:
             home.register_parameter(end, _parameter(fold, end, shape))
             with graph.inserting_before(next(n for n in graph.nodes if n in additions)):
-                constant = graph.get_attr(f"{home_name(traced.root)}.{end}")
+                constant = graph.get_attr(f"{unused_name(traced.root, HOME)}.{end}")
         for addition in additions:
             _replace(graph, addition, nodes[end], constant)
     for n in reversed(list(graph.nodes)):
         if n.name in removal.gone:
             graph.erase_node(n)
     if home._parameters:
-        root.add_module(home_name(traced.root), home)
+        root.add_module(unused_name(traced.root, HOME), home)
     return replace(traced, root=root, graph=graph, state=taking_part(root, graph)[0])
-
-
-def home_name(root: nn.Module) -> str:
-    """Return the name of the module of constants: one that the network does not have."""
-    name = HOME
-    while hasattr(root, name):
-        name += "_"
-    return name
 
 
 def _parameter(fold: Fold, end: str, shape: tuple[int, ...]) -> nn.Parameter:

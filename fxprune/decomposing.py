@@ -23,20 +23,21 @@ from torch import fx, nn
 from fxprune.branches import costs_of
 from fxprune.budgets import Budget
 from fxprune.calibrating import Calibration
-from fxprune.cloning import clone, submodule
+from fxprune.choosing import Chooser
+from fxprune.cloning import clone, submodule, unused_name
 from fxprune.constraining import Constraints, constrain
 from fxprune.costs import CostChange, Costs
 from fxprune.coupling import Coupling, close_record, couple
 from fxprune.errors import PlanError
 from fxprune.planning import counted, plan_of
 from fxprune.plans import Plan
-from fxprune.problems import Choice, Problem, gathered, needed
+from fxprune.problems import gathered, needed
 from fxprune.tasks import Task
 from fxprune.traced import Traced, copied, taking_part
 from fxprune.weighing import weights_of
 
 HOME = "decomposed"
-"""Name of the module that holds the 1x1 convolutions, each under the name of its convolution."""
+"""Name of the module that holds the 1x1 convolutions, each under the name of its convolution, if it is not taken."""
 KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -141,15 +142,15 @@ def decompose(traced: Traced, names: Iterable[str]) -> Traced:
     if not names:
         return traced
     root, graph = clone(traced.root), copied(traced.graph)
-    home = nn.Module()
-    root.add_module(HOME, home)
+    home, place = nn.Module(), unused_name(traced.root, HOME)
+    root.add_module(place, home)
     for n in [n for n in graph.nodes if n.op == "call_module" and n.target in names]:
         module: Any = submodule(root, str(n.target))
         after = _identity(module)
         module.bias = None
         _place(home, str(n.target)).add_module("after", after)
         with graph.inserting_after(n):
-            new = graph.call_module(f"{HOME}.{n.target}.after", (n,))
+            new = graph.call_module(f"{place}.{n.target}.after", (n,))
         for user in [u for u in n.users if u is not new]:
             user.replace_input_with(n, new)
     model = fx.GraphModule(root, copied(graph), type(traced.model).__name__)
@@ -204,21 +205,21 @@ def pair_up(traced: Traced, constraints: Constraints, *, unknown: str) -> Paired
             if ids is not None and not np.isin(ids, inner).any():
                 ledger.freeze(ids, "keeps its width: `decompose=True`")
     bound = constrain(close_record(coupling.traced, replace(record, ledger=ledger)), constraints)
-    pairs = [_pair(bound, node, name) for node, name in convs.items()]
+    pairs = [_pair(bound, node, name, submodule(traced.root, name)) for node, name in convs.items()]
     if coupling.traced.combinations is not None:
         nodes = weights_of(coupling.traced, coupling.traced.combinations).nodes
         pairs = [replace(pair, weight=nodes.get(node, 0.0)) for node, pair in zip(convs, pairs, strict=True)]
     return Paired(**{f.name: getattr(bound, f.name) for f in fields(bound)}, pairs=tuple(pairs))
 
 
-def _pair(coupling: Coupling, node: str, name: str) -> Pair:
+def _pair(coupling: Coupling, node: str, name: str, conv: Any) -> Pair:
+    """Return the pair of a convolution, which `node` stands for in the network of pairs."""
     channels = coupling.to_channels(coupling.record.nodes[node][0].labels)[1]
     assert channels is not None
-    conv: Any = submodule(coupling.traced.root, name)
     shape = coupling.record.nodes[node][0].shape
     width, positions = conv.out_channels, shape[0] * int(np.prod(shape[2:]))
     filters = conv.weight[0].numel()
-    bias = width if submodule(coupling.traced.root, f"{HOME}.{name}.after").bias is not None else 0
+    bias = 0 if conv.bias is None else width
     alone = Costs(positions * filters * width, filters * width + bias, 0)
     return Pair(
         name, channels.ravel(), alone, Costs(positions * (filters + width), filters + width, 0), Costs(0, bias, 0)
@@ -248,8 +249,9 @@ def plan_decomposed(
     method: Any,
     calibration: Iterable[Any] | Calibration | None,
     tasks: Mapping[str, Task] | None,
-    constraints: Constraints,
+    constraints: Constraints | None,
     *,
+    on_conflict: str,
     unknown: str,
 ) -> Decomposition:
     """Search a network of pairs, and keep those that pay.
@@ -261,23 +263,32 @@ def plan_decomposed(
         calibration: batches; of a `Calibration`, its batches.
         tasks: name -> Task.
         constraints: limits on widths.
+        on_conflict: as of `plan`.
         unknown: as of `couple`.
 
     Raises:
-        PlanError: no convolution can be a pair, the budget cannot be met or bounds latency, or data are missing.
+        PlanError: no convolution can be a pair, the budget cannot be met or bounds latency, a task cuts outputs down or
+            would get worse than its tolerance, or data are missing.
     """
     if budget.latency is not None:
         raise PlanError(
             "the latency model knows nothing of the 1x1 convolutions that `decompose=True` adds. Pass "
             "`decompose=False`, or bound something else."
         )
+    for name, task in (tasks or {}).items():
+        if task.slice_outputs:
+            raise PlanError(
+                f"task {name!r} cuts outputs down to its classes, and `decompose=True` keeps what lies outside of its "
+                "pairs. Pass `slice_outputs=False`, or `decompose=False`."
+            )
     coupling = counted(coupling, replace(budget, latency_model=None))
     dense = coupling.costs.dense
+    constraints = constraints or Constraints()
     paired = pair_up(coupling.traced, constraints, unknown=unknown)
     given = calibration.batches if isinstance(calibration, Calibration) else calibration
     known = gathered(paired, method, needed(type(method).__name__, given), tasks)
-    found = method.choose(Problem(paired, budget.bounds(dense), constraints, known, tasks))
-    keep = found.keep if isinstance(found, Choice) else found
+    chooser = Chooser(paired, method, constraints, known, tasks)
+    keep = chooser.keep(budget.bounds(dense), closest=on_conflict == "closest")
     kept = [pair for pair in paired.pairs if pair.wins(keep)]
     names = tuple(pair.name for pair in kept)
     smaller = couple(decompose(coupling.traced, names), unknown=unknown)

@@ -58,9 +58,7 @@ def plan(
         PlanError: the budget cannot be met, a pattern matches nothing, the method lacks its data, a task would get
             worse than its tolerance, or ranks differ.
     """
-    check_request(budget, method, calibration, tasks, constraints)
-    if on_conflict not in ("error", "closest"):
-        raise PlanError(f"on_conflict={on_conflict!r} is neither 'error' nor 'closest'. Pass one of the two.")
+    check_request(budget, method, calibration, tasks, constraints, on_conflict)
     method, constraints = method or default_method(calibration), constraints or Constraints()
     agreeing.check_request(tasks, method=method, budget=budget, constraints=constraints, on_conflict=on_conflict)
     agreeing.check_network(coupling)
@@ -123,14 +121,17 @@ def check_request(
     calibration: Iterable[Any] | Calibration | None,
     tasks: Mapping[str, Task] | None,
     constraints: Constraints | None,
+    on_conflict: str = "error",
 ) -> None:
-    """Check the types of what `plan` and `compile` are asked.
+    """Check what `plan` and `compile` are asked, as far as that needs no network.
 
     Raises:
         PlanError: one of them is something else.
     """
     if not isinstance(budget, Budget):
         raise PlanError(f"the budget is {budget!r}. Pass `fxprune.Budget(macs=0.5)`.")
+    if on_conflict not in ("error", "closest"):
+        raise PlanError(f"on_conflict={on_conflict!r} is neither 'error' nor 'closest'. Pass one of the two.")
     check_settings(method, calibration, tasks, constraints)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from small import settled
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 import fxprune
 from fxprune import ArtifactError, Budget, PlanError
@@ -100,6 +102,40 @@ def test_the_second_of_a_pair_holds_the_coefficients_of_least_squares() -> None:
     assert errors[0] <= 0.8 * np.linalg.norm(np.delete(rows, kept, axis=1))
 
 
+@pytest.mark.parametrize("method", [HBGS(decompose=True, backward=True), HBGTS(decompose=True)], ids=repr)
+def test_pairs_keep_within_tolerances(method: Any) -> None:
+    model, data = network()
+    with torch.no_grad():
+        batches = [(x, model(x)) for x in data]
+
+    def asked(tolerance: float, on_conflict: str = "error") -> tuple[float, float]:
+        task = fxprune.Task(lambda out, batch: 1 + (out - batch[1]).square().mean(), tolerance=tolerance)
+        slim = fxprune.compile(
+            model, data[0], Budget(macs=0.5), method=method, calibration=batches, tasks={"numbers": task},
+            on_conflict=on_conflict, progress=False,
+        )  # fmt: skip
+        error = max((slim(x) - y).square().mean().item() for x, y in batches)
+        return fxprune.report(slim).costs.share("macs"), error
+
+    share, error = asked(1e-3)
+    assert share <= 0.5
+    with pytest.raises(PlanError, match="'numbers'"):
+        asked(error / 3)
+    share, less = asked(error / 3, "closest")
+    assert 0.5 < share < 1.0
+    assert less < error / 2  # of the batches, one was held out to check it on
+
+
+def test_a_module_that_is_called_decomposed_stays() -> None:
+    data = network()[1]
+    model = nn.Sequential(OrderedDict(net=network()[0], decomposed=nn.Linear(5, 5))).eval()
+    slim = fxprune.compile(
+        model, data[0], Budget(macs=0.7), method=HBGS(decompose=True), calibration=data, progress=False
+    )
+    assert torch.equal(slim.decomposed.weight, model.decomposed.weight)
+    assert any(name.startswith("decomposed_.") for name, _ in slim.named_parameters())
+
+
 def bias(module: nn.Module) -> Any:
     return 0 if module.bias is None else module.bias[:, None, None]
 
@@ -115,6 +151,18 @@ def test_what_cannot_be_is_refused() -> None:
         fxprune.compile(
             nn.Linear(3, 4), data[0][0, 0, :, :3], Budget(macs=0.5), method=HBGS(decompose=True), progress=False,
             calibration=[torch.randn(8, 3)],
+        )  # fmt: skip
+    labels = [(x, torch.zeros(len(x), dtype=torch.long)) for x in data]
+    tasks = {"digit": fxprune.Task(lambda out, batch: cross_entropy(out, batch[1]), classes=[0, 1], slice_outputs=True)}
+    with pytest.raises(PlanError, match="task 'digit' cuts outputs down to its classes"):
+        fxprune.compile(
+            model, data[0], Budget(macs=0.5), method=HBGS(decompose=True), calibration=labels, tasks=tasks,
+            progress=False,
+        )  # fmt: skip
+    with pytest.raises(PlanError, match="on_conflict='soft' is neither"):
+        fxprune.compile(
+            model, data[0], Budget(macs=0.5), method=HBGS(decompose=True), calibration=data, on_conflict="soft",
+            progress=False,
         )  # fmt: skip
     with pytest.raises(PlanError, match="needs `compensate=True`"):
         HBGS(decompose=True, compensate=False)
