@@ -24,6 +24,7 @@ from fxprune.errors import (
     TraceError,
     VerificationError,
 )
+from fxprune.inspecting import Inspection, inspect
 from fxprune.latencies import LatencyModel
 from fxprune.merging import merge
 from fxprune.planning import plan
@@ -53,6 +54,7 @@ __all__ = [
     "Coupling",
     "CouplingError",
     "FxPruneError",
+    "Inspection",
     "LatencyModel",
     "MeasuredLatency",
     "Plan",
@@ -76,6 +78,7 @@ __all__ = [
     "draw_plan",
     "draw_sensitivity",
     "draw_sweep",
+    "inspect",
     "load",
     "measure_latency",
     "merge",

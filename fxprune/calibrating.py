@@ -21,7 +21,7 @@ from tqdm import tqdm
 from fxprune import sharing
 from fxprune.agreeing import check_network, check_request
 from fxprune.coupling import Coupling
-from fxprune.errors import ArtifactError, PlanError
+from fxprune.errors import ArtifactError, PlanError, check_kind
 from fxprune.gathering import Gatherer
 from fxprune.layers import layers_of
 from fxprune.memberships import LabelReader
@@ -190,6 +190,7 @@ def calibrate(
     Raises:
         PlanError: no batches, a loss that does not depend on the network, moments that do not fit, or ranks differ.
     """
+    check_kind(coupling, Coupling)
     check_batches(batches)
     check_request(tasks, max_bytes=max_bytes, positions=positions, by_class=by_class)
     check_network(coupling)

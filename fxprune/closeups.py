@@ -10,6 +10,7 @@ import numpy as np
 from fxprune.boxes import change, short
 from fxprune.cards import Card, cards_of, find_group, fold
 from fxprune.coupling import Coupling
+from fxprune.errors import check_kind
 from fxprune.explaining import Vertex
 from fxprune.figures import CHARACTER, COLORS, EDGE, FONT, INK, new_figure, pale, saved
 from fxprune.grouping import Group
@@ -66,6 +67,7 @@ def draw_group(
     Example:
         >>> fxprune.draw_group(coupling, "layer1.0.conv1.weight", "group.png")  # doctest: +SKIP
     """
+    check_kind(coupling, Coupling)
     found = find_group(coupling, group)
     after = found.width if plan is None else int(keep_of(coupling, plan)[np.concatenate(found.cells)].sum())
     cards = cards_of(coupling, found)

@@ -14,7 +14,7 @@ from fxprune.calibrating import Calibration
 from fxprune.correcting import corrections
 from fxprune.coupling import Coupling
 from fxprune.eliminating import DAMPING
-from fxprune.errors import PlanError
+from fxprune.errors import PlanError, check_kind
 from fxprune.norms import estimate_statistics, norms_of
 from fxprune.opening import opened
 from fxprune.planning import keep_of
@@ -55,6 +55,8 @@ def compensate(
     Raises:
         PlanError: `sequential`, and the calibration has no batches, or fewer than four samples.
     """
+    check_kind(coupling, Coupling)
+    check_kind(plan, Plan)
     if sequential:
         check_batches(calibration)
     corrected = correct(coupling, plan, slim, calibration, damping=damping)

@@ -17,7 +17,7 @@ from fxprune.channels import Frozen, Site, find_frozen, find_products, find_rows
 from fxprune.closing import Classes, close, mixed, owner
 from fxprune.costs import CostModel, unlabelled
 from fxprune.covering import Coverage, cover
-from fxprune.errors import CouplingError, TraceError
+from fxprune.errors import CouplingError, TraceError, check_kind
 from fxprune.grouping import Group, Members, Products, Rows, find_groups
 from fxprune.interpreting import InterpretationError, interpret
 from fxprune.labels import Labels, Shape, fix
@@ -267,6 +267,7 @@ def couple(traced: Traced, *, unknown: str = "freeze", freeze: Mapping[str, str]
         TraceError: the network does not run on the example inputs.
         CouplingError: `unknown="error"` and there are such ops (all are listed), or a rule could not be applied.
     """
+    check_kind(traced, Traced)
     if unknown not in ("freeze", "error"):
         raise CouplingError(f"unknown={unknown!r} is neither 'freeze' nor 'error'. Pass one of the two.")
     record = interpreted(traced)

@@ -13,6 +13,7 @@ from fxprune.boxes import Box, find_boxes
 from fxprune.collapsing import Repeat
 from fxprune.collapsing import collapse as collapsed
 from fxprune.coupling import Coupling
+from fxprune.errors import check_kind
 from fxprune.figures import CHARACTER, EDGE, FONT, HATCH, INK, STAYS, bold, colors_of, new_figure, pale, saved
 from fxprune.layering import Layers, lay_out
 from fxprune.legends import Legend
@@ -66,6 +67,7 @@ def draw_groups(
     Example:
         >>> fxprune.draw_groups(coupling, "groups.png")  # doctest: +SKIP
     """
+    check_kind(coupling, Coupling)
     keep = np.ones(coupling.num_channels, dtype=bool) if plan is None else keep_of(coupling, plan)
     boxes, graph = find_boxes(coupling, keep)
     repeats, stands = [], {}

@@ -18,6 +18,12 @@ __all__ = [
     "VerificationError",
 ]
 
+MADE_BY = {
+    "Traced": "fxprune.trace(model, example_inputs)",
+    "Coupling": "fxprune.couple(fxprune.trace(model, example_inputs))",
+    "Plan": "fxprune.plan(coupling, budget)",
+}
+
 
 class FxPruneError(Exception):
     """Base of every error that fxprune raises on purpose.
@@ -26,6 +32,19 @@ class FxPruneError(Exception):
         >>> issubclass(PlanError, FxPruneError)
         True
     """
+
+
+def check_kind(value: object, kind: type) -> None:
+    """Check an argument that another step returns: a `Traced`, `Coupling` or `Plan`.
+
+    Raises:
+        FxPruneError: it is something else.
+    """
+    if not isinstance(value, kind):
+        raise FxPruneError(
+            f"this is a {type(value).__name__}, where a {kind.__name__} is needed. Pass what "
+            f"`{MADE_BY[kind.__name__]}` returns."
+        )
 
 
 class TraceError(FxPruneError):

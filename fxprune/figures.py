@@ -40,7 +40,7 @@ def new_figure(width: float, height: float) -> Figure:
     try:
         return _picture_class()(figsize=(width, height), dpi=DPI)
     except ModuleNotFoundError as error:
-        message = 'drawing needs matplotlib, which is not installed. Run `pip install "fxprune[examples]"`.'
+        message = 'drawing needs matplotlib, which is not installed. Run `pip install -e ".[examples]"`.'
         raise FxPruneError(message) from error
 
 

@@ -14,6 +14,7 @@ from fxprune.constraining import Constraints
 from fxprune.costs import Costs
 from fxprune.coupling import Coupling
 from fxprune.covering import Coverage
+from fxprune.errors import check_kind
 from fxprune.freezing import FrozenRow, frozen_rows
 from fxprune.paths import paths_by_score
 
@@ -122,6 +123,7 @@ def inspect(coupling: Coupling) -> Inspection:
     Args:
         coupling: from `couple`.
     """
+    check_kind(coupling, Coupling)
     allocation = steps_of_all(
         coupling, paths_by_score(coupling, np.ones(coupling.num_channels)), "uniform", Constraints()
     )

@@ -18,7 +18,7 @@ from fxprune.closing import owner
 from fxprune.constraining import Constraints, constrain
 from fxprune.costs import CostChange
 from fxprune.coupling import Coupling
-from fxprune.errors import ArtifactError, PlanError
+from fxprune.errors import ArtifactError, PlanError, check_kind
 from fxprune.labels import Labels
 from fxprune.methods import SCOPES, AnyMethod, PathMethod, SearchMethod, default_method
 from fxprune.operands import check_model
@@ -58,6 +58,7 @@ def plan(
         PlanError: the budget cannot be met, a pattern matches nothing, the method lacks its data, a task would get
             worse than its tolerance, or ranks differ.
     """
+    check_kind(coupling, Coupling)
     check_request(budget, method, calibration, tasks, constraints, on_conflict)
     method, constraints = method or default_method(calibration), constraints or Constraints()
     agreeing.check_request(tasks, method=method, budget=budget, constraints=constraints, on_conflict=on_conflict)

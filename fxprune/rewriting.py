@@ -7,6 +7,7 @@ from torch import fx
 from fxprune.branches import build_without
 from fxprune.building import build
 from fxprune.coupling import Coupling
+from fxprune.errors import check_kind
 from fxprune.opening import opened
 from fxprune.pausing import without_collector
 from fxprune.planning import keep_of
@@ -28,6 +29,8 @@ def rewrite(coupling: Coupling, plan: Plan) -> fx.GraphModule:
         ArtifactError: the plan does not fit this network.
         RewriteError: the graph holds sizes that cannot be rewritten; its `nodes` say where and why.
     """
+    check_kind(coupling, Coupling)
+    check_kind(plan, Plan)
     coupling = opened(coupling, plan.classes)
     keep = keep_of(coupling, plan)
     return build_without(coupling, keep, build) if plan.empties else build(coupling, keep)

@@ -14,7 +14,7 @@ from fxprune.calibrating import Calibration
 from fxprune.choosing import probe_of
 from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling
-from fxprune.errors import PlanError
+from fxprune.errors import PlanError, check_kind
 from fxprune.grouping import Group
 from fxprune.methods import AnyMethod, SearchMethod, default_method
 from fxprune.paths import RemovalPath
@@ -161,6 +161,7 @@ def sensitivity(
         >>> found = fxprune.sensitivity(coupling, calibration=batches, tasks=tasks)  # doctest: +SKIP
         >>> fxprune.draw_sensitivity(found, "sensitivity.png")  # doctest: +SKIP
     """
+    check_kind(coupling, Coupling)
     check_settings(method, calibration, tasks, constraints)
     method, constraints = method or default_method(calibration), constraints or Constraints()
     if isinstance(method, SearchMethod):

@@ -15,7 +15,7 @@ from fxprune.calibrating import Calibration
 from fxprune.choosing import probe_of
 from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling
-from fxprune.errors import PlanError
+from fxprune.errors import PlanError, check_kind
 from fxprune.methods import AnyMethod, default_method
 from fxprune.planning import check_request, counted, plan_of
 from fxprune.plans import Plan
@@ -105,6 +105,7 @@ def sweep(
     Raises:
         PlanError: no budget, or one that cannot be met; see `plan`.
     """
+    check_kind(coupling, Coupling)
     asked = list(budgets)
     if not asked:
         raise PlanError("sweep() was given no budgets. Pass some, such as `[fxprune.Budget(macs=0.5)]`.")

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.cloning import clone, named_state
 from fxprune.coupling import Coupling
-from fxprune.errors import VerificationError
+from fxprune.errors import VerificationError, check_kind
 from fxprune.masking import NO_INPUT, AbsentIsNaN, InFloat64
 from fxprune.outputs import parts_of
 from fxprune.plans import Plan
@@ -187,6 +187,8 @@ def verify(coupling: Coupling, plan: Plan, slim: fx.GraphModule) -> Verification
         VerificationError: an output differs (which, by how much, and the first node that does), or nothing can be
             compared: forward draws random numbers, or returns no finite number.
     """
+    check_kind(coupling, Coupling)
+    check_kind(plan, Plan)
     with torch.inference_mode(False):
         return _verify(coupling, plan, slim)
 

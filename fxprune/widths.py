@@ -10,7 +10,7 @@ import numpy as np
 
 from fxprune.boxes import short
 from fxprune.charts import largest, layer_of
-from fxprune.errors import ArtifactError
+from fxprune.errors import ArtifactError, check_kind
 from fxprune.figures import CHARACTER, COLORS, EDGE, FONT, GRID, INK, LINES, new_figure, pale, saved
 from fxprune.plans import GroupWidth, Plan
 from fxprune.sensing import Sensitivity
@@ -52,6 +52,7 @@ def draw_plan(
     Example:
         >>> fxprune.draw_plan(plan, "plan.png", fxprune.sensitivity(coupling, calibration=batches))  # doctest: +SKIP
     """
+    check_kind(plan, Plan)
     if sensitivity is not None:
         _check(plan, sensitivity)
     listed = largest(np.array([1 - g.after / max(g.before, 1) for g in plan.groups]), most)

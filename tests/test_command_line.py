@@ -198,7 +198,7 @@ def test_the_demo_without_its_extra_says_what_to_install(monkeypatch, capsys):
         raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn.datasets")
 
     monkeypatch.setattr("importlib.import_module", absent)
-    assert 'needs sklearn, which is not installed. Run `pip install "fxprune[examples]"`' in refusal(capsys, "demo")
+    assert 'needs sklearn, which is not installed. Run `pip install -e ".[examples]"`' in refusal(capsys, "demo")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fxprune
 from fxprune import methods
@@ -17,7 +18,8 @@ NAMES = {
     "calibrate", "compensate", "Calibration", "sweep", "Sweep", "select_tasks", "merge",
     "combination_costs", "CombinationCosts", "LatencyModel", "MeasuredLatency", "measure_latency",
     "Traced", "Coupling", "Plan", "Budget", "Constraints", "Task", "Verification", "Report",
-    "sensitivity", "Sensitivity", "draw_groups", "draw_group", "draw_plan", "draw_sensitivity", "draw_sweep",
+    "inspect", "Inspection", "sensitivity", "Sensitivity",
+    "draw_groups", "draw_group", "draw_plan", "draw_sensitivity", "draw_sweep",
     "FxPruneError", "TraceError", "CouplingError", "PlanError", "RewriteError", "VerificationError", "ArtifactError",
 }  # fmt: skip
 METHODS = {
@@ -44,6 +46,28 @@ KEYWORD_ONLY = {
     "measure_latency": ["rounds"],
     "transfer": ["model"],
 }
+
+
+STEPS = {
+    "couple": lambda other: fxprune.couple(other),
+    "plan": lambda other: fxprune.plan(other, fxprune.Budget(macs=0.5)),
+    "sweep": lambda other: fxprune.sweep(other, [fxprune.Budget(macs=0.5)]),
+    "sensitivity": lambda other: fxprune.sensitivity(other),
+    "calibrate": lambda other: fxprune.calibrate(other, [torch.ones(2, 3)]),
+    "inspect": lambda other: fxprune.inspect(other),
+    "rewrite": lambda other: fxprune.rewrite(other, other),
+    "verify": lambda other: fxprune.verify(other, other, other),
+    "compensate": lambda other: fxprune.compensate(other, other, other, other),
+    "draw_groups": lambda other: fxprune.draw_groups(other),
+    "draw_group": lambda other: fxprune.draw_group(other, "weight"),
+    "draw_plan": lambda other: fxprune.draw_plan(other),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_that_is_given_the_model_says_what_it_needs(name: str) -> None:
+    with pytest.raises(fxprune.FxPruneError, match=r"this is a Linear, where a .* is needed\. Pass what `fxprune\."):
+        STEPS[name](torch.nn.Linear(3, 2))
 
 
 def test_the_names_are_exactly_these() -> None:

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
         package = (error.name or "").partition(".")[0]
         if package not in ("sklearn", "matplotlib"):
             raise
-        message = f'the demo needs {package}, which is not installed. Run `pip install "fxprune[examples]"`.'
+        message = f'the demo needs {package}, which is not installed. Run `pip install -e ".[examples]"`.'
         raise FxPruneError(message) from error
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
         outcome = demo.run(seed=args.seed, budget=args.budget, out=args.out, quick=args.quick)

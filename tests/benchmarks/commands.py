@@ -17,6 +17,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+from fxprune.latencies import machine
+
 Row = dict[str, Any]
 
 
@@ -102,7 +104,7 @@ def header(title: str, packages: Sequence[str], work: str = "", **facts: str) ->
     """
     lines = {
         "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC",
-        "machine": f"{platform.platform()}, {os.cpu_count()} CPUs" + (f", {work}" if work else ""),
+        "machine": f"{machine('cpu')}, {os.cpu_count()} CPUs" + (f", {work}" if work else ""),
         "versions": f"python {platform.python_version()}, {versions(packages)}",
     }
     return f"# {title}\n\n" + "\n".join(f"* {name}: {fact}" for name, fact in (lines | facts).items())
