@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from commands import markdown
+from commands import command, header, markdown
 from torch import nn
 from torchvision.models import mobilenet_v3_large, resnet18, resnet50
 
@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from plans import random_keep
 
+PACKAGES = ("fxprune", "torch", "torchvision")
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks" / "latency.md"
 CHOICES = 8
 SHARES = (0.7, 0.5)
@@ -125,12 +126,10 @@ def main() -> None:
     headers = ["network", "measuring", "fit", "shares measured", "correlation", "median error", "bias", "largest"]
     asked = ["network", "asked", "predicted", "measured (quartiles)", "off", "macs"]
     against = ["network", "budget", "error", "latency predicted", "measured (quartiles)", "macs"]
-    system = f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
     PAGE.write_text(
-        "# Latency\n\n"
-        f"By `tests/benchmarks/latency.py`, on one thread, {system}, on a machine that others used at the same time. "
-        f"Shares are of the dense network's latency; measured ones are medians of {ROUNDS} paired runs, in the time "
-        "that the thread has computed.\n\n"
+        header("Latency", PACKAGES, "one thread", command=f"`{command()}`") + "\n\n"
+        f"On a machine that others used at the same time. Shares are of the dense network's latency; measured ones are "
+        f"medians of {ROUNDS} paired runs, in the time that the thread has computed.\n\n"
         f"## Predictions\n\n{CHOICES} random choices of channels, none of which was measured for the model. "
         "fit: median error on those that were. bias: median of predicted / measured - 1.\n\n"
         + markdown(headers, [about for about, _, _ in found])

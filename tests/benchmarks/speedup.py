@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from commands import markdown, versions
+from commands import command, header, markdown
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import Bottleneck, ResNet, resnet50
@@ -177,14 +177,13 @@ def by_op(found: Mapping[str, nn.Module], batch: int, px: int) -> list[dict[str,
     ]
 
 
-def header(args: argparse.Namespace) -> str:
+def introduction(px: int) -> str:
     """Say with what the tables were made, and how to read them."""
     return (
-        "# Speed-up\n\n"
-        f"By `tests/benchmarks/speedup.py`: ResNet-50, {args.px} px, at half of its multiply-accumulates, random "
-        f"weights, float32, one thread, {torch.backends.cpu.get_cpu_capability()}, {versions(PACKAGES)}, on a machine "
-        "that others used at the same time. Networks take turns; counted is the time that the thread has computed, and "
-        "`times faster` is the median over rounds of the dense network's time by the own time in that round.\n\n"
+        header("Speed-up", PACKAGES, "one thread", command=f"`{command()}`") + "\n\n"
+        f"ResNet-50, {px} px, at half of its multiply-accumulates, random weights, float32, on a machine that others "
+        "used at the same time. Networks take turns; counted is the time that the thread has computed, and `times "
+        "faster` is the median over rounds of the dense network's time by the own time in that round.\n\n"
         f"`of the ideal`: times faster by how many times fewer macs; the aim is {ENOUGH:.0%}, "
         f"{ENOUGH / BUDGET:.1f} times for half of the macs. `narrow`: a dense ResNet-50 whose layers all have the same "
         "share of their channels, which no tool has touched: what the machine has to give for such widths. Macs are as "
@@ -217,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     shares = {name: number / count["dense"] for name, number in count.items()}
     batches = list(zip(args.batches, args.rounds, strict=True))
     few = {name: found[name] for name in COMPILED}
-    parts = [header(args)]
+    parts = [introduction(args.px)]
 
     def add(title: str, rows: Sequence[Mapping[str, str]]) -> None:
         parts.append(f"## {title}\n\n{markdown('keys', rows)}")
