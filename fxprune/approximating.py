@@ -38,18 +38,6 @@ class Dictionary:
         """The sum of squares of the vectors that may go: what errors are a share of."""
         return max(float(self.gram.diagonal()[torch.from_numpy(self.choice >= 0)].sum()), 1e-300)
 
-    def coefficients(self, keep: np.ndarray) -> torch.Tensor:
-        """Return (kept, gone): by how much of each kept vector every other one is best approximated.
-
-        They are for the vectors as they are: L[l, j] * |f_j| / |f_l|, where L are those of normalised vectors.
-
-        Args:
-            keep: (n,) bool.
-        """
-        k, r = (torch.from_numpy(np.flatnonzero(flags)) for flags in (keep, ~keep))
-        inside = self.gram[k[:, None], k]
-        return torch.linalg.pinv(inside, rtol=RANK, hermitian=True) @ self.gram[k[:, None], r]
-
 
 @dataclass(frozen=True, slots=True)
 class Approximation:

@@ -24,7 +24,6 @@ class Zipped:
 
     def __init__(self, splits: Splits) -> None:
         """Know of none."""
-        self._splits = splits
         self.tuples = np.empty((0, len(splits.networks)), dtype=np.int64)
 
     def add(self, tuples: np.ndarray) -> None:

@@ -121,9 +121,6 @@ def left_out(unused: list[str]) -> list[str]:
     return [f"{len(unused)} parameters take no part in forward and are left out: {shown}"] if unused else []
 
 
-_PLAIN = {int, float, str, bool, type(None)}
-
-
 def attach(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Give a new node its arguments: `create_node` would search each for symbolic sizes, which are not met here."""
     if args:

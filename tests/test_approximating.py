@@ -1,4 +1,4 @@
-"""Sparse approximation: errors are those of least squares, the order is greedy, coefficients reconstruct what went."""
+"""Sparse approximation: errors are those of least squares, and the order is greedy."""
 
 from __future__ import annotations
 
@@ -116,19 +116,7 @@ def test_omp_for_one_vector_is_that_of_scikit_learn() -> None:
         found = forward([dictionary(f)], np.array(others), [np.arange(15) == target])
         for count in (1, 3, 6):
             wanted = orthogonal_mp(unit, f[:, target], n_nonzero_coefs=count)
-            kept = np.isin(np.arange(15), found[:count])
             assert set(np.array(others)[np.flatnonzero(wanted)]) == set(found[:count])
-            lam = dictionary(f).coefficients(kept)[:, np.flatnonzero(~kept).tolist().index(target)].numpy()
-            raw = wanted / np.linalg.norm(f[:, others], axis=0)  # the norms, given back
-            assert lam == pytest.approx(raw[np.isin(others, found[:count])], abs=1e-10)
-
-
-def test_coefficients_are_those_of_least_squares() -> None:
-    for shape in SHAPES.values():
-        f = vectors(shape, 4)
-        keep = np.arange(shape[1]) % 3 > 0
-        lam = dictionary(f).coefficients(keep).numpy()
-        assert ((f[:, ~keep] - f[:, keep] @ lam) ** 2).sum() == pytest.approx(refit(f, np.flatnonzero(keep).tolist()))
 
 
 def test_greedy_is_near_the_best_subset_and_says_where_it_is_not() -> None:
