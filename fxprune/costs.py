@@ -105,8 +105,8 @@ class CostModel:
         self._itemsize = np.array([item for _, _, item, _ in tensors], dtype=np.int64)
         self._is_parameter = np.array([p for _, _, _, p in tensors], dtype=bool)
         self._buffers = products(sizes, ((b.fixed, b.dims) for b in record.buffers))
-        distinct = {id(t.labels): t.labels for ts in record.nodes.values() for t in ts}
-        for labels in distinct.values():
+        every = {id(t.labels): t.labels for ts in record.nodes.values() for t in ts}
+        for labels in every.values():
             for extent in extents(labels):
                 sizes.index(extent)
         self._born = np.array([b.born for b in record.buffers], dtype=np.int64)

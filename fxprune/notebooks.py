@@ -78,8 +78,7 @@ def sweep_html(sweep: Sweep) -> str:
     """Return a sweep: its table, and its picture where losses were measured and matplotlib is there."""
     from fxprune.charts import draw_sweep
 
-    measured = len(sweep) > 0 and bool(sweep[0].rises)
-    picture = _picture(lambda: draw_sweep(sweep)) if measured else ""
+    picture = _picture(lambda: draw_sweep(sweep)) if sweep[0].rises else ""
     return _title("sweep") + _plain(str(sweep)) + picture
 
 
