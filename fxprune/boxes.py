@@ -178,8 +178,8 @@ def groups_of(coupling: Coupling) -> np.ndarray:
     of = np.full(coupling.num_channels + 1, -1)
     width = np.zeros(coupling.num_channels + 1)
     for group in shrinking(coupling):
-        of[np.concatenate(group.cells)] = group.index
-        width[np.concatenate(group.cells)] = group.width
+        of[group.choices] = group.index
+        width[group.choices] = group.width
     members = coupling.members
     pairs = np.flatnonzero((of[members.choice] >= 0) & (of[members.channel] < 0))
     pairs = pairs[np.argsort(width[members.choice[pairs]], kind="stable")]

@@ -83,7 +83,7 @@ def correct(
     """Correct the weights of a slim network in place, and no statistics; arguments and result as of `compensate`."""
     coupling = opened(coupling, plan.classes)
     keep = np.append(keep_of(coupling, plan), True)
-    state = {name: tensor for name, tensor, _ in coupling.traced.state}
+    state = coupling.traced.by_name
     there = dict(slim.named_parameters()) | dict(slim.named_buffers())
     corrected = []
     with torch.no_grad():

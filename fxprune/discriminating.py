@@ -73,7 +73,7 @@ class CATRO:
         most = {int(g): int((~taken[allocation.group == g]).sum()) for g in np.unique(allocation.group)}
         keep = allocation.keep(taken)
         ratios = [
-            c.select(int(keep[np.concatenate(group.cells)].sum()) // sum(group.takes)).ratio
+            c.select(int(keep[group.choices].sum()) // sum(group.takes)).ratio
             for c, group in zip(criteria, coupling.groups(), strict=True)
         ]
         keep, _ = grown([c.scores(ratio) for c, ratio in zip(criteria, ratios, strict=True)], most)
@@ -88,7 +88,7 @@ def _allocation(
     paths = []
     worth = np.zeros(coupling.num_channels)
     for group, criterion, score in zip(coupling.groups(), criteria, scores, strict=True):
-        choices = np.concatenate(group.cells)
+        choices = group.choices
         ranked = np.zeros(coupling.num_channels)
         ranked[choices] = score
         worth[choices] = criterion.between

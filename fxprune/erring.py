@@ -132,7 +132,7 @@ def _beside(merger: Merger) -> _Beside:
     first = merger.splits.networks[0]
     coupling = couple(trace(module, first.args or first.kwargs))
     home = np.full((coupling.num_channels, 2), -1)
-    state = {name: t for name, t, _ in coupling.traced.state}
+    state = coupling.traced.by_name
     for w in wired:
         for key, dim, channels in _labelled(merger, w, state):
             mine = coupling.tensors[f"{w.name}.{key}"][1][dim] if f"{w.name}.{key}" in coupling.tensors else None

@@ -151,7 +151,7 @@ def _groups(coupling: Coupling, allocation: Allocation) -> tuple[GroupOutlook, .
         per_step = sum(group.takes)
         half = coupling.costs(allocation.keep(own & (np.cumsum(own) * per_step <= group.width / 2)))
         saved = [1 - getattr(half, name) / max(getattr(dense, name), 1) for name in ("macs", "params")]
-        choices = np.concatenate(group.cells)
+        choices = group.choices
         count, least = int(sites[choices].max()), group.width - int(own.sum()) * per_step
         outlooks.append(GroupOutlook(group.name, group.kind, count, group.width, least, *saved))
     return tuple(outlooks)

@@ -14,6 +14,7 @@ import torch
 
 from fxprune import sharing
 from fxprune.allocating import allocate
+from fxprune.atoms import FIXED
 from fxprune.calibrating import Calibration
 from fxprune.criteria.approximation import Approximator
 from fxprune.errors import PlanError
@@ -99,9 +100,7 @@ class Offering:
         self.evaluations, self.rerun.work, self.published = spent
 
     def _members(self, group: Group) -> np.ndarray:
-        found = np.zeros(self.coupling.num_channels, dtype=bool)
-        found[self.coupling.members.of(np.concatenate(group.cells))[0]] = True
-        return found
+        return self.coupling.in_group(group)[:FIXED]
 
     def _check(self, bounds: Mapping[str, float]) -> None:
         """Raise PlanError where nothing meets some bounds."""

@@ -192,7 +192,7 @@ def plan_of(
     counts = _sites_per_channel(coupling)
     groups = []
     for group in coupling.groups():
-        choices = np.concatenate(group.cells)
+        choices = group.choices
         groups.append(
             GroupWidth(group.name, group.kind, int(counts[choices].max()), len(choices), int(keep[choices].sum()))
         )

@@ -66,7 +66,7 @@ class Restriction:
 
     def _whole(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """Return a tensor of the part as one of the whole network: rows that went are as they were."""
-        dense = next(t for n, t, _ in self.whole.traced.state if n == name).detach().clone()
+        dense = self.whole.traced.by_name[name].detach().clone()
         places = self.rows.cut(name, torch.arange(dense.numel()).reshape(dense.shape)).to(dense.device)
         dense.view(-1)[places.reshape(-1)] = value.to(dense).reshape(-1)
         return dense

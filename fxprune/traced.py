@@ -70,6 +70,11 @@ class Traced:
         """A module that computes what the model computes and shares its parameters and buffers."""
         return fx.GraphModule(self.root, copy.deepcopy(self.graph), type(self.model).__name__)
 
+    @property
+    def by_name(self) -> dict[str, torch.Tensor]:
+        """Name -> tensor of everything that takes part in forward."""
+        return {name: tensor for name, tensor, _ in self.state}
+
     def source(self, node: str) -> str:
         """Return the user's source line of a node: `file.py:12: code`, in a notebook `In[3]:12: code`, or ""."""
         place = self.sources.get(node, "")

@@ -82,9 +82,8 @@ def unreported(coupling: fxprune.Coupling) -> list[str]:
     known[-1] = True  # fixed positions
     for frozen in coupling.frozen:
         known[frozen.channels] |= bool(frozen.node and frozen.reason)
-    members = coupling.members
     for group in coupling.groups():
-        known[members.channel[np.isin(members.choice, np.concatenate(group.cells))]] = True
+        known |= coupling.in_group(group)
     found = []
     for site in coupling.sites:
         channels = np.unique(site.channels)
