@@ -165,6 +165,11 @@ def _operation(node: fx.Node) -> str:
     return name.rpartition(".")[2].strip("_") if node.op == "call_module" else name.partition(".")[0].strip("_")
 
 
+def layer_of(parameter: str) -> str:
+    """Return the layer of a parameter, or the parameter where it has none."""
+    return parameter.rpartition(".")[0] or parameter
+
+
 def short(name: str) -> str:
     """Shorten a layer's name to its last parts."""
     while len(name) > LONGEST_NAME and "." in name:

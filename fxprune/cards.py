@@ -10,6 +10,7 @@ import networkx as nx
 import numpy as np
 from torch import fx
 
+from fxprune.boxes import layer_of
 from fxprune.collapsing import Repeat, find_repeats, named_together
 from fxprune.coupling import Coupling, Site
 from fxprune.errors import CouplingError
@@ -133,7 +134,7 @@ def _runs(nodes: Iterable[fx.Node]) -> dict[str, list[str]]:
 
 def _layer(coupling: Coupling, site: Site, runs: dict[str, list[str]]) -> tuple[str, list[str]]:
     """Return the layer of a site, and the nodes that run it."""
-    layer, at = site.name.rpartition(".")[0] or site.name, site.name
+    layer, at = layer_of(site.name), site.name
     while at and at not in runs:
         at = at.rpartition(".")[0]
     return layer, runs[at] if at else [coupling.record.named_at[site.name]]

@@ -70,6 +70,13 @@ class CostChange:
         before = getattr(self.before, resource)
         return getattr(self.after, resource) / before if before else 1.0
 
+    def rows(self) -> list[tuple[str, int, int, float]]:
+        """Return what is known of each resource: its name, before, after, and share."""
+        return [
+            (name, before, getattr(self.after, name), self.share(name))
+            for name, before in self.before.to_dict().items()
+        ]
+
 
 class CostModel:
     """Costs as a function of the kept channels."""

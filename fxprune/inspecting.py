@@ -15,7 +15,8 @@ from fxprune.costs import Costs
 from fxprune.coupling import Coupling
 from fxprune.covering import Coverage
 from fxprune.freezing import FrozenRow, frozen_rows
-from fxprune.paths import paths_by_score
+from fxprune.paths import paths_in_any_order
+from fxprune.planning import sites_of_choices
 
 REASON_WIDTH = 46
 """Characters per line of a reason in the printed table."""
@@ -122,9 +123,7 @@ def inspect(coupling: Coupling) -> Inspection:
     Args:
         coupling: from `couple`.
     """
-    allocation = steps_of_all(
-        coupling, paths_by_score(coupling, np.ones(coupling.num_channels)), "uniform", Constraints()
-    )
+    allocation = steps_of_all(coupling, paths_in_any_order(coupling), "uniform", Constraints())
     traced = coupling.traced
     return Inspection(
         type(traced.model).__name__,
@@ -141,17 +140,13 @@ def inspect(coupling: Coupling) -> Inspection:
 def _groups(coupling: Coupling, allocation: Allocation) -> tuple[GroupOutlook, ...]:
     """Halve one group at a time."""
     dense = coupling.costs.dense
-    per_channel = np.zeros(coupling.num_channels + 1)
-    for site in coupling.sites:
-        per_channel[site.channels] += 1  # once, however often a channel occurs
-    sites = coupling.members.total(per_channel[:-1])
+    sites = sites_of_choices(coupling)
     outlooks = []
     for group in coupling.groups():
         own = allocation.group == group.index
         per_step = sum(group.takes)
         half = coupling.costs(allocation.keep(own & (np.cumsum(own) * per_step <= group.width / 2)))
         saved = [1 - getattr(half, name) / max(getattr(dense, name), 1) for name in ("macs", "params")]
-        choices = group.choices
-        count, least = int(sites[choices].max()), group.width - int(own.sum()) * per_step
+        count, least = int(sites[group.choices].max()), group.width - int(own.sum()) * per_step
         outlooks.append(GroupOutlook(group.name, group.kind, count, group.width, least, *saved))
     return tuple(outlooks)

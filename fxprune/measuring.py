@@ -18,7 +18,7 @@ from fxprune.coupling import Coupling, couple
 from fxprune.errors import PlanError, TraceError
 from fxprune.latencies import LatencyModel, OpLatency, fit, machine, shares, terms
 from fxprune.operands import Operands, calls_of
-from fxprune.paths import paths_by_score
+from fxprune.paths import paths_in_any_order
 from fxprune.planning import plan_of
 from fxprune.plans import Plan
 from fxprune.products import Counter, Sizes
@@ -130,8 +130,7 @@ def choices(coupling: Coupling) -> Iterator[tuple[np.ndarray, bool]]:
 
 def _allocation(coupling: Coupling) -> Allocation:
     """Return all steps that groups can take, in any order."""
-    scores = paths_by_score(coupling, np.ones(coupling.num_channels))
-    return steps_of_all(coupling, scores, "uniform", Constraints())
+    return steps_of_all(coupling, paths_in_any_order(coupling), "uniform", Constraints())
 
 
 def _taken(coupling: Coupling, allocation: Allocation, gone: np.ndarray, block: int) -> np.ndarray:

@@ -109,10 +109,7 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _costs(costs: CostChange) -> str:
-    rows = [
-        [name, f"{getattr(costs.before, name):,}", f"{getattr(costs.after, name):,}", f"{costs.share(name):.1%}"]
-        for name in costs.before.to_dict()
-    ]
+    rows = [[name, f"{before:,}", f"{after:,}", f"{share:.1%}"] for name, before, after, share in costs.rows()]
     return str(tabulate(rows, headers=["cost", "before", "after", "share"], tablefmt="html", disable_numparse=True))
 
 

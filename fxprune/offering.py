@@ -21,7 +21,7 @@ from fxprune.errors import PlanError
 from fxprune.grouping import Group
 from fxprune.judging import EndJudge, LayerJudge
 from fxprune.offers import Branch, Found, Offer, written
-from fxprune.paths import paths_by_score
+from fxprune.paths import paths_in_any_order
 from fxprune.problems import Problem
 from fxprune.rerunning import Rerun
 from fxprune.resuming import read_state, write_state
@@ -104,8 +104,7 @@ class Offering:
 
     def _check(self, bounds: Mapping[str, float]) -> None:
         """Raise PlanError where nothing meets some bounds."""
-        paths = paths_by_score(self.coupling, np.ones(self.coupling.num_channels))
-        allocate(self.coupling, paths, "uniform", self._limits, bounds)
+        allocate(self.coupling, paths_in_any_order(self.coupling), "uniform", self._limits, bounds)
 
     def run(self, bounds: Mapping[str, float]) -> Found:
         """Return what to keep.

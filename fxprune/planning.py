@@ -84,8 +84,7 @@ def _plan(
     restriction = restrict(coupling, tasks)
     dense = coupling.costs.dense
     if restriction is not None:
-        coupling = restriction.part
-        calibration = restriction.cut(calibration) if isinstance(calibration, Calibration) else calibration
+        coupling, calibration = restriction.part, restriction.cut(calibration)
     bound = constrain(coupling, constraints)
     chooser = Chooser(bound, method, constraints, calibration, tasks)
     keep = chooser.keep(budget.bounds(dense), closest=closest)
@@ -189,7 +188,7 @@ def plan_of(
         )
     dense = coupling.costs.dense
     kept, sizes = _kept(coupling, keep)
-    counts = _sites_per_channel(coupling)
+    counts = sites_of_choices(coupling)
     groups = []
     for group in coupling.groups():
         choices = group.choices
@@ -208,7 +207,8 @@ def plan_of(
     )
 
 
-def _sites_per_channel(coupling: Coupling) -> np.ndarray:
+def sites_of_choices(coupling: Coupling) -> np.ndarray:
+    """Return (channels,) how many dims of parameters and buffers each choice cuts."""
     per_channel = np.zeros(coupling.num_channels + 1)
     for channels, where in coupling.arrays:
         per_channel[channels] += len(where)  # once, however often a channel occurs
