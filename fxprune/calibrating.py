@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from fxprune import sharing
-from fxprune.agreeing import check_network, check_request
+from fxprune.agreeing import check_network, check_same_request
 from fxprune.cloning import names_of
 from fxprune.coupling import Coupling
 from fxprune.errors import ArtifactError, PlanError
@@ -192,7 +192,7 @@ def calibrate(
         PlanError: no batches, a loss that does not depend on the network, moments that do not fit, or ranks differ.
     """
     check_batches(batches)
-    check_request(tasks, max_bytes=max_bytes, positions=positions, by_class=by_class)
+    check_same_request(tasks, max_bytes=max_bytes, positions=positions, by_class=by_class)
     check_network(coupling)
     module = coupling.traced.module
     names = names_of(module)

@@ -56,7 +56,7 @@ def compensate(
         PlanError: `sequential`, and the calibration has no batches, or fewer than four samples.
     """
     if sequential:
-        check_batches(calibration)
+        check_sequential(calibration)
     corrected = correct(coupling, plan, slim, calibration, damping=damping)
     if calibration.batches is None:
         return corrected
@@ -66,7 +66,7 @@ def compensate(
     return tuple(dict.fromkeys(corrected + refitted))
 
 
-def check_batches(calibration: Iterable[Any] | Calibration | None) -> None:
+def check_sequential(calibration: Iterable[Any] | Calibration | None) -> None:
     """Raise PlanError where there are no batches for a sequential correction to read."""
     if calibration is None:
         raise PlanError("sequential=True reads batches: pass `calibration=[(inputs, targets), ...]`, or leave it out.")

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from fxprune import sharing
 from fxprune.budgets import Budget
 from fxprune.calibrating import Calibration
-from fxprune.compensating import check_batches, compensate, take_over
+from fxprune.compensating import check_sequential, compensate, take_over
 from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling, couple
 from fxprune.decomposing import plan_decomposed
@@ -79,7 +79,7 @@ def compile(
     method = method or default_method(calibration)
     batches = list(calibration) if isinstance(calibration, Iterator) else calibration  # it is read more than once
     if is_sequential(method):
-        check_batches(batches)
+        check_sequential(batches)
     with tqdm(total=5, desc="trace", disable=not progress or sharing.rank() > 0, bar_format=BAR) as bar:
         traced = trace(model, example_inputs)
         _step(bar, "couple")

@@ -60,7 +60,7 @@ def plan(
     """
     check_request(budget, method, calibration, tasks, constraints, on_conflict)
     method, constraints = method or default_method(calibration), constraints or Constraints()
-    agreeing.check_request(tasks, method=method, budget=budget, constraints=constraints, on_conflict=on_conflict)
+    agreeing.check_same_request(tasks, method=method, budget=budget, constraints=constraints, on_conflict=on_conflict)
     agreeing.check_network(coupling)
     work = without_collector(_plan) if calibration is None else _plan
     return agreeing.check_plan(

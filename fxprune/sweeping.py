@@ -112,7 +112,7 @@ def sweep(
         check_request(budget, method, calibration, tasks, constraints)
     method, constraints = method or default_method(calibration), constraints or Constraints()
     data = list(calibration) if isinstance(calibration, Iterator) else calibration
-    agreeing.check_request(tasks, method=method, budgets=asked, constraints=constraints)
+    agreeing.check_same_request(tasks, method=method, budgets=asked, constraints=constraints)
     agreeing.check_network(coupling)
     coupling = counted(coupling, *asked)
     dense = coupling.costs.dense
