@@ -46,7 +46,7 @@ def steps_of(group: Group, path: RemovalPath, scope: str, constraints: Constrain
     Args:
         group: the group.
         path: in which order its choices go, at what error.
-        scope: "uniform" or "global".
+        scope: as of `allocate`.
         constraints: limits on widths.
         multiple: of which every width is one.
     """
@@ -206,7 +206,7 @@ def steps_of_all(coupling: Coupling, paths: Sequence[RemovalPath], scope: str, c
     Args:
         coupling: the coupled network.
         paths: of every group.
-        scope: "uniform" or "global".
+        scope: as of `allocate`.
         constraints: limits on widths.
     """
     members, groups = coupling.members, coupling.groups()

@@ -160,7 +160,7 @@ def _labelled(
 
 
 def _bounds(merger: Merger, beside: _Beside, alpha: float | Mapping[str, float]) -> np.ndarray:
-    """Return (groups,) the bound of each group of the networks side by side; 0 where nothing may go."""
+    """Return (groups,) the bound of each group of the networks side by side; -inf where nothing may go."""
     base, readable = merger.splits.coupling.groups(), _read_by_known(merger)
     name_of = {int(c): group.name for group in base for cell in group.cells for c in cell}
     found = []

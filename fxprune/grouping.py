@@ -277,7 +277,7 @@ def find_groups(
         frozen: (channels,) which may not go.
         site_key: (channels,) a hash of the sites of each channel, 0 where it has none.
         names: name of each site.
-        first_site: (channels,) index of the first site of each channel, or -1.
+        first_site: (channels,) index of the first site of each channel; the number of sites where it has none.
     """
     members, losses = _members_and_losses(num_channels, rows, products)
     frozen = np.bincount(members.choice, weights=frozen[members.channel], minlength=num_channels) > 0

@@ -216,7 +216,7 @@ def frozen(array: np.ndarray) -> np.ndarray:
 
 
 def costs_table(costs: CostChange) -> str:
-    """Return macs, params and memory before and after, as text."""
+    """Return all costs that are known before and after, as text."""
     rows = [[name, f"{before:,}", f"{after:,}", f"{share:.1%}"] for name, before, after, share in costs.rows()]
     return tabulate(
         rows,
