@@ -12,10 +12,9 @@ import torch
 import two_tasks
 from hypothesis import given, settings
 from plans import cut, random_keep
-from small import Chain, settled
+from small import Chain, macs_by_torch, settled
 from strategies import Network, build, example_inputs, networks
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import fxprune
 from fxprune import Budget, Constraints, PlanError, methods
@@ -49,12 +48,6 @@ class Heads(nn.Module):
 
 def coupled(model: nn.Module | None = None) -> fxprune.Coupling:
     return fxprune.couple(fxprune.trace(settled(Heads()) if model is None else model, X))
-
-
-def macs_by_torch(module: nn.Module, *inputs: Tensor) -> int:
-    with FlopCounterMode(display=False) as counter:
-        module(*(x.clone() for x in inputs))
-    return counter.get_total_flops() // 2
 
 
 def independent(slim: Any, shares: Mapping[tuple[str, ...], float]) -> tuple[float, float]:
