@@ -33,7 +33,7 @@ def check_network(coupling: Coupling) -> None:
     )
 
 
-def check_request(tasks: Mapping[str, Task] | None, **settings: object) -> None:
+def check_same_request(tasks: Mapping[str, Task] | None, **settings: object) -> None:
     """Check that all ranks are asked the same, as far as it prints: of tasks all but the loss.
 
     Raises:

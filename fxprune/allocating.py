@@ -13,6 +13,7 @@ from fxprune.costs import Costs
 from fxprune.coupling import Coupling
 from fxprune.emptying import CannotEmptyError
 from fxprune.errors import CouplingError, PlanError
+from fxprune.freezing import frozen_rows
 from fxprune.grouping import Group
 from fxprune.paths import RemovalPath
 from fxprune.pausing import without_collector
@@ -45,7 +46,7 @@ def steps_of(group: Group, path: RemovalPath, scope: str, constraints: Constrain
     Args:
         group: the group.
         path: in which order its choices go, at what error.
-        scope: "uniform" or "global".
+        scope: as of `allocate`.
         constraints: limits on widths.
         multiple: of which every width is one.
     """
@@ -115,6 +116,10 @@ class Allocation:
         keep = np.ones(self.coupling.num_channels, dtype=bool)
         keep[self._channels[taken[self._owner]]] = False
         return self.coupling.settle(keep) if self.branches is None else self.branches.settle(keep)
+
+    def costs(self, keep: np.ndarray) -> Costs:
+        """Return what a network costs of which the channels `keep` stay."""
+        return self.coupling.costs(keep) if self.branches is None else self.branches.costs(keep)
 
     def meet(self, bounds: Mapping[str, float]) -> np.ndarray | None:
         """Return which steps to take: the fewest from the start that fit, less those that can be given back.
@@ -201,7 +206,7 @@ def steps_of_all(coupling: Coupling, paths: Sequence[RemovalPath], scope: str, c
     Args:
         coupling: the coupled network.
         paths: of every group.
-        scope: "uniform" or "global".
+        scope: as of `allocate`.
         constraints: limits on widths.
     """
     members, groups = coupling.members, coupling.groups()
@@ -290,8 +295,7 @@ def allocate(
     allocation = steps_of_all(coupling, paths, scope, constraints)
     taken = allocation.meet(bounds)
     if taken is None:
-        costs = coupling.costs if allocation.branches is None else allocation.branches.costs
-        least = costs(allocation.keep(np.ones(len(allocation), dtype=bool)))
+        least = allocation.costs(allocation.keep(np.ones(len(allocation), dtype=bool)))
         raise PlanError(_impossible(coupling, constraints, bounds, least))
     if scope == "optimal":
         taken = least_error(allocation, taken, bounds)
@@ -300,7 +304,6 @@ def allocate(
 
 def least_error(allocation: Allocation, taken: np.ndarray, bounds: Mapping[str, float]) -> np.ndarray:
     """Return the steps (steps,) bool with the least total error within the bounds, starting from some that fit."""
-    costs = allocation.coupling.costs if allocation.branches is None else allocation.branches.costs
     groups = np.unique(allocation.group)
     places = [np.flatnonzero(allocation.group == g) for g in groups]
 
@@ -311,7 +314,7 @@ def least_error(allocation: Allocation, taken: np.ndarray, bounds: Mapping[str, 
         return flags
 
     def cost(levels: np.ndarray) -> Mapping[str, float]:
-        return costs(allocation.keep(chosen(levels))).to_dict()
+        return allocation.costs(allocation.keep(chosen(levels))).to_dict()
 
     search = Search([allocation.errors[place] for place in places], cost, bounds)
     return chosen(search.run(np.array([int(taken[place].sum()) for place in places], dtype=np.int64)))
@@ -341,11 +344,8 @@ def _impossible(coupling: Coupling, constraints: Constraints, bounds: Mapping[st
 
 def _largest_reason(coupling: Coupling) -> str:
     """Return which node holds most channels, and why, as words; or nothing if nothing is frozen."""
-    counts: dict[tuple[str, str, str], int] = {}
-    for f in coupling.frozen:
-        key = (f.node, coupling.traced.where(f.node), f.reason)
-        counts[key] = counts.get(key, 0) + int(coupling.has_site[f.channels].sum())
-    if not counts:
+    rows = frozen_rows(coupling)
+    if not rows:
         return ""
-    node, where, reason = max(counts, key=lambda key: counts[key])
-    return f": {counts[node, where, reason]:,} because node {node!r}{where} {reason}"
+    most = rows[0]
+    return f": {most.channels:,} because node {most.node!r}{coupling.traced.where(most.node)} {most.reason}"

@@ -25,7 +25,7 @@ def assume(coupling: Coupling) -> Calibration:
     Source: the moments of a rectified normal, as Nagel et al., Data-Free Quantization (2019), appendix C, use them.
     """
     mean, square = _channel_moments(coupling)
-    state = {name: tensor for name, tensor, _ in coupling.traced.state}
+    state = coupling.traced.by_name
     moments = {}
     for layer in layers_of(coupling):
         if layer.name in coupling.tensors:
@@ -37,7 +37,7 @@ def _channel_moments(coupling: Coupling) -> tuple[np.ndarray, np.ndarray]:
     """Return (channels + 1,) E[x] and E[x^2] of every channel; the last is that of positions without one."""
     total, variance = np.zeros(coupling.num_channels + 1), np.zeros(coupling.num_channels + 1)
     known = np.zeros(coupling.num_channels + 1, dtype=bool)
-    state = {name: tensor for name, tensor, _ in coupling.traced.state}
+    state = coupling.traced.by_name
     for path, module in coupling.traced.root.named_modules():
         name = f"{path}.weight"
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and name in coupling.tensors:

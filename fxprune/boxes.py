@@ -165,6 +165,11 @@ def _operation(node: fx.Node) -> str:
     return name.rpartition(".")[2].strip("_") if node.op == "call_module" else name.partition(".")[0].strip("_")
 
 
+def layer_of(parameter: str) -> str:
+    """Return the layer of a parameter, or the parameter where it has none."""
+    return parameter.rpartition(".")[0] or parameter
+
+
 def short(name: str) -> str:
     """Shorten a layer's name to its last parts."""
     while len(name) > LONGEST_NAME and "." in name:
@@ -178,8 +183,8 @@ def groups_of(coupling: Coupling) -> np.ndarray:
     of = np.full(coupling.num_channels + 1, -1)
     width = np.zeros(coupling.num_channels + 1)
     for group in shrinking(coupling):
-        of[np.concatenate(group.cells)] = group.index
-        width[np.concatenate(group.cells)] = group.width
+        of[group.choices] = group.index
+        width[group.choices] = group.width
     members = coupling.members
     pairs = np.flatnonzero((of[members.choice] >= 0) & (of[members.channel] < 0))
     pairs = pairs[np.argsort(width[members.choice[pairs]], kind="stable")]

@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from fxprune import sharing
-from fxprune.agreeing import check_network, check_request
+from fxprune.agreeing import check_network, check_same_request
+from fxprune.cloning import names_of
 from fxprune.coupling import Coupling
 from fxprune.errors import ArtifactError, PlanError, check_kind
 from fxprune.gathering import Gatherer
@@ -192,10 +193,10 @@ def calibrate(
     """
     check_kind(coupling, Coupling)
     check_batches(batches)
-    check_request(tasks, max_bytes=max_bytes, positions=positions, by_class=by_class)
+    check_same_request(tasks, max_bytes=max_bytes, positions=positions, by_class=by_class)
     check_network(coupling)
     module = coupling.traced.module
-    names = {id(p): name for name, p in [*module.named_parameters(), *module.named_buffers()]}
+    names = names_of(module)
     layers, chosen = layers_of(coupling), tasks or {OUTPUTS: Task(_change)}
     thinned = _thinned(layers, max_bytes, len(chosen))
     batches = list(batches) if isinstance(batches, Iterator) else batches  # they are kept

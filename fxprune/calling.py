@@ -16,24 +16,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fxprune.registering import registering
+
 aten = torch.ops.aten
 
 Call = tuple[Any, tuple[Any, ...]]
 """An overload and its arguments."""
 
-CALLS: dict[type[nn.Module], Callable[[Any, torch.Tensor], Call | None]] = {}
+Caller = Callable[[Any, torch.Tensor], Call | None]
+CALLS: dict[type[nn.Module], Caller] = {}
 
 
-def calls(
-    *kinds: type[nn.Module],
-) -> Callable[[Callable[[Any, torch.Tensor], Call | None]], Callable[[Any, torch.Tensor], Call | None]]:
+def calls(*kinds: type[nn.Module]) -> Callable[[Caller], Caller]:
     """Register the call of exactly these classes."""
-
-    def register(function: Callable[[Any, torch.Tensor], Call | None]) -> Callable[[Any, torch.Tensor], Call | None]:
-        CALLS.update(dict.fromkeys(kinds, function))
-        return function
-
-    return register
+    return registering(CALLS, kinds, "calls")
 
 
 FUNCTIONS: dict[Callable[..., Any], Any] = {

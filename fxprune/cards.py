@@ -10,7 +10,7 @@ import networkx as nx
 import numpy as np
 from torch import fx
 
-from fxprune.atoms import FIXED
+from fxprune.boxes import layer_of
 from fxprune.collapsing import Repeat, find_repeats, named_together
 from fxprune.coupling import Coupling, Site
 from fxprune.errors import CouplingError
@@ -77,8 +77,8 @@ def find_group(coupling: Coupling, wanted: int | str | Vertex) -> Group:
     name, dim = (wanted, None) if isinstance(wanted, str) else wanted
     sites = [s for s in coupling.sites if s.name == name and dim in (None, s.dim)]
     channels = np.unique(np.concatenate([s.channels.ravel() for s in sites])) if sites else np.empty(0, dtype=np.int64)
-    found = [g for g in groups if np.isin(np.concatenate(g.cells), channels).any()]
-    found = found or [g for g in groups if _of_group(coupling, g)[channels].any()]
+    found = [g for g in groups if np.isin(g.choices, channels).any()]
+    found = found or [g for g in groups if coupling.in_group(g)[channels].any()]
     if len(found) > 1 and dim is None:
         makers = makers_of(coupling)
         found = [g for g in found if any(s.name == name for s in makers[g.index])] or found
@@ -94,7 +94,7 @@ def find_group(coupling: Coupling, wanted: int | str | Vertex) -> Group:
 
 def cards_of(coupling: Coupling, group: Group) -> list[Card]:
     """Return the sites of a group, layer by layer, in the order they run."""
-    mine = _of_group(coupling, group)
+    mine = coupling.in_group(group)
     place = {node.name: i for i, node in enumerate(coupling.traced.graph.nodes)}
     runs = _runs(coupling.traced.graph.nodes)
     makers = {(s.name, s.dim) for s in makers_of(coupling)[group.index]}
@@ -120,14 +120,6 @@ def cards_of(coupling: Coupling, group: Group) -> list[Card]:
     return _tied(coupling, cards, own)
 
 
-def _of_group(coupling: Coupling, group: Group) -> np.ndarray:
-    """Return (channels + 1,) which channels go with a group."""
-    mine = np.zeros(coupling.num_channels + 1, dtype=bool)
-    mine[coupling.members.of(np.concatenate(group.cells))[0]] = True
-    mine[FIXED] = False
-    return mine
-
-
 def _runs(nodes: Iterable[fx.Node]) -> dict[str, list[str]]:
     """Return module or parameter -> the nodes that run or read it."""
     runs: dict[str, list[str]] = {}
@@ -142,7 +134,7 @@ def _runs(nodes: Iterable[fx.Node]) -> dict[str, list[str]]:
 
 def _layer(coupling: Coupling, site: Site, runs: dict[str, list[str]]) -> tuple[str, list[str]]:
     """Return the layer of a site, and the nodes that run it."""
-    layer, at = site.name.rpartition(".")[0] or site.name, site.name
+    layer, at = layer_of(site.name), site.name
     while at and at not in runs:
         at = at.rpartition(".")[0]
     return layer, runs[at] if at else [coupling.record.named_at[site.name]]

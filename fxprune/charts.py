@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fxprune.boxes import short
+from fxprune.boxes import layer_of, short
 from fxprune.errors import FxPruneError
 from fxprune.figures import CHARACTER, EDGE, FONT, GRID, INK, LINES, MARKERS, bold, new_figure, saved
 from fxprune.sensing import WHOLE, Sensitivity
@@ -77,11 +77,6 @@ def draw_sensitivity(sensitivity: Sensitivity, path: str | Path | None = None, *
 def largest(values: np.ndarray, most: int) -> list[int]:
     """Return the places of the largest values, (n,), in order."""
     return sorted(np.argsort(-values, kind="stable")[:most].tolist())
-
-
-def layer_of(parameter: str) -> str:
-    """Return the layer of a parameter, or the parameter where it has none."""
-    return parameter.rpartition(".")[0] or parameter
 
 
 def percent(value: float) -> str:

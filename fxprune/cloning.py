@@ -98,6 +98,11 @@ def all_named(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from module.named_buffers(remove_duplicate=False)
 
 
+def names_of(module: nn.Module) -> dict[int, str]:
+    """Return the id of each parameter and buffer -> its name, the first of shared ones."""
+    return {id(t): name for name, t in [*module.named_parameters(), *module.named_buffers()]}
+
+
 def clone(module: nn.Module, tensors: Mapping[int, torch.Tensor] | None = None) -> Any:
     """Return a module of the same structure.
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from fxprune.boxes import change, short
 from fxprune.cards import Card, cards_of, find_group, fold
 from fxprune.coupling import Coupling
@@ -69,7 +67,7 @@ def draw_group(
     """
     check_kind(coupling, Coupling)
     found = find_group(coupling, group)
-    after = found.width if plan is None else int(keep_of(coupling, plan)[np.concatenate(found.cells)].sum())
+    after = found.width if plan is None else int(keep_of(coupling, plan)[found.choices].sum())
     cards = cards_of(coupling, found)
     sites = sum(len(card.sites) for card in cards if not card.made)
     blocks: dict[int, tuple[int, int]] = {}

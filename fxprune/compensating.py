@@ -58,7 +58,7 @@ def compensate(
     check_kind(coupling, Coupling)
     check_kind(plan, Plan)
     if sequential:
-        check_batches(calibration)
+        check_sequential(calibration)
     corrected = correct(coupling, plan, slim, calibration, damping=damping)
     if calibration.batches is None:
         return corrected
@@ -68,7 +68,7 @@ def compensate(
     return tuple(dict.fromkeys(corrected + refitted))
 
 
-def check_batches(calibration: Iterable[Any] | Calibration | None) -> None:
+def check_sequential(calibration: Iterable[Any] | Calibration | None) -> None:
     """Raise PlanError where there are no batches for a sequential correction to read."""
     if calibration is None:
         raise PlanError("sequential=True reads batches: pass `calibration=[(inputs, targets), ...]`, or leave it out.")
@@ -85,7 +85,7 @@ def correct(
     """Correct the weights of a slim network in place, and no statistics; arguments and result as of `compensate`."""
     coupling = opened(coupling, plan.classes)
     keep = np.append(keep_of(coupling, plan), True)
-    state = {name: tensor for name, tensor, _ in coupling.traced.state}
+    state = coupling.traced.by_name
     there = dict(slim.named_parameters()) | dict(slim.named_buffers())
     corrected = []
     with torch.no_grad():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,27 +12,21 @@ from tqdm import tqdm
 from fxprune import sharing
 from fxprune.budgets import Budget
 from fxprune.calibrating import Calibration
-from fxprune.cloning import submodule
-from fxprune.compensating import check_batches, compensate, take_over
+from fxprune.compensating import check_sequential, compensate, take_over
 from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling, couple
 from fxprune.decomposing import plan_decomposed
-from fxprune.errors import PlanError, RewriteError
 from fxprune.methods import AnyMethod, PathMethod, SearchMethod, corrects, damping_of, default_method, is_sequential
 from fxprune.planning import check_request, plan
-from fxprune.plans import Plan
 from fxprune.problems import gathered
 from fxprune.reporting import Compiled, make_report
-from fxprune.rewriting import rewrite
+from fxprune.rewriting import plan_and_rewrite, rewrite
 from fxprune.saving import describe_inputs
 from fxprune.slimming import RECORD
 from fxprune.tasks import Task
-from fxprune.traced import Traced
 from fxprune.tracing import trace
 from fxprune.verifying import verify as verify_slim
 from fxprune.weighing import described
-
-logger = logging.getLogger(__name__)
 
 BAR = "{desc:<8} {bar:20} {n}/{total} [{elapsed}]"
 
@@ -86,7 +79,7 @@ def compile(
     method = method or default_method(calibration)
     batches = list(calibration) if isinstance(calibration, Iterator) else calibration  # it is read more than once
     if is_sequential(method):
-        check_batches(batches)
+        check_sequential(batches)
     with tqdm(total=5, desc="trace", disable=not progress or sharing.rank() > 0, bar_format=BAR) as bar:
         traced = trace(model, example_inputs)
         _step(bar, "couple")
@@ -104,7 +97,7 @@ def compile(
         else:
             known = _read(coupling, method, batches, tasks)
             choose = partial(plan, **request, calibration=known)
-            coupling, chosen, slim, freeze = _plan_and_rewrite(coupling, unknown, choose)
+            coupling, chosen, slim, freeze = plan_and_rewrite(coupling, choose, unknown=unknown)
         bar.update()
         _step(bar, "verify")
         verification = verify_slim(coupling, chosen, slim) if verify else None
@@ -137,45 +130,3 @@ def _read(
     if isinstance(method, PathMethod) or (corrects(method) and not (measures and batches is None)):
         return gathered(coupling, method, batches, tasks)
     return batches
-
-
-def _plan_and_rewrite(
-    coupling: Coupling, unknown: str, choose: Callable[[Coupling], Plan]
-) -> tuple[Coupling, Plan, fx.GraphModule, dict[str, str]]:
-    """Plan and rewrite; where sizes in the graph cannot be rewritten, freeze those nodes and start over.
-
-    Each round freezes a node more, so that this ends.
-
-    Returns:
-        The coupling and the plan of the last round, the slim network, and the nodes frozen: node -> reason.
-    """
-    traced = coupling.traced
-    freeze: dict[str, str] = {}
-    while True:
-        try:
-            chosen = choose(coupling)
-        except PlanError as error:
-            if not freeze:
-                raise
-            lines = [f"  node {node!r}{traced.where(node)} {reason}" for node, reason in freeze.items()]
-            raise PlanError(f"{error}\nThese nodes were frozen before:\n" + "\n".join(lines)) from error
-        try:
-            return coupling, chosen, rewrite(coupling, chosen), freeze
-        except RewriteError as error:
-            fresh = {node: _why(traced, node, reason) for node, reason in error.nodes.items() if node not in freeze}
-            if not fresh:
-                raise
-        logger.info("frozen and planned again: %s", fresh)
-        freeze |= fresh
-        coupling = couple(traced, unknown=unknown, freeze=freeze)
-
-
-def _why(traced: Traced, name: str, reason: str) -> str:
-    """Say why a node whose sizes cannot be rewritten is frozen."""
-    node = next(n for n in traced.graph.nodes if n.name == name)
-    if node.op != "call_module":
-        return f"holds a size that cannot be rewritten ({reason})"
-    kind = type(submodule(traced.root, str(node.target)))
-    known = f"nn.{kind.__name__}" if kind.__module__.startswith("torch.nn.") else kind.__name__
-    article = "an" if known[0] in "aeiounAEIOU" else "a"
-    return f"is {article} {known}, whose sizes cannot be rewritten yet ({reason})"

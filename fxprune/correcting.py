@@ -57,7 +57,7 @@ def corrections(
         inverses: what is known of layers that lose few of their inputs, for many calls with one `damping`: more is
             added.
     """
-    state = {name: tensor for name, tensor, _ in coupling.traced.state}
+    state = coupling.traced.by_name
     for name, m in moments.items():
         if name not in among or name not in coupling.tensors:
             continue

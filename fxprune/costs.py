@@ -70,6 +70,13 @@ class CostChange:
         before = getattr(self.before, resource)
         return getattr(self.after, resource) / before if before else 1.0
 
+    def rows(self) -> list[tuple[str, int, int, float]]:
+        """Return what is known of each resource: its name, before, after, and share."""
+        return [
+            (name, before, getattr(self.after, name), self.share(name))
+            for name, before in self.before.to_dict().items()
+        ]
+
 
 class CostModel:
     """Costs as a function of the kept channels."""
@@ -105,8 +112,8 @@ class CostModel:
         self._itemsize = np.array([item for _, _, item, _ in tensors], dtype=np.int64)
         self._is_parameter = np.array([p for _, _, _, p in tensors], dtype=bool)
         self._buffers = products(sizes, ((b.fixed, b.dims) for b in record.buffers))
-        distinct = {id(t.labels): t.labels for ts in record.nodes.values() for t in ts}
-        for labels in distinct.values():
+        every = {id(t.labels): t.labels for ts in record.nodes.values() for t in ts}
+        for labels in every.values():
             for extent in extents(labels):
                 sizes.index(extent)
         self._born = np.array([b.born for b in record.buffers], dtype=np.int64)

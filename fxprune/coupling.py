@@ -66,6 +66,22 @@ class Coupling:
         return self.classes.frozen_by >= 0
 
     @cached_property
+    def held(self) -> np.ndarray:
+        """(channels,) which may not go as choices: they are frozen, or a channel is that goes with them."""
+        return self.members.total(self.is_frozen) > 0
+
+    def choice_of(self, group: Group) -> np.ndarray:
+        """Return (channels + 1,) with which choice of a group each channel goes, by its number among them; else -1."""
+        found = np.full(self.num_channels + 1, -1)
+        channels, which = self.members.of(group.choices)
+        found[channels] = which
+        return found
+
+    def in_group(self, group: Group) -> np.ndarray:
+        """Return (channels + 1,) which channels go with the choices of a group."""
+        return self.choice_of(group) >= 0
+
+    @cached_property
     def frozen(self) -> tuple[Frozen, ...]:
         """What may not go, and why: what the graph says, and what no group has found a step for."""
         return self.fixed + self._without_step()
@@ -74,7 +90,7 @@ class Coupling:
         """Return the channels that are in no group although nothing fixes them: their rows take no even step."""
         settled = np.append(self.is_frozen | ~self.has_site, True)
         for group in self.groups():
-            settled[self.members.channel[np.isin(self.members.choice, np.concatenate(group.cells))]] = True
+            settled |= self.in_group(group)
         ledger = self.record.ledger
         starts = np.array([start for start, _ in ledger.births])
         found = []

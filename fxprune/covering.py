@@ -99,7 +99,7 @@ def _in_groups(coupling: Coupling) -> np.ndarray:
     """Return (channels,) which go with a choice of any group."""
     chosen = np.zeros(coupling.num_channels, dtype=bool)
     for group in coupling.groups():
-        chosen[np.concatenate(group.cells)] = True
+        chosen[group.choices] = True
     members = coupling.members
     free = np.zeros(coupling.num_channels, dtype=bool)
     free[members.channel[chosen[members.choice]]] = True

@@ -14,7 +14,7 @@ from fxprune.criteria.trace_ratio import TraceRatio, trace_ratio_of
 from fxprune.eliminating import DAMPING
 from fxprune.errors import PlanError
 from fxprune.growing import Growth
-from fxprune.paths import path_by_score, paths_by_score
+from fxprune.paths import path_by_score, paths_in_any_order
 from fxprune.problems import Problem
 from fxprune.scattering import scatter
 from fxprune.tasks import Task
@@ -56,8 +56,8 @@ class CATRO:
             PlanError: no batches, no labels, or the bounds cannot be met.
         """
         coupling, constraints, bounds = problem.coupling, problem.constraints, problem.bounds
-        even = paths_by_score(coupling, np.ones(coupling.num_channels))
-        allocate(coupling, even, "uniform", constraints, bounds)  # raises where nothing meets the bounds
+        paths = paths_in_any_order(coupling)
+        allocate(coupling, paths, "uniform", constraints, bounds)  # raises where nothing meets the bounds
         batches, tasks = _data(problem)
         found = scatter(coupling, batches, tasks)
         criteria = [trace_ratio_of(coupling, group, found) for group in coupling.groups()]
@@ -73,7 +73,7 @@ class CATRO:
         most = {int(g): int((~taken[allocation.group == g]).sum()) for g in np.unique(allocation.group)}
         keep = allocation.keep(taken)
         ratios = [
-            c.select(int(keep[np.concatenate(group.cells)].sum()) // sum(group.takes)).ratio
+            c.select(int(keep[group.choices].sum()) // sum(group.takes)).ratio
             for c, group in zip(criteria, coupling.groups(), strict=True)
         ]
         keep, _ = grown([c.scores(ratio) for c, ratio in zip(criteria, ratios, strict=True)], most)
@@ -88,7 +88,7 @@ def _allocation(
     paths = []
     worth = np.zeros(coupling.num_channels)
     for group, criterion, score in zip(coupling.groups(), criteria, scores, strict=True):
-        choices = np.concatenate(group.cells)
+        choices = group.choices
         ranked = np.zeros(coupling.num_channels)
         ranked[choices] = score
         worth[choices] = criterion.between

@@ -132,7 +132,7 @@ def _beside(merger: Merger) -> _Beside:
     first = merger.splits.networks[0]
     coupling = couple(trace(module, first.args or first.kwargs))
     home = np.full((coupling.num_channels, 2), -1)
-    state = {name: t for name, t, _ in coupling.traced.state}
+    state = coupling.traced.by_name
     for w in wired:
         for key, dim, channels in _labelled(merger, w, state):
             mine = coupling.tensors[f"{w.name}.{key}"][1][dim] if f"{w.name}.{key}" in coupling.tensors else None
@@ -160,7 +160,7 @@ def _labelled(
 
 
 def _bounds(merger: Merger, beside: _Beside, alpha: float | Mapping[str, float]) -> np.ndarray:
-    """Return (groups,) the bound of each group of the networks side by side; 0 where nothing may go."""
+    """Return (groups,) the bound of each group of the networks side by side; -inf where nothing may go."""
     base, readable = merger.splits.coupling.groups(), _read_by_known(merger)
     name_of = {int(c): group.name for group in base for cell in group.cells for c in cell}
     found = []

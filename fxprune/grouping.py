@@ -47,6 +47,11 @@ class Group:
         return sum(len(cell) for cell in self.cells)
 
     @property
+    def choices(self) -> np.ndarray:
+        """(width,) all choices, cell by cell."""
+        return np.concatenate(self.cells)
+
+    @property
     def levels(self) -> int:
         """How many steps can be taken at most."""
         return min(len(cell) // take for cell, take in zip(self.cells, self.takes, strict=True))
@@ -61,13 +66,18 @@ class Group:
             cell, take = self.cells[0], self.takes[0]
             steps = int(np.isfinite(score[cell]).sum()) // take
             return cell[np.argsort(score[cell], kind="stable")][: steps * take].reshape(steps, take)
-        choices, takes = np.concatenate(self.cells), np.array(self.takes)
+        choices, takes = self.choices, np.array(self.takes)
         lengths = np.array([len(cell) for cell in self.cells])
         cell_of, scores = np.repeat(np.arange(len(lengths)), lengths), score[choices]
         ranked = choices[np.lexsort((scores, cell_of))]
         steps = int((np.bincount(cell_of[np.isfinite(scores)], minlength=len(lengths)) // takes).min())
         first = spans(np.cumsum(lengths) - lengths, takes)
         return ranked[first + np.arange(steps)[:, None] * np.repeat(takes, takes)]
+
+    def places(self, free: np.ndarray) -> list[np.ndarray]:
+        """Return, for each cell, which of its choices are `free` (width,), as positions among all `choices`."""
+        ends = np.cumsum([0, *map(len, self.cells)])
+        return [np.flatnonzero(free[a:b]) + a for a, b in pairwise(ends)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +277,7 @@ def find_groups(
         frozen: (channels,) which may not go.
         site_key: (channels,) a hash of the sites of each channel, 0 where it has none.
         names: name of each site.
-        first_site: (channels,) index of the first site of each channel, or -1.
+        first_site: (channels,) index of the first site of each channel; the number of sites where it has none.
     """
     members, losses = _members_and_losses(num_channels, rows, products)
     frozen = np.bincount(members.choice, weights=frozen[members.channel], minlength=num_channels) > 0

@@ -80,7 +80,6 @@ class Growth:
         self.allocation = allocation
         self.taken = np.ones(len(allocation), dtype=bool)
         self._bounds = bounds
-        self._costs = allocation.coupling.costs if allocation.branches is None else allocation.branches.costs
         self._places: list[np.ndarray] = []
         self._worth: list[np.ndarray] = []
         dense = self._used(np.zeros(len(allocation), dtype=bool))
@@ -126,5 +125,5 @@ class Growth:
 
     def _used(self, taken: np.ndarray) -> np.ndarray:
         """Return (resources,) costs as shares of their bounds."""
-        costs = self._costs(self.allocation.keep(taken)).to_dict()
+        costs = self.allocation.costs(self.allocation.keep(taken)).to_dict()
         return np.array([costs[name] / bound for name, bound in self._bounds.items()])

@@ -39,12 +39,6 @@ class Irrelevance:
         return self.order[: above[0] if len(above) else len(self.order)]
 
 
-def mutual_information(features: torch.Tensor, labels: torch.Tensor, noise: float = NOISE) -> float:
-    """Return what features (samples, n) tell of labels (samples, l) of +1 and -1, in nats, summed over labels."""
-    kernels = torch.exp(-torch.cdist(features.double(), features.double()).square() / (2 * noise))
-    return float(_Labels(labels).information(kernels[None])[0])
-
-
 def irrelevance(features: torch.Tensor, labels: torch.Tensor, noise: float = NOISE) -> Irrelevance:
     """Order features by the joint information of each with all before it, least first.
 

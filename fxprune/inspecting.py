@@ -16,7 +16,8 @@ from fxprune.coupling import Coupling
 from fxprune.covering import Coverage
 from fxprune.errors import check_kind
 from fxprune.freezing import FrozenRow, frozen_rows
-from fxprune.paths import paths_by_score
+from fxprune.paths import paths_in_any_order
+from fxprune.planning import sites_of_choices
 
 REASON_WIDTH = 46
 """Characters per line of a reason in the printed table."""
@@ -124,9 +125,7 @@ def inspect(coupling: Coupling) -> Inspection:
         coupling: from `couple`.
     """
     check_kind(coupling, Coupling)
-    allocation = steps_of_all(
-        coupling, paths_by_score(coupling, np.ones(coupling.num_channels)), "uniform", Constraints()
-    )
+    allocation = steps_of_all(coupling, paths_in_any_order(coupling), "uniform", Constraints())
     traced = coupling.traced
     return Inspection(
         type(traced.model).__name__,
@@ -143,17 +142,13 @@ def inspect(coupling: Coupling) -> Inspection:
 def _groups(coupling: Coupling, allocation: Allocation) -> tuple[GroupOutlook, ...]:
     """Halve one group at a time."""
     dense = coupling.costs.dense
-    per_channel = np.zeros(coupling.num_channels + 1)
-    for site in coupling.sites:
-        per_channel[site.channels] += 1  # once, however often a channel occurs
-    sites = coupling.members.total(per_channel[:-1])
+    sites = sites_of_choices(coupling)
     outlooks = []
     for group in coupling.groups():
         own = allocation.group == group.index
         per_step = sum(group.takes)
         half = coupling.costs(allocation.keep(own & (np.cumsum(own) * per_step <= group.width / 2)))
         saved = [1 - getattr(half, name) / max(getattr(dense, name), 1) for name in ("macs", "params")]
-        choices = np.concatenate(group.cells)
-        count, least = int(sites[choices].max()), group.width - int(own.sum()) * per_step
+        count, least = int(sites[group.choices].max()), group.width - int(own.sum()) * per_step
         outlooks.append(GroupOutlook(group.name, group.kind, count, group.width, least, *saved))
     return tuple(outlooks)

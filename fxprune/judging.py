@@ -121,8 +121,7 @@ class EndJudge:
 
 def ends_of(coupling: Coupling, group: Group) -> tuple[str, ...]:
     """Return the nodes where a group's channels end: they read them, or hold them, and return none of them."""
-    mine = np.zeros(coupling.num_channels + 1, dtype=bool)
-    mine[coupling.members.of(np.concatenate(group.cells))[0]] = True
+    mine = coupling.in_group(group)
 
     def carries(name: str) -> bool:
         return any(ids is not None and mine[ids].any() for t in coupling.at(name) for ids in t.labels)

@@ -66,6 +66,7 @@ class LatencyModel:
         machine: what ran it.
         torch: version of torch.
         threads: how many threads torch used.
+        curve: what a network takes besides, for the square of the microseconds of its ops: large ones crowd the caches.
     """
 
     ops: tuple[OpLatency, ...] = field(repr=False)
@@ -79,7 +80,6 @@ class LatencyModel:
     torch: str
     threads: int
     curve: float = 0.0
-    """What a network takes besides, for the square of the microseconds of its ops: large ones crowd the caches."""
 
     @staticmethod
     def measure(traced: Any, device: str = "cpu", batch: int = 1) -> LatencyModel:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fxprune.atoms import FIXED
+from fxprune.cloning import names_of
 from fxprune.coupling import Coupling
 from fxprune.gathering import Lister
 from fxprune.sums import Layer
@@ -30,7 +31,7 @@ def eps_of(coupling: Coupling) -> dict[str, float]:
 def _listed(coupling: Coupling) -> Lister:
     module = coupling.traced.module
     if module not in _LISTED:
-        lister = Lister({id(p): name for name, p in [*module.named_parameters(), *module.named_buffers()]})
+        lister = Lister(names_of(module))
         with torch.no_grad(), evaluating(module), lister:
             module(*coupling.traced.args, **coupling.traced.kwargs)
         _LISTED[module] = lister

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fxprune.boxes import Box, change, short, shrinking
+from fxprune.boxes import Box, change, layer_of, short, shrinking
 from fxprune.collapsing import named_together
 from fxprune.coupling import Coupling
 from fxprune.figures import CHARACTER, COLORS, EDGE, FONT, HATCH, INK, STAYS, bold, pale
@@ -85,8 +85,8 @@ class Legend:
         stands = {**stands, **undrawn}
         listed = _largest([group for group in groups if group.index not in hidden])
         alive = coupling.members.total((keep & coupling.has_site).astype(np.float64)) > 0
-        after = {group.index: int(alive[np.concatenate(group.cells)].sum()) for group in groups}
-        names = {group.index: group.name.rpartition(".")[0] or group.name for group in groups}
+        after = {group.index: int(alive[group.choices].sum()) for group in groups}
+        names = {group.index: layer_of(group.name) for group in groups}
         entries = [_entry(group, names, after, colors, stands.get(group.index, ())) for group in listed]
         entries += [Entry("hatch", "stays as it is:"), *(Entry("none", reason) for reason in _reasons(coupling))]
         if plan is not None:

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from fxprune.labels import Shape
+from fxprune.registering import registering
 
 
 class CannotRewriteError(Exception):
@@ -61,15 +62,7 @@ FIXERS: dict[str, Fixer] = {}
 
 def fixes(*names: str) -> Callable[[Fixer], Fixer]:
     """Register a fixer for targets of these plain names."""
-
-    def register(function: Fixer) -> Fixer:
-        for name in names:
-            if name in FIXERS:
-                raise ValueError(f"{name} has two fixers")
-            FIXERS[name] = function
-        return function
-
-    return register
+    return registering(FIXERS, names, "fixers")
 
 
 def plain_name(node: fx.Node) -> str:

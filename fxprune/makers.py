@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 from torch import nn
 
 from fxprune.coupling import Coupling, Site
@@ -19,9 +18,9 @@ def makers_of(coupling: Coupling) -> list[list[Site]]:
     others = weight_sites(coupling)
     found = []
     for group in coupling.groups():
-        channels = coupling.members.of(np.concatenate(group.cells))[0]
-        made = [s for s in makers if np.isin(s.channels, channels).any()]
-        found.append(made or [s for s in others if np.isin(s.channels, channels).any()])
+        mine = coupling.in_group(group)
+        made = [s for s in makers if mine[s.channels].any()]
+        found.append(made or [s for s in others if mine[s.channels].any()])
     return found
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fxprune.registering import registering
 from fxprune.widening import InFloat64
 
 aten = torch.ops.aten
@@ -24,12 +25,7 @@ _REFERENCE: dict[Any, Reference] = {}
 
 
 def _absent_aware(*packets: Any) -> Callable[[Reference], Reference]:
-    def register(function: Reference) -> Reference:
-        for packet in packets:
-            _REFERENCE[packet] = function
-        return function
-
-    return register
+    return registering(_REFERENCE, packets, "absent-aware forms")
 
 
 NO_INPUT = 0x7FF8_0000_0000_0001

@@ -15,13 +15,14 @@ from fxprune.allocating import Allocation, steps_of_all
 from fxprune.cloning import submodule
 from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling, couple
-from fxprune.errors import PlanError, RewriteError, TraceError
+from fxprune.errors import PlanError, TraceError
 from fxprune.latencies import LatencyModel, OpLatency, fit, machine, shares, terms
 from fxprune.operands import Operands, calls_of
-from fxprune.paths import paths_by_score
+from fxprune.paths import paths_in_any_order
 from fxprune.planning import plan_of
+from fxprune.plans import Plan
 from fxprune.products import Counter, Sizes
-from fxprune.rewriting import rewrite
+from fxprune.rewriting import plan_and_rewrite, rewrite
 from fxprune.timing import clock_of, take_turns
 from fxprune.traced import Traced
 from fxprune.values import bind
@@ -78,7 +79,7 @@ def measure(traced: Traced, device: str, batch: int) -> LatencyModel:
     args, kwargs = pytree.tree_map_only(
         torch.Tensor, lambda t: resized(t, batch).to(place), (traced.args, traced.kwargs)
     )
-    coupling = _rewritable(traced)
+    coupling = plan_and_rewrite(couple(traced), _least)[0]  # what cannot be rewritten is frozen
     sizes = Sizes(coupling.channels)
     operands = Operands(sizes, coupling.record, coupling.traced.graph)
     counter = Counter(sizes.rows)
@@ -107,21 +108,10 @@ def resized(t: torch.Tensor, batch: int) -> torch.Tensor:
     return t[torch.arange(batch, device=t.device) % len(t)]
 
 
-def _rewritable(traced: Traced) -> Coupling:
-    """Couple a network; what cannot be rewritten to its least widths is frozen."""
-    freeze: dict[str, str] = {}
-    while True:
-        coupling = couple(traced, freeze=freeze)
-        try:
-            allocation = _allocation(coupling)
-            keep = allocation.keep(_taken(coupling, allocation, np.ones(len(coupling.groups())), 1))
-            rewrite(coupling, plan_of(coupling, keep))
-            return coupling
-        except RewriteError as error:
-            fresh = {node: reason for node, reason in error.nodes.items() if node not in freeze}
-            if not fresh:
-                raise
-            freeze |= fresh
+def _least(coupling: Coupling) -> Plan:
+    """Return the plan of the least widths."""
+    allocation = _allocation(coupling)
+    return plan_of(coupling, allocation.keep(_taken(coupling, allocation, np.ones(len(coupling.groups())), 1)))
 
 
 def choices(coupling: Coupling) -> Iterator[tuple[np.ndarray, bool]]:
@@ -140,8 +130,7 @@ def choices(coupling: Coupling) -> Iterator[tuple[np.ndarray, bool]]:
 
 def _allocation(coupling: Coupling) -> Allocation:
     """Return all steps that groups can take, in any order."""
-    scores = paths_by_score(coupling, np.ones(coupling.num_channels))
-    return steps_of_all(coupling, scores, "uniform", Constraints())
+    return steps_of_all(coupling, paths_in_any_order(coupling), "uniform", Constraints())
 
 
 def _taken(coupling: Coupling, allocation: Allocation, gone: np.ndarray, block: int) -> np.ndarray:

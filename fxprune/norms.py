@@ -62,7 +62,7 @@ class Norm:
 def norms_of(coupling: Coupling, plan: Plan, calibration: Calibration) -> dict[str, Norm]:
     """Return what the dense network's batch norms did to the data, in the channels that stay."""
     coupling = opened(coupling, plan.classes)
-    state = {name: tensor for name, tensor, _ in coupling.traced.state}
+    state = coupling.traced.by_name
     found, eps = {}, eps_of(coupling)
     for name, (mean, var) in calibration.norms.items():
         running_var = state.get(f"{name.removesuffix('mean')}var")

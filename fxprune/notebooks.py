@@ -78,8 +78,7 @@ def sweep_html(sweep: Sweep) -> str:
     """Return a sweep: its table, and its picture where losses were measured and matplotlib is there."""
     from fxprune.charts import draw_sweep
 
-    measured = len(sweep) > 0 and bool(sweep[0].rises)
-    picture = _picture(lambda: draw_sweep(sweep)) if measured else ""
+    picture = _picture(lambda: draw_sweep(sweep)) if sweep[0].rises else ""
     return _title("sweep") + _plain(str(sweep)) + picture
 
 
@@ -110,10 +109,7 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _costs(costs: CostChange) -> str:
-    rows = [
-        [name, f"{getattr(costs.before, name):,}", f"{getattr(costs.after, name):,}", f"{costs.share(name):.1%}"]
-        for name in costs.before.to_dict()
-    ]
+    rows = [[name, f"{before:,}", f"{after:,}", f"{share:.1%}"] for name, before, after, share in costs.rows()]
     return str(tabulate(rows, headers=["cost", "before", "after", "share"], tablefmt="html", disable_numparse=True))
 
 

@@ -14,13 +14,14 @@ import torch
 
 from fxprune import sharing
 from fxprune.allocating import allocate
+from fxprune.atoms import FIXED
 from fxprune.calibrating import Calibration
 from fxprune.criteria.approximation import Approximator
 from fxprune.errors import PlanError
 from fxprune.grouping import Group
 from fxprune.judging import EndJudge, LayerJudge
 from fxprune.offers import Branch, Found, Offer, written
-from fxprune.paths import paths_by_score
+from fxprune.paths import paths_in_any_order
 from fxprune.problems import Problem
 from fxprune.rerunning import Rerun
 from fxprune.resuming import read_state, write_state
@@ -99,14 +100,11 @@ class Offering:
         self.evaluations, self.rerun.work, self.published = spent
 
     def _members(self, group: Group) -> np.ndarray:
-        found = np.zeros(self.coupling.num_channels, dtype=bool)
-        found[self.coupling.members.of(np.concatenate(group.cells))[0]] = True
-        return found
+        return self.coupling.in_group(group)[:FIXED]
 
     def _check(self, bounds: Mapping[str, float]) -> None:
         """Raise PlanError where nothing meets some bounds."""
-        paths = paths_by_score(self.coupling, np.ones(self.coupling.num_channels))
-        allocate(self.coupling, paths, "uniform", self._limits, bounds)
+        allocate(self.coupling, paths_in_any_order(self.coupling), "uniform", self._limits, bounds)
 
     def run(self, bounds: Mapping[str, float]) -> Found:
         """Return what to keep.

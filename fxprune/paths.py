@@ -66,3 +66,8 @@ def paths_by_score(coupling: Coupling, score: np.ndarray) -> Sequence[RemovalPat
     total = coupling.members.total(score).astype(np.float64)
     total[coupling.is_frozen] = np.inf
     return [path_by_score(group, total) for group in coupling.groups()]
+
+
+def paths_in_any_order(coupling: Coupling) -> Sequence[RemovalPath]:
+    """Return paths of all groups for where only counts matter, not which channels go first."""
+    return paths_by_score(coupling, np.ones(coupling.num_channels))

@@ -61,7 +61,7 @@ def plan(
     check_kind(coupling, Coupling)
     check_request(budget, method, calibration, tasks, constraints, on_conflict)
     method, constraints = method or default_method(calibration), constraints or Constraints()
-    agreeing.check_request(tasks, method=method, budget=budget, constraints=constraints, on_conflict=on_conflict)
+    agreeing.check_same_request(tasks, method=method, budget=budget, constraints=constraints, on_conflict=on_conflict)
     agreeing.check_network(coupling)
     work = without_collector(_plan) if calibration is None else _plan
     return agreeing.check_plan(
@@ -85,8 +85,7 @@ def _plan(
     restriction = restrict(coupling, tasks)
     dense = coupling.costs.dense
     if restriction is not None:
-        coupling = restriction.part
-        calibration = restriction.cut(calibration) if isinstance(calibration, Calibration) else calibration
+        coupling, calibration = restriction.part, restriction.cut(calibration)
     bound = constrain(coupling, constraints)
     chooser = Chooser(bound, method, constraints, calibration, tasks)
     keep = chooser.keep(budget.bounds(dense), closest=closest)
@@ -190,10 +189,10 @@ def plan_of(
         )
     dense = coupling.costs.dense
     kept, sizes = _kept(coupling, keep)
-    counts = _sites_per_channel(coupling)
+    counts = sites_of_choices(coupling)
     groups = []
     for group in coupling.groups():
-        choices = np.concatenate(group.cells)
+        choices = group.choices
         groups.append(
             GroupWidth(group.name, group.kind, int(counts[choices].max()), len(choices), int(keep[choices].sum()))
         )
@@ -209,7 +208,8 @@ def plan_of(
     )
 
 
-def _sites_per_channel(coupling: Coupling) -> np.ndarray:
+def sites_of_choices(coupling: Coupling) -> np.ndarray:
+    """Return (channels,) how many dims of parameters and buffers each choice cuts."""
     per_channel = np.zeros(coupling.num_channels + 1)
     for channels, where in coupling.arrays:
         per_channel[channels] += len(where)  # once, however often a channel occurs

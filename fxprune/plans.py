@@ -216,11 +216,8 @@ def frozen(array: np.ndarray) -> np.ndarray:
 
 
 def costs_table(costs: CostChange) -> str:
-    """Return macs, params and memory before and after, as text."""
-    rows = [
-        [name, f"{getattr(costs.before, name):,}", f"{getattr(costs.after, name):,}", f"{costs.share(name):.1%}"]
-        for name in costs.before.to_dict()
-    ]
+    """Return all costs that are known before and after, as text."""
+    rows = [[name, f"{before:,}", f"{after:,}", f"{share:.1%}"] for name, before, after, share in costs.rows()]
     return tabulate(
         rows,
         headers=["cost", "before", "after", "share"],

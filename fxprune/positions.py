@@ -28,7 +28,7 @@ def renumbered(kept: np.ndarray, positions: np.ndarray) -> np.ndarray:
     return np.array(answers.pop(), dtype=np.int64)
 
 
-def as_index(positions: np.ndarray, like: Any = None) -> Any:
+def as_index(positions: np.ndarray) -> Any:
     """Return positions as a slice where they are a run or evenly spaced, else as a list."""
     if len(positions) == 0:
         return slice(0, 0)

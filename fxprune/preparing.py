@@ -55,12 +55,11 @@ def prepare(
         PlanError: the method lacks its data, or rows of classes cannot go.
     """
     restriction = restrict(coupling, tasks)
-    coupling = coupling if restriction is None else restriction.part
+    if restriction is not None:
+        coupling, data = restriction.part, restriction.cut(data)
     bound = constrain(coupling, constraints)
     reads = isinstance(method, (PathMethod, SearchMethod))
     known = None
-    if isinstance(data, Calibration) and restriction is not None:
-        data = restriction.cut(data)
     if isinstance(data, Calibration) or (data is not None and reads):
         known = gathered(coupling, method, data, tasks)
     elif data is not None:

@@ -62,7 +62,7 @@ class Probe:
         self._damping = damping
         self._compensate = compensate
         self._module = coupling.traced.module
-        self._state = {name: tensor for name, tensor, _ in coupling.traced.state}
+        self._state = coupling.traced.by_name
         given = calibration.batches if batches is None else batches
         share = Share.of(() if given is None else given)
         device = next((t.device for t in self._state.values()), torch.device("cpu"))

@@ -66,10 +66,6 @@ def page_data(report: Report) -> dict[str, Any]:
     """Return what the script of the page reads."""
     sketch = report.sketch
     budget = ", ".join(f"{name}={value:g}" for name, value in report.budget.items())
-    costs = [
-        [name, getattr(report.costs.before, name), getattr(report.costs.after, name)]
-        for name in report.costs.before.to_dict()
-    ]
     blocked = [[b.macs, b.params, b.node, b.reason, b.source] for b in report.coverage.blocked]
     return {
         "network": sketch.network,
@@ -79,7 +75,7 @@ def page_data(report: Report) -> dict[str, Any]:
         "coverage": report.coverage.headline,
         "passed": report.verification.passed if report.verification else None,
         "error": report.verification.worst if report.verification else None,
-        "costs": costs,
+        "costs": [[name, before, after] for name, before, after, _ in report.costs.rows()],
         **_picture(sketch),
         "groups": [
             {"name": g.name, "kind": g.kind, "before": g.before, "after": g.after, "cuts": [*map(astuple, g.cuts)]}

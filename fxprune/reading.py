@@ -24,7 +24,6 @@ class Zipped:
 
     def __init__(self, splits: Splits) -> None:
         """Know of none."""
-        self._splits = splits
         self.tuples = np.empty((0, len(splits.networks)), dtype=np.int64)
 
     def add(self, tuples: np.ndarray) -> None:
@@ -44,7 +43,7 @@ class Zipped:
 
 
 @dataclass(frozen=True, slots=True)
-class Norm:
+class BatchNorm:
     """What a batch norm does, in float64, by channel: (channels,) each."""
 
     name: str
@@ -80,7 +79,7 @@ class Reading:
     moments: list[Moments]
     weights: list[torch.Tensor]
     biases: list[torch.Tensor]
-    norms: list[Norm] | None
+    norms: list[BatchNorm] | None
 
     @property
     def has_bias(self) -> bool:
@@ -179,7 +178,7 @@ def readings_of(merger: Merger) -> list[Reading]:
     return found
 
 
-def _norms(merger: Merger, running_mean: str | None) -> list[Norm] | None:
+def _norms(merger: Merger, running_mean: str | None) -> list[BatchNorm] | None:
     if running_mean is None:
         return None
     name = running_mean.rpartition(".")[0]
@@ -190,7 +189,7 @@ def _norms(merger: Merger, running_mean: str | None) -> list[Norm] | None:
             return None
         count, mean, var = m.num_features, m.running_mean, m.running_var
         weight, bias = _float64(m.weight, count, 1.0), _float64(m.bias, count, 0.0)
-        found.append(Norm(name, _float64(mean, count, 0.0), _float64(var, count, 1.0), weight, bias, m.eps))
+        found.append(BatchNorm(name, _float64(mean, count, 0.0), _float64(var, count, 1.0), weight, bias, m.eps))
     return found
 
 

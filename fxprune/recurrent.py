@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 from torch.utils import _pytree as pytree
 
 from fxprune.calling import is_hooked, plain_calls
+from fxprune.registering import registering
 
 StandIn = Callable[..., Any]
 STAND_INS: dict[type[nn.Module], StandIn] = {}
@@ -40,12 +41,7 @@ def raised_packing(error: BaseException) -> bool:
 
 def stands_in_for(*kinds: type[nn.Module]) -> Callable[[StandIn], StandIn]:
     """Register what is labelled in place of modules of exactly these classes."""
-
-    def register(function: StandIn) -> StandIn:
-        STAND_INS.update(dict.fromkeys(kinds, function))
-        return function
-
-    return register
+    return registering(STAND_INS, kinds, "stand-ins")
 
 
 def run_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -87,7 +87,7 @@ def refit(
         given = [values for _, values in read]
         dense, thin = Walk(traced.root, traced.graph, given), Walk(slim, slim.graph, given)
         walks = _Walks(
-            plan, {name: tensor for name, tensor, _ in traced.state},
+            plan, traced.by_name,
             dict(slim.named_parameters()) | dict(slim.named_buffers()), dict(norms), dense, dense.nodes(), thin,
         )  # fmt: skip
         return tuple(walks.fit(mine.places, pairs_of(known, mine, norms, MAX_BYTES), seeing, damping))

@@ -48,7 +48,7 @@ class Report:
 
     @property
     def costs(self) -> CostChange:
-        """Macs, params and memory before and after."""
+        """All costs that are known, before and after."""
         return self.plan.costs
 
     @property
@@ -147,6 +147,7 @@ class Compiled:
         report: of the compilation.
         inputs: a description of the example inputs; None where there is none.
         freeze: node -> reason; nodes whose sizes could not be rewritten.
+        decomposed: names of the convolutions that became pairs, where the method decomposes.
         tasks: names of the tasks that were selected; None for all of them.
     """
 

@@ -46,7 +46,6 @@ class Rerun:
 
     Attributes:
         kept: which channels the network that runs has; None for all.
-        runs: how often it ran on all batches, in part or in whole.
         work: multiply-accumulates of these runs, as a multiple of those of one run of the whole dense network.
         sharing: whether runs are in part at all.
     """
@@ -63,7 +62,7 @@ class Rerun:
             max_bytes: activations may take so much memory; batches for which there is none are run in whole.
         """
         self.batches = list(batches)
-        self.runs, self.work = 0, 0.0
+        self.work = 0.0
         self._coupling = coupling
         self._changes = [frozenset(names) for names in changes]
         self._max_bytes = max_bytes
@@ -96,11 +95,6 @@ class Rerun:
             if room < 0:
                 break
             self._known[i] = found
-
-    @property
-    def remembered(self) -> float:
-        """Which share of the batches starts from remembered activations."""
-        return sum(map(bool, self._known)) / max(len(self.batches), 1) if self._starts else 1.0
 
     def commit(self, values: Values, keep: np.ndarray | None = None) -> None:
         """Go over to other values of parameters and buffers.
@@ -176,7 +170,6 @@ class Rerun:
             wanted: names of nodes; `OUTPUT` for what the network returns.
             keep: (channels,) which channels the values leave; the others are zero. All without it.
         """
-        self.runs += 1
         if (keep is not None or self.kept is not None) and not self.zeros_do:
             self._alone(keep)
         for i in range(len(self.batches)):

@@ -18,6 +18,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from fxprune.attention import MultiheadAttention
 from fxprune.labels import Shape
+from fxprune.registering import registering
 
 RESIZERS: dict[type[nn.Module], Callable[..., None]] = {}
 
@@ -43,12 +44,8 @@ def resizes(*kinds: type[nn.Module]) -> Callable[[Callable[..., None]], Callable
     """Register how modules of these classes (and their subclasses) are resized."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        for kind in kinds:
-            if kind in RESIZERS:
-                raise ValueError(f"{kind.__name__} has two resizers")
-            RESIZERS[kind] = function
         resizer_of.cache_clear()
-        return function
+        return registering(RESIZERS, kinds, "resizers")(function)
 
     return register
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,18 +67,20 @@ class Restriction:
 
     def _whole(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """Return a tensor of the part as one of the whole network: rows that went are as they were."""
-        dense = next(t for n, t, _ in self.whole.traced.state if n == name).detach().clone()
+        dense = self.whole.traced.by_name[name].detach().clone()
         places = self.rows.cut(name, torch.arange(dense.numel()).reshape(dense.shape)).to(dense.device)
         dense.view(-1)[places.reshape(-1)] = value.to(dense).reshape(-1)
         return dense
 
-    def cut(self, calibration: Calibration) -> Calibration:
-        """Return a calibration of the whole network as one of the part."""
+    def cut(self, data: Any) -> Any:
+        """Return a calibration of the whole network as one of the part; batches, or None, as they are."""
+        if not isinstance(data, Calibration):
+            return data
         assert self.rows.keep is not None
         keep = np.append(self.rows.keep, True)
-        moments = {name: self._moments(m, keep) for name, m in calibration.moments.items()}
-        norms = {name: torch.stack([self.rows.cut(name, v) for v in both]) for name, both in calibration.norms.items()}
-        return replace(calibration, moments=moments, norms=norms, fingerprint=self.part.fingerprint)
+        moments = {name: self._moments(m, keep) for name, m in data.moments.items()}
+        norms = {name: torch.stack([self.rows.cut(name, v) for v in both]) for name, both in data.norms.items()}
+        return replace(data, moments=moments, norms=norms, fingerprint=self.part.fingerprint)
 
     def _moments(self, m: Moments, keep: np.ndarray) -> Moments:
         layer = m.layer

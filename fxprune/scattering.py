@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from fxprune import sharing
 from fxprune.atoms import FIXED
 from fxprune.calibrating import samples_in
+from fxprune.cloning import names_of
 from fxprune.coupling import Coupling
 from fxprune.errors import PlanError
 from fxprune.functions import as_function
@@ -135,7 +136,7 @@ class _Reader(TorchFunctionMode):
         super().__init__()
         module = coupling.traced.module
         self.started = False
-        self._names = {id(p): name for name, p in [*module.named_parameters(), *module.named_buffers()]}
+        self._names = names_of(module)
         self._count = coupling.num_channels
         self._batch: dict[str, tuple[Memberships, Rows]] = {}
         self._samples = 0

@@ -171,7 +171,7 @@ def sensitivity(
         )
     if not all(0 < share < 1 for share in shares):
         raise PlanError(f"shares={list(shares)!r} are not all between 0 and 1. Pass some, such as `[0.25, 0.5]`.")
-    agreeing.check_request(tasks, method=method, constraints=constraints, shares=list(shares), samples=samples)
+    agreeing.check_same_request(tasks, method=method, constraints=constraints, shares=list(shares), samples=samples)
     agreeing.check_network(coupling)
     data = list(calibration) if isinstance(calibration, Iterator) else calibration
     ready = prepare(coupling, method, data, tasks, constraints)

@@ -140,9 +140,7 @@ def _add_overlapping(
     coupling: Coupling, group: Group, keep: np.ndarray, found: dict[tuple[str, int], dict[int, Cut]]
 ) -> None:
     """Add the cuts of a group whose channels are all counted elsewhere: whole rows, where columns are counted."""
-    mine = np.full(coupling.num_channels + 1, -1)
-    mine[coupling.members.of(np.concatenate(group.cells))[0]] = group.index
-    mine[FIXED] = -1
+    mine = np.where(coupling.in_group(group), group.index, -1)
     for channels, where in coupling.arrays:
         if (mine[channels] == group.index).any():
             for site in (coupling.sites[number] for number in where):
@@ -158,7 +156,7 @@ def _groups(coupling: Coupling, keep: np.ndarray, sites: Sites) -> tuple[Sketche
         for group, cut in there.items():
             cuts.setdefault(group, []).append(cut)
     return tuple(
-        SketchedGroup(g.name, g.kind, g.width, int(keep[np.concatenate(g.cells)].sum()), tuple(cuts.get(g.index, ())))
+        SketchedGroup(g.name, g.kind, g.width, int(keep[g.choices].sum()), tuple(cuts.get(g.index, ())))
         for g in coupling.groups()
     )
 

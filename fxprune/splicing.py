@@ -9,7 +9,7 @@ from fxprune.cloning import named_part
 from fxprune.matching import joint
 from fxprune.merging import Merger
 from fxprune.reading import Reading, Zipped
-from fxprune.splitting import MAP, Splits
+from fxprune.splitting import COMMON, MAP, Splits
 
 TINY = 1e-12
 """A scale below which a batch norm is taken to let nothing pass."""
@@ -60,7 +60,7 @@ def _read_as_one(splits: Splits, n: fx.Node, zipped: Zipped) -> torch.Tensor:
     weights = [m.weight.detach().double().cpu() for m in modules]
     weights = [w.transpose(0, 1) for w in weights] if turned else weights
     source = n.all_input_nodes[0].name
-    if splits.kinds[source] == "common":
+    if splits.kinds[source] == COMMON:
         whole = torch.stack(weights, 1).flatten(0, 1)
     else:
         out, into = weights[0].shape[:2]

@@ -146,7 +146,7 @@ class _Trial:
             self._ids[n.name] = self._chosen(self.dims[n.name][1])
             return None
         if n.op == "call_module" and is_map(named_part(self._roots[0], str(n.target))):
-            return self._map(n, reads)
+            return self._map(n)
         if not any(open_dims) and tensors:
             varying = [name for name in numbers if self._numbers[name][0] != self._numbers[name][1]]
             if reads or varying:
@@ -155,7 +155,7 @@ class _Trial:
             return None
         return self._part(n, reads)
 
-    def _map(self, n: fx.Node, reads: list[str]) -> str | None:
+    def _map(self, n: fx.Node) -> str | None:
         """Check the dims of a layer that mixes channels."""
         self.kinds[n.name] = MAP
         module = named_part(self._roots[0], str(n.target))

@@ -43,7 +43,7 @@ class Sweep:
     """The curve of budgets. Made by `sweep`; prints as a table, one row per budget.
 
     Attributes:
-        points: in the order the budgets were given.
+        points: at least one, in the order the budgets were given.
     """
 
     points: tuple[Point, ...]
@@ -58,8 +58,8 @@ class Sweep:
         return self.points[index]
 
     def __str__(self) -> str:
-        tasks = list(self.points[0].rises) if self.points else []
-        names = list(self.points[0].plan.costs.before.to_dict()) if self.points else []
+        tasks = list(self.points[0].rises)
+        names = list(self.points[0].plan.costs.before.to_dict())
         rows = [
             [*(f"{p.plan.costs.share(name):.1%}" for name in names), *(f"{p.rises[t]:+.1%}" for t in tasks)]
             for p in self.points
@@ -113,7 +113,7 @@ def sweep(
         check_request(budget, method, calibration, tasks, constraints)
     method, constraints = method or default_method(calibration), constraints or Constraints()
     data = list(calibration) if isinstance(calibration, Iterator) else calibration
-    agreeing.check_request(tasks, method=method, budgets=asked, constraints=constraints)
+    agreeing.check_same_request(tasks, method=method, budgets=asked, constraints=constraints)
     agreeing.check_network(coupling)
     coupling = counted(coupling, *asked)
     dense = coupling.costs.dense

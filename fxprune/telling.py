@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fxprune.registering import registering
+
 aten = torch.ops.aten
 
 _META = torch.device("meta")
@@ -70,12 +72,7 @@ def _of(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 def tells(*overloads: Any) -> Callable[[Formula], Formula]:
     """Register the formula of these overloads."""
-
-    def register(function: Formula) -> Formula:
-        FORMULAS.update(dict.fromkeys(overloads, function))
-        return function
-
-    return register
+    return registering(FORMULAS, overloads, "formulas")
 
 
 def _pointwise(*args: Any, **kwargs: Any) -> torch.Tensor:

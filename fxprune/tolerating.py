@@ -30,8 +30,8 @@ class PAGCP:
     losses of the network so far, until the budget is met. Of the last round, the units with the least rise per
     multiply-accumulate go first until it is met, and what is saved beyond is given back, the dearest unit first.
 
-    The losses are those of the calibration batches, in eval mode, removed channels set to zero: pass a part of the
-    training data that was held out, never test data. A norm over channels (`nn.LayerNorm`) still counts the zeros.
+    The losses are those of the calibration batches, in eval mode, of the network without the removed channels (set to
+    zero where that is the same): pass a part of the training data that was held out, never test data.
 
     The authors' code differs in three ways that are mistakes: a unit for which no ratio violates the tolerance is never
     applied, and is recorded at 0.90 (here: 0.95, applied); the data of the test steer the search; a ratio that takes

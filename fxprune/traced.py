@@ -70,6 +70,11 @@ class Traced:
         """A module that computes what the model computes and shares its parameters and buffers."""
         return fx.GraphModule(self.root, copy.deepcopy(self.graph), type(self.model).__name__)
 
+    @property
+    def by_name(self) -> dict[str, torch.Tensor]:
+        """Name -> tensor of everything that takes part in forward."""
+        return {name: tensor for name, tensor, _ in self.state}
+
     def source(self, node: str) -> str:
         """Return the user's source line of a node: `file.py:12: code`, in a notebook `In[3]:12: code`, or ""."""
         place = self.sources.get(node, "")
@@ -119,9 +124,6 @@ def left_out(unused: list[str]) -> list[str]:
     """Return a note on parameters that take no part in forward, if there are any."""
     shown = ", ".join(unused[:4]) + (", .." if len(unused) > 4 else "")
     return [f"{len(unused)} parameters take no part in forward and are left out: {shown}"] if unused else []
-
-
-_PLAIN = {int, float, str, bool, type(None)}
 
 
 def attach(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

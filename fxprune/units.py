@@ -52,7 +52,7 @@ class Units:
         self._constraints = constraints
         self._multiples = multiples(coupling, constraints.multiple_of)
         self._norm = norm
-        self._state = {name: tensor for name, tensor, _ in coupling.traced.state}
+        self._state = coupling.traced.by_name
         self._dims: dict[str, list[tuple[int, np.ndarray]]] = {}
         for site in coupling.sites:
             self._dims.setdefault(site.name, []).append((site.dim, site.channels))
@@ -81,9 +81,7 @@ class Units:
             np.add.at(score, site.channels.ravel(), mean.numpy().ravel())  # positions that stay add to the last
         score = np.where(keep, score[:-1], 0.0)
         total = self.coupling.members.total(score)
-        frozen = np.zeros(len(keep), dtype=bool)
-        frozen[self.coupling.members.choice[self.coupling.is_frozen[self.coupling.members.channel]]] = True
-        total[frozen | ~keep] = np.inf
+        total[self.coupling.held | ~keep] = np.inf
         return total
 
     def candidates(self, group: Group, keep: np.ndarray, choices: np.ndarray | None = None) -> Candidates:
@@ -95,7 +93,7 @@ class Units:
             choices: (steps, choices per step) another order than that of the scores.
         """
         choices = group.path(self.score(group, keep)) if choices is None else choices
-        per_step, width = sum(group.takes), int(keep[np.concatenate(group.cells)].sum())
+        per_step, width = sum(group.takes), int(keep[group.choices].sum())
         steps = np.arange(len(choices) + 1)
         fits = self._allowed(group, width - per_step * steps)
         fits[0] = True
@@ -103,7 +101,7 @@ class Units:
 
     def may_have(self, group: Group, keep: np.ndarray) -> bool:
         """Say whether the constraints allow the width that a group has in `keep` (channels,)."""
-        return bool(self._allowed(group, keep[np.concatenate(group.cells)].sum()))
+        return bool(self._allowed(group, keep[group.choices].sum()))
 
     def _allowed(self, group: Group, width: np.ndarray) -> np.ndarray:
         c = self._constraints

@@ -13,7 +13,7 @@ import numpy as np
 from fxprune import sharing
 from fxprune.allocating import allocate
 from fxprune.errors import PlanError
-from fxprune.paths import paths_by_score
+from fxprune.paths import paths_in_any_order
 from fxprune.predicting import Forecast, confirm
 from fxprune.probing import Probe
 from fxprune.problems import Problem
@@ -61,7 +61,7 @@ class Search:
         limits = replace(problem.constraints, min_width=max(problem.constraints.min_width, 1))
         self.units = Units(self.coupling, limits, method.norm)
         self.dense = np.ones(self.coupling.num_channels, dtype=bool)
-        paths = paths_by_score(self.coupling, np.ones(len(self.dense)))
+        paths = paths_in_any_order(self.coupling)
         allocate(self.coupling, paths, "uniform", limits, self.bounds)  # raises where nothing meets the bounds
         self.data = problem.data(method, moments=method.fast or method.compensate)
         self.probe = Probe(self.coupling, self.data, damping=method.damping, compensate=method.compensate)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from fxprune.cloning import names_of
 from fxprune.functions import as_function
 from fxprune.gathering import Call, call_of
 from fxprune.running import Runner
@@ -61,7 +62,7 @@ class Walk:
         ]
         self.peak = 0
         self._runner = Runner(module, graph)
-        self._watch = _Watch({id(t): name for name, t in [*module.named_parameters(), *module.named_buffers()]})
+        self._watch = _Watch(names_of(module))
         self._nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
         last = {source: n for n in self._nodes for source in [n, *n.all_input_nodes]}
         self._done = {n: [s for s in {n, *n.all_input_nodes} if last[s] is n] for n in self._nodes}

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fxprune.boxes import short
-from fxprune.charts import largest, layer_of
+from fxprune.boxes import layer_of, short
+from fxprune.charts import largest
 from fxprune.errors import ArtifactError, check_kind
 from fxprune.figures import CHARACTER, COLORS, EDGE, FONT, GRID, INK, LINES, new_figure, pale, saved
 from fxprune.plans import GroupWidth, Plan

@@ -74,7 +74,7 @@ class Wiring:
         """Return the merged network."""
         for n in self._first.graph.nodes:
             if n.op == "output":
-                self._output(n)
+                self._output()
             elif self.splits.kinds[n.name] == COMMON:
                 self._common[n.name] = self._copy(n, "common", 0, {a: self._common[a.name] for a in n.all_input_nodes})
             else:
@@ -126,7 +126,7 @@ class Wiring:
                 cloner = self._cloners[network]
                 new = cloner.clone(found) if isinstance(found, nn.Module) else found
                 new = cloner.tensor(found) if isinstance(found, torch.Tensor) else new
-                self._modules[key] = _put(self._holder, f"{home}.{n.target}", new, root)
+                self._modules[key] = _put(self._holder, f"{home}.{n.target}", new)
             target = self._modules[key]
         args, kwargs = map_arg((n.args, dict(n.kwargs)), inputs.__getitem__) if n.op != "placeholder" else (n.args, {})
         name = n.name if home == "common" else f"{n.name}_{home}"
@@ -168,7 +168,7 @@ class Wiring:
             new = part_of_module(self.splits.coupling, self._first, roots, name, ids, labels, self.sharing.written)
             if isinstance(new, str):
                 raise RewriteError(f"module {name!r} {new}.")
-            self._modules[key] = _put(self._holder, f"{self.names[part]}.{name}", new, self._first.root)
+            self._modules[key] = _put(self._holder, f"{self.names[part]}.{name}", new)
             self.wired.append(Wired(self._modules[key], name, ids, None))
         return self._modules[key]
 
@@ -180,7 +180,7 @@ class Wiring:
         index = torch.from_numpy(ids)
         new = of_part([v.detach() for v in values], dim, ids) if own is None else own.index_select(dim, index)
         new = copied_like(values[0], new.to(values[0]))
-        target = _put(self._holder, f"{self.names[part]}.{n.target}", new, self._first.root)
+        target = _put(self._holder, f"{self.names[part]}.{n.target}", new)
         return Value(self._graph.create_node("get_attr", target, (), {}, f"{n.name}_{self.names[part]}"), ids)
 
     def _map(self, n: fx.Node) -> dict[int, Value]:
@@ -259,10 +259,10 @@ class Wiring:
             new.out_features, new.in_features = new.weight.shape
         else:
             new.out_channels, new.in_channels = weight.shape[:2] if not turned else weight.shape[:2][::-1]
-        self._modules[key] = _put(self._holder, f"{self.names[part]}.{name}", new, self._first.root)
+        self._modules[key] = _put(self._holder, f"{self.names[part]}.{name}", new)
         return self._modules[key]
 
-    def _output(self, n: fx.Node) -> None:
+    def _output(self) -> None:
         """Let the graph return task -> what its network returns."""
         value = returned(self._first.graph)
 
@@ -290,7 +290,7 @@ def _cloner(root: nn.Module, graph: fx.Graph) -> Cloner:
     return Cloner(root, held)
 
 
-def _put(holder: nn.Module, name: str, value: Any, root: nn.Module) -> str:
+def _put(holder: nn.Module, name: str, value: Any) -> str:
     """Put a module, parameter, buffer or constant at a name, or at another where that is taken; return the name."""
     *path, last = name.split(".")
     for key in path:

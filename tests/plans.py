@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from fxprune.coupling import Coupling
 from fxprune.paths import paths_by_score
 from fxprune.planning import plan_of
 from fxprune.plans import Plan
+from fxprune.rewriting import plan_and_rewrite
 
 
 def random_keep(coupling: Coupling, seed: int) -> np.ndarray:
@@ -41,15 +43,5 @@ def all_kept(coupling: Coupling) -> Plan:
 
 def cut(model: nn.Module, inputs: Any, seed: int | None) -> tuple[Coupling, Plan, fx.GraphModule]:
     """Trace, couple and rewrite by a random plan (None: keep all); freeze what cannot be rewritten."""
-    traced = fxprune.trace(model, inputs)
-    freeze: dict[str, str] = {}
-    while True:
-        coupling = fxprune.couple(traced, freeze=freeze)
-        plan = all_kept(coupling) if seed is None else random_plan(coupling, seed)
-        try:
-            return coupling, plan, fxprune.rewrite(coupling, plan)
-        except fxprune.RewriteError as error:
-            fresh = {node: reason for node, reason in error.nodes.items() if node not in freeze}
-            if not fresh:
-                raise
-            freeze |= fresh
+    choose = all_kept if seed is None else partial(random_plan, seed=seed)
+    return plan_and_rewrite(fxprune.couple(fxprune.trace(model, inputs)), choose)[:3]

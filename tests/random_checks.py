@@ -21,7 +21,7 @@ from fxprune import methods
 from fxprune.allocating import steps_of_all
 from fxprune.freezing import frozen_rows
 from fxprune.masking import AbsentIsNaN
-from fxprune.paths import paths_by_score
+from fxprune.paths import paths_in_any_order
 from fxprune.planning import plan_of
 from fxprune.verifying import masked_copy, run_in
 
@@ -82,9 +82,8 @@ def unreported(coupling: fxprune.Coupling) -> list[str]:
     known[-1] = True  # fixed positions
     for frozen in coupling.frozen:
         known[frozen.channels] |= bool(frozen.node and frozen.reason)
-    members = coupling.members
     for group in coupling.groups():
-        known[members.channel[np.isin(members.choice, np.concatenate(group.cells))]] = True
+        known |= coupling.in_group(group)
     found = []
     for site in coupling.sites:
         channels = np.unique(site.channels)
@@ -241,9 +240,7 @@ def _cut(
 
 def _what_holds(coupling: fxprune.Coupling) -> list[str] | None:
     """Return why nothing can go, most channels first, or None when something can."""
-    everything = steps_of_all(
-        coupling, paths_by_score(coupling, np.ones(coupling.num_channels)), "uniform", fxprune.Constraints()
-    )
+    everything = steps_of_all(coupling, paths_in_any_order(coupling), "uniform", fxprune.Constraints())
     if len(everything):
         return None
     reasons = list(dict.fromkeys(row.reason for row in frozen_rows(coupling)))

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import fxprune
 
 
 def settled(model: nn.Module) -> nn.Module:
@@ -75,3 +78,15 @@ class Multitask(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         x = self.trunk(x)
         return {"seg": self.seg(x), "depth": self.depth(x), "present": self.present(x.mean((2, 3)))}
+
+
+def slim_multitask(x: Tensor) -> fx.GraphModule:
+    """Return a multi-task network of 60 % of the macs."""
+    return fxprune.compile(settled(Multitask(8)), x, fxprune.Budget(macs=0.6), progress=False)
+
+
+def macs_by_torch(module: nn.Module, *inputs: Tensor) -> int:
+    """Return the multiply-accumulates that torch counts; the inputs may be written to."""
+    with FlopCounterMode(display=False) as counter:
+        module(*(x.clone() for x in inputs))
+    return counter.get_total_flops() // 2

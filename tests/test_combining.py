@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from small import Multitask, settled
+from small import Multitask, macs_by_torch, settled, slim_multitask
 from strategies import Network, build, example_inputs, networks
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import fxprune
-from fxprune import Budget, PlanError, TraceError
+from fxprune import PlanError, TraceError
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -30,18 +29,8 @@ class Many(nn.Module):
         return {name: head(x) for name, head in self.heads.items()}
 
 
-def slim_multitask() -> torch.fx.GraphModule:
-    return fxprune.compile(settled(Multitask(8)), X, Budget(macs=0.6), progress=False)
-
-
-def macs_by_torch(module: nn.Module, *inputs: Tensor) -> int:
-    with FlopCounterMode(display=False) as counter:
-        module(*(x.clone() for x in inputs))
-    return counter.get_total_flops() // 2
-
-
 def test_costs_are_those_of_the_selected_networks_by_other_counters() -> None:
-    slim = slim_multitask()
+    slim = slim_multitask(X)
     found = fxprune.combination_costs(slim)
     assert len(found) == 7
     assert found.complete
@@ -94,7 +83,7 @@ def test_of_many_tasks_single_ones_all_and_those_given_are_looked_at() -> None:
 
 
 def test_latency_is_measured_in_turn() -> None:
-    slim = slim_multitask().train()
+    slim = slim_multitask(X).train()
     before = {name: t.clone() for name, t in slim.state_dict().items()}
     found = fxprune.combination_costs(slim, latency=True)
     assert all(entry.latency is not None and entry.latency > 0 for entry in found)

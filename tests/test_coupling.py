@@ -90,7 +90,7 @@ def check_groups(coupling: Coupling) -> None:
         assert group.name in coupling.tensors
         assert len(group.cells) == len(group.takes) >= 1
         assert group.width == sum(map(len, group.cells))
-        chosen += np.concatenate(group.cells).tolist()
+        chosen += group.choices.tolist()
     assert len(chosen) == len(set(chosen))
     decided = np.isin(coupling.members.choice, chosen)
     reached = np.unique(coupling.members.channel[decided])

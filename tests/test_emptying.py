@@ -203,14 +203,14 @@ def removal_only(coupling: fxprune.Coupling) -> fxprune.Plan:
     keep = np.ones_like(plan.keep)
     for group, width in zip(coupling.groups(), plan.groups, strict=True):
         if not width.after:
-            keep[coupling.members.of(np.concatenate(group.cells))[0]] = False
+            keep[coupling.members.of(group.choices)[0]] = False
     return plan_of(coupling, coupling.settle(keep))
 
 
 def without(coupling: fxprune.Coupling, group: int) -> fxprune.Plan:
     """Return the plan in which a group keeps nothing and all others everything."""
     keep = np.ones(coupling.num_channels, dtype=bool)
-    keep[coupling.members.of(np.concatenate(coupling.groups()[group].cells))[0]] = False
+    keep[coupling.members.of(coupling.groups()[group].choices)[0]] = False
     return plan_of(coupling, coupling.settle(keep))
 
 

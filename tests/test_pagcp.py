@@ -143,9 +143,7 @@ def test_only_the_share_topk_of_units_is_pruned_the_cheapest() -> None:
     state = searched._round(searched._resumed())
     visits = replace(method, topk=1.0).search(asked(0.999)).visits
     cheapest = sorted((v for v in visits if v.steps), key=lambda v: v.price)[: len(coupling.groups()) // 2]
-    lost = {
-        g.index for g in coupling.groups() if np.isin(np.concatenate(g.cells), np.array(state.gone, dtype=int)).any()
-    }
+    lost = {g.index for g in coupling.groups() if np.isin(g.choices, np.array(state.gone, dtype=int)).any()}
     assert lost == {v.group for v in cheapest}
 
 
@@ -212,7 +210,7 @@ def test_channels_are_scored_on_the_weights_that_make_them() -> None:
     units = Units(coupling, Constraints(), 1)
     keep = np.ones(coupling.num_channels, dtype=bool)
     site = next(s for s in coupling.sites if s.name == "up.weight" and s.dim == 1)
-    group = next(g for g in coupling.groups() if np.isin(site.channels, np.concatenate(g.cells)).all())
+    group = next(g for g in coupling.groups() if np.isin(site.channels, g.choices).all())
     wanted = model.up.weight.detach().double().abs().mean((0, 2, 3)).numpy()
     assert np.allclose(units.score(group, keep)[site.channels.ravel()], wanted)
 

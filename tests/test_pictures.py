@@ -80,7 +80,7 @@ def words(figure: Figure) -> list[str]:
 def test_a_group_shows_every_site_once(coupling: fxprune.Coupling) -> None:
     for group in coupling.groups():
         mine = np.append(np.zeros(coupling.num_channels, dtype=bool), False)
-        mine[np.concatenate(group.cells)] = True
+        mine[group.choices] = True
         sites = {(s.name, s.dim) for s in coupling.sites if mine[s.channels].any()}
         shown = [site for card in cards_of(coupling, group) for site in card.sites]
         assert sorted(shown) == sorted(sites)

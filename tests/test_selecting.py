@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from plans import random_plan
-from small import Heads, Multitask, settled
+from small import Heads, Multitask, settled, slim_multitask
 from strategies import Network, build, example_inputs, networks
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -321,12 +321,8 @@ def test_checks_stay_where_what_they_look_at_does() -> None:
 # what a selection is
 
 
-def slim_multitask() -> fx.GraphModule:
-    return fxprune.compile(settled(Multitask(8)), X, Budget(macs=0.6), progress=False)
-
-
 def test_a_selection_trains_and_leaves_the_whole_alone() -> None:
-    whole = slim_multitask().train()
+    whole = slim_multitask(X).train()
     before = copy.deepcopy(whole.state_dict())
     some = fxprune.select_tasks(whole, ["depth"])
     assert some.training
@@ -345,7 +341,7 @@ def test_a_selection_trains_and_leaves_the_whole_alone() -> None:
 
 
 def test_statistics_of_batch_norms_go_on_as_in_the_whole() -> None:
-    whole = slim_multitask().train()
+    whole = slim_multitask(X).train()
     some = fxprune.select_tasks(whole, ["present"])
     for _ in range(2):
         assert torch.equal(whole(X)["present"], some(X)["present"])
@@ -416,7 +412,7 @@ def test_tied_weights_stay_tied_and_frozen_ones_frozen() -> None:
 
 
 def test_selections_copy_pickle_export_and_compile_again() -> None:
-    some = fxprune.select_tasks(slim_multitask(), ["seg", "present"])
+    some = fxprune.select_tasks(slim_multitask(X), ["seg", "present"])
     expected = some(X)
     pruned = fxprune.compile(some, X, Budget(macs=0.7), progress=False)
     assert pruned(X).keys() == expected.keys()
@@ -431,7 +427,7 @@ def test_selections_copy_pickle_export_and_compile_again() -> None:
 
 
 def test_selections_are_saved_and_loaded(tmp_path: Path) -> None:
-    whole = slim_multitask()
+    whole = slim_multitask(X)
     some = fxprune.select_tasks(fxprune.select_tasks(whole, ["seg", "depth"]), ["depth"])
     notes = fxprune.report(some).notes
     assert [note for note in notes if "of the tasks depth;" in note] == list(notes)
@@ -447,7 +443,7 @@ def test_selections_are_saved_and_loaded(tmp_path: Path) -> None:
 
 
 def test_what_is_saved_without_tasks_is_the_whole(tmp_path: Path) -> None:
-    whole = slim_multitask()
+    whole = slim_multitask(X)
     fxprune.save(whole, tmp_path)
     data = json.loads((tmp_path / "plan.json").read_text())
     assert data.pop("tasks") is None
@@ -457,7 +453,7 @@ def test_what_is_saved_without_tasks_is_the_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("tasks", "message"), [(["ghost"], "of some tasks: .*no task 'ghost'"), (3, "'tasks': exp")])
 def test_damaged_tasks_are_refused(tmp_path: Path, tasks: Any, message: str) -> None:
-    fxprune.save(slim_multitask(), tmp_path)
+    fxprune.save(slim_multitask(X), tmp_path)
     data = json.loads((tmp_path / "plan.json").read_text())
     (tmp_path / "plan.json").write_text(json.dumps(data | {"tasks": tasks}))
     with pytest.raises(ArtifactError, match=message):

@@ -288,7 +288,7 @@ def test_catro_keeps_what_the_trace_ratio_selects_at_its_widths() -> None:
     found = scatter(coupling, BATCHES)
     assert plan.keep is not None
     for group in coupling.groups():
-        choices = np.concatenate(group.cells)
+        choices = group.choices
         kept = plan.keep[choices]
         assert 0 < kept.sum() < len(kept)
         assert np.array_equal(kept, trace_ratio_of(coupling, group, found).select(int(kept.sum())).kept)

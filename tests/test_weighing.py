@@ -12,15 +12,14 @@ import torch
 import two_tasks
 from hypothesis import given, settings
 from plans import cut, random_keep
-from small import Chain, settled
+from small import Chain, macs_by_torch, settled
 from strategies import Network, build, example_inputs, networks
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import fxprune
 from fxprune import Budget, Constraints, PlanError, methods
 from fxprune.allocating import steps_of_all
-from fxprune.paths import paths_by_score
+from fxprune.paths import paths_in_any_order
 from fxprune.planning import counted, plan_of
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -49,12 +48,6 @@ class Heads(nn.Module):
 
 def coupled(model: nn.Module | None = None) -> fxprune.Coupling:
     return fxprune.couple(fxprune.trace(settled(Heads()) if model is None else model, X))
-
-
-def macs_by_torch(module: nn.Module, *inputs: Tensor) -> int:
-    with FlopCounterMode(display=False) as counter:
-        module(*(x.clone() for x in inputs))
-    return counter.get_total_flops() // 2
 
 
 def independent(slim: Any, shares: Mapping[tuple[str, ...], float]) -> tuple[float, float]:
@@ -112,7 +105,7 @@ def test_macs_of_several_parts_at_once_are_those_of_each() -> None:
 
 def test_branches_that_go_as_a_whole_count_no_more() -> None:
     coupling = counted(coupled(), Budget(macs=0.5, combinations="mean"))
-    paths = paths_by_score(coupling, np.ones(coupling.num_channels))
+    paths = paths_in_any_order(coupling)
     allocation = steps_of_all(coupling, paths, "uniform", Constraints(min_width=0))
     branch = next(group.index for group in coupling.groups() if group.name == "grow.weight")
     plan = plan_of(coupling, allocation.keep(allocation.group == branch))

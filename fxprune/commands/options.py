@@ -55,11 +55,10 @@ def add_latency_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--latency-model", type=Path, metavar="FILE", help=text)
 
 
-def add_weights(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+def add_weights(parser: argparse.ArgumentParser) -> None:
     """Add a file with weights."""
-    text = "weights of the network: .safetensors, or from torch.save(model.state_dict(), FILE)"
-    text += "" if required else " (default: those that it comes with)"
-    parser.add_argument("--weights", type=Path, required=required, metavar="FILE", help=text)
+    text = "weights of the network: .safetensors, or from torch.save(model.state_dict(), FILE) (default: those that it "
+    parser.add_argument("--weights", type=Path, metavar="FILE", help=f"{text}comes with)")
 
 
 def add_method(parser: argparse.ArgumentParser) -> None:

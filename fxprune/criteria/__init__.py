@@ -27,7 +27,7 @@ def add_up(
     Returns:
         (channels,) float64.
     """
-    state = {name: tensor for name, tensor, _ in coupling.traced.state}
+    state = coupling.traced.by_name
     weights: list[np.ndarray] = []
     channels: list[np.ndarray] = []
     for site in sites:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -45,7 +44,7 @@ class Approximator:
         """
         self.coupling = coupling
         self._search = search
-        self._state = {name: tensor for name, tensor, _ in coupling.traced.state}
+        self._state = coupling.traced.by_name
         self._makers = makers_of(coupling)
         self._dims: dict[str, list[tuple[int, np.ndarray]]] = {}
         for site in coupling.sites:
@@ -107,15 +106,8 @@ class Approximator:
 
     def _choices(self, group: Group, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
         """Return the choices of a group, (channels + 1,) the number of that each channel goes with, and the cells."""
-        coupling = self.coupling
-        choices = np.concatenate(group.cells)
-        channels, which = coupling.members.of(choices)
-        choice_of = np.full(coupling.num_channels + 1, -1)
-        choice_of[channels] = which
-        held = np.bincount(which, coupling.is_frozen[channels], len(choices)) > 0
-        free = ~held & keep[choices]
-        ends = np.cumsum([0, *map(len, group.cells)])
-        return choices, choice_of, [np.flatnonzero(free[a:b]) + a for a, b in pairwise(ends)]
+        choices = group.choices
+        return choices, self.coupling.choice_of(group), group.places((keep & ~self.coupling.held)[choices])
 
     def _activations(self, choice_of: np.ndarray, stays: np.ndarray) -> Iterator[Dictionary]:
         for second, inputs, outputs in self._read:

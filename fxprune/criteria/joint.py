@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from itertools import pairwise
 
 import numpy as np
 import torch
 
 from fxprune import sharing
+from fxprune.atoms import FIXED
 from fxprune.calibrating import Calibration, Moments
 from fxprune.coupling import Coupling
 from fxprune.criteria.magnitude import magnitude
@@ -60,13 +60,8 @@ def _path(
     reader: Reader, group: Group, keep: np.ndarray, rest: np.ndarray, damping: float, chunk: float
 ) -> RemovalPath:
     coupling = reader.coupling
-    choices = np.concatenate(group.cells)
-    channels, which = coupling.members.of(choices)
-    choice_of = np.full(coupling.num_channels + 1, -1)
-    choice_of[channels] = which
-    frozen = np.bincount(which, coupling.is_frozen[channels], len(choices)) > 0
-    stays = keep.copy()
-    stays[channels] = True  # this group's own channels all count
+    choices, choice_of = group.choices, coupling.choice_of(group)
+    stays = keep | (choice_of[:FIXED] >= 0)  # this group's own channels all count
     units = list(reader.units(choice_of, stays))
     own = np.zeros((len(choices), len(reader.scale)))
     seen = np.zeros(len(choices), dtype=bool)
@@ -76,10 +71,9 @@ def _path(
         own += np.where(seen[:, None], 0.0, reader.made(choice_of, len(choices)))
     lost = ~seen & ~own.any(axis=1)
     if lost.any():
-        total = np.bincount(which, rest[channels], len(choices))
+        total = coupling.members.total(rest)[choices]
         own[lost] = (total[lost] / max(total.sum(), 1e-30))[:, None]
-    first = np.cumsum([0, *map(len, group.cells)])
-    cells = [np.flatnonzero(~frozen[a:b]) + a for a, b in pairwise(first)]
+    cells = group.places(~coupling.held[choices])
     steps = min(len(cell) // take for cell, take in zip(cells, group.takes, strict=True))
     found: Elimination = eliminate(
         units, cells, group.takes, steps=steps, tasks=len(reader.scale), own=own, damping=damping, chunk=chunk
@@ -108,7 +102,7 @@ class Reader:
         self._damping = damping
         self._compensate = compensate
         self._known: dict[tuple[str, int], tuple[np.ndarray, torch.Tensor, torch.Tensor]] = {}
-        state = {name: tensor for name, tensor, _ in coupling.traced.state}
+        state = coupling.traced.by_name
         self._layers: list[tuple[Moments, torch.Tensor, np.ndarray, np.ndarray]] = []
         biases = [m.layer.bias for m in calibration.moments.values() if m.layer.bias is not None]
         self._bias = {name: state[name] for name in biases if name in state}
@@ -123,8 +117,7 @@ class Reader:
         """Return how many groups read each block of each layer."""
         found: Counter[tuple[str, int]] = Counter()
         for group in self.coupling.groups():
-            among = np.zeros(self.coupling.num_channels + 1, dtype=bool)
-            among[self.coupling.members.of(np.concatenate(group.cells))[0]] = True
+            among = self.coupling.in_group(group)
             for m, _, inputs, _ in self._layers:
                 found.update((m.layer.name, int(block)) for block in np.flatnonzero(among[inputs].any(axis=1)))
         return found

@@ -48,7 +48,7 @@ def torch_pruning_scores(
         _differentiate(coupling, model, importance, calibration, tasks)
     score, rest = np.zeros(coupling.num_channels), magnitude(coupling)
     for group in coupling.groups():
-        choices = np.concatenate(group.cells)
+        choices = group.choices
         found = _ask(importance, _group(coupling, group, model), group, len(choices))
         score[choices] = rest[choices] if found is None else found
     return score
@@ -110,15 +110,11 @@ def _group(coupling: Coupling, group: Group, model: nn.Module) -> Any:
     """Return the `torch_pruning.Group` of a group: every layer it has sites on, and which of its positions."""
     from torch_pruning.dependency import Dependency, Group, Node
 
-    choices = np.concatenate(group.cells)
-    channels, which = coupling.members.of(choices)
-    choice_of = np.full(coupling.num_channels + 1, -1)
-    choice_of[channels] = which
     items = []
-    for module, prune, at in _layers(coupling, model, choice_of):
+    for module, prune, at in _layers(coupling, model, coupling.choice_of(group)):
         positions = np.flatnonzero(at >= 0)
         items.append((module, prune, positions.tolist(), at[positions].tolist()))
-    items.sort(key=lambda item: len(set(item[3])) < len(choices))  # the first says how many channels there are
+    items.sort(key=lambda item: len(set(item[3])) < group.width)  # the first says how many channels there are
     found: Any = Group()
     for i, (module, prune, positions, roots) in enumerate(items):
         node, root = Node(module, None), Node(items[0][0], None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
@@ -83,7 +82,7 @@ def trace_ratio_of(coupling: Coupling, group: Group, scatter: Scatter) -> TraceR
 
     A choice whose features were not seen counts by its share of the weights, against an even spread.
     """
-    choices = np.concatenate(group.cells)
+    choices = group.choices
     channels, which = coupling.members.of(choices)
     n = len(choices)
     between, within, seen = (
@@ -95,7 +94,5 @@ def trace_ratio_of(coupling: Coupling, group: Group, scatter: Scatter) -> TraceR
         between = np.where(seen > 0, between, total * weights / max(float(weights.sum()), 1e-300))
         within = np.where(seen > 0, within, total / n)
     within = within + FLOOR * float((between + within).mean())
-    first = np.cumsum([0, *map(len, group.cells)])
-    cells = [np.arange(a, b) for a, b in pairwise(first)]
-    held = np.bincount(which, coupling.is_frozen[channels], n) > 0
-    return TraceRatio(between, within, cells, group.takes, held)
+    cells = group.places(np.ones(n, dtype=bool))
+    return TraceRatio(between, within, cells, group.takes, coupling.held[choices])

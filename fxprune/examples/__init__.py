@@ -1,1 +1,1 @@
-"""A small multi-task problem on real images: the scenes, a network, and how to train it."""
+"""Small problems on real images, with networks and how to train them: multi-task scenes, and single digits."""

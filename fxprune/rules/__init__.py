@@ -19,6 +19,7 @@ import torch
 from fxprune import labels as algebra
 from fxprune.atoms import Ledger
 from fxprune.labels import Extent, Labels, Shape, along
+from fxprune.registering import registering
 from fxprune.reshaping import reshape
 
 Rule = Callable[..., Any]
@@ -190,15 +191,7 @@ class Op:
 
 def rule(*packets: Any) -> Callable[[Rule], Rule]:
     """Register a rule for all overloads of these ATen ops."""
-
-    def register(function: Rule) -> Rule:
-        for packet in packets:
-            if packet in RULES:
-                raise ValueError(f"{packet} has two rules: {RULES[packet].__qualname__} and {function.__qualname__}")
-            RULES[packet] = function
-        return function
-
-    return register
+    return registering(RULES, packets, "rules")
 
 
 def lookup(func: Any) -> Rule | None:

@@ -11,7 +11,7 @@ from greedy_distilling import TEMPERATURE
 from greedy_forwards import NAME
 from greedy_measure import EPOCHS, LONG, METHODS, RATE, SMALL, Row
 from quality_measure import DENSE
-from quality_report import failures
+from quality_report import budgets_of, failures
 from quality_scores import Cell, cell, over_seeds, points
 
 STAGES = {"cut": "right after pruning", "tuned": "after fine-tuning"}
@@ -171,8 +171,3 @@ def searches(rows: Sequence[Row]) -> list[str]:
 def runs_of_code(convolutions: int, rounds: int) -> int:
     """Return how often the authors' code runs the network: two offers for each convolution in each round."""
     return 2 * convolutions * rounds
-
-
-def budgets_of(rows: Sequence[Row]) -> list[float]:
-    """Return the budgets, largest first."""
-    return sorted({r["budget"] for r in rows if r["method"] != DENSE}, reverse=True)
