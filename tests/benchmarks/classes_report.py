@@ -163,7 +163,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         panel.set_title(f"{network}: {size} classes")
         panel.set_xscale("log")
         shares = sorted({r["budget"] for r in mine if r["kind"] != "dense"})
-        panel.set_xticks(shares, [f"{share:g}" for share in shares])
+        panel.set_xticks(shares, [f"{share:g}" for share in shares], rotation=90, fontsize="small")
         panel.set_xticks([], minor=True)
         panel.grid(alpha=0.3, which="both")
     for panel in panels[-1]:
