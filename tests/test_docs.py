@@ -173,3 +173,11 @@ def _zoo() -> list[dict[str, Any]]:
 
 def _text(page: str) -> str:
     return PAGES[page].read_text(encoding="utf-8")
+
+
+def test_the_page_of_modules_has_every_one_once() -> None:
+    package = Path(fxprune.__file__).parent
+    there = {path.stem for path in package.glob("[!_]*.py")}
+    there |= {path.parent.name for path in package.glob("*/__init__.py")} | {"templates"}
+    named = re.findall(r"`([a-z_]+)/?`", _text("docs/modules.md"))
+    assert sorted(named) == sorted(there)
