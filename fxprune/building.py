@@ -20,7 +20,8 @@ from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError
 from fxprune.expecting import Expected, answer
 from fxprune.labels import Labels, Shape
-from fxprune.literals import FIXERS, plain_name
+from fxprune.lengths import follows, given_by
+from fxprune.literals import FIXERS, as_before, plain_name
 from fxprune.records import Labelled
 from fxprune.resizing import Call, fits, resize, resizer_of
 from fxprune.running import MetaRunner, Runner
@@ -154,6 +155,7 @@ class _Fixer(MetaRunner):
         self.prediction = prediction
         self.record = prediction.coupling.record
         self.failed: dict[str, str] = {}
+        self._follows = dict(self.record.follows)
 
     def run_all(self, values: list[Any]) -> None:
         """Go through all nodes; `values` are the placeholders'. A certain node has no value until it is asked for."""
@@ -231,8 +233,7 @@ class _Fixer(MetaRunner):
 
         def pin(arg: Any) -> Any:
             if isinstance(arg, fx.Node) and isinstance(self.env.get(arg), (int, float)):
-                before = self.record.numbers[arg.name]
-                return arg if before == self.env[arg] else before
+                return as_before(self, n, arg)
             return arg
 
         if any(isinstance(self.env.get(source), (int, float)) for source in n.all_input_nodes):
@@ -264,7 +265,12 @@ class _Fixer(MetaRunner):
         with at.graph.inserting_before(at):
             node = at.graph.call_function(function, args)
         self.env[node] = Runner.run_node(self, node)
+        self._follows[node.name] = follows(node, self.env[node], self.record.nodes, self._follows)
         return node
+
+    def follows(self, arg: Any) -> bool:
+        """Say whether a number follows the size of the input."""
+        return given_by(arg, self._follows)
 
     def shapes(self, node: fx.Node) -> list[Shape]:
         """Return the predicted shapes of what a node returns."""
@@ -278,6 +284,11 @@ class _Fixer(MetaRunner):
         """Return what stays along a dim, in every row that stays."""
         shape = self.dense_shape(node)
         return self.prediction.kept(node.name, dim % len(shape))
+
+    def stays(self, node: fx.Node, dim: int) -> bool:
+        """Say whether nothing goes along a dim."""
+        kept = self.kept(node, dim)
+        return kept is None or bool(kept.all())
 
     def rows(self, node: fx.Node, dim: int, count: int) -> int:
         """Return how many of `count` equal rows of a dim stay."""

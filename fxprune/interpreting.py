@@ -7,16 +7,19 @@ from collections.abc import Iterable
 from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxprune import labels as algebra
+from fxprune.atoms import FIXED
 from fxprune.attending import Attending
 from fxprune.calling import call_of, call_of_torch_function, is_identity, plain_calls
 from fxprune.cloning import State, submodule
 from fxprune.following import follow
 from fxprune.labelling import NO_BUFFER, Labelling
+from fxprune.lengths import CUTS, MAKES, dims_by_length, follows
 from fxprune.records import Interpretation, Labelled
 from fxprune.running import VALUES, MetaRunner
 from fxprune.telling import POINTWISE
@@ -60,6 +63,7 @@ class GraphRunner(MetaRunner):
         self.args_iter = iter(values)
         for n in self.graph.nodes:  # pyright: ignore[reportGeneralTypeIssues, reportAttributeAccessIssue]
             self.env[n] = self.run_node(n)
+            self._hold_lengths(n)
         for n in self.graph.nodes:  # pyright: ignore[reportGeneralTypeIssues, reportAttributeAccessIssue]
             if n.op == "placeholder":
                 self._read(self.env[n])  # whoever calls the network holds its inputs meanwhile
@@ -177,6 +181,35 @@ class GraphRunner(MetaRunner):
         for node in n.all_input_nodes:
             self._read(self.env[node])
         return value
+
+    def _hold_lengths(self, n: fx.Node) -> None:
+        """Let nothing go of dims that a node cuts, or makes, by numbers that follow the size of the input."""
+        mode, value = self.mode, self.env[n]
+        known, results = mode.record.follows, tensors_in(value)
+        known[n.name] = follows(n, value, mode.record.nodes, known)
+        x = self._value(n.args[0]) if n.args else None
+        cut = dims_by_length(CUTS, n, x.ndim, known) if isinstance(x, torch.Tensor) else []
+        made = [(t, dim) for t in results for dim in dims_by_length(MAKES, n, t.ndim, known)]
+        if cut or made:
+            self._hold_cut(x, cut, results)
+            for t, dim in made:
+                ids = mode.labels(t)[dim]
+                if ids is not None and mode.ledger.is_constant(ids).any():
+                    mode.hold(t, dim, "is as long as the size of the input says")
+            mode.record.nodes[n.name] = [Labelled(tuple(t.shape), mode.labels(t), t.dtype) for t in results]
+
+    def _hold_cut(self, x: Any, dims: Iterable[int], results: list[torch.Tensor]) -> None:
+        """Let nothing go of some dims of a tensor, and of what was cut from them."""
+        mode = self.mode
+        for dim in dims:
+            ids = mode.labels(x)[dim]
+            if ids is None:
+                continue
+            algebra.fix(mode.ledger, mode.labels(x), dim, "is cut where the size of the input says")
+            for t in results:
+                for d, mine in enumerate(mode.labels(t)):
+                    if mine is not None and np.isin(mine, ids[ids != FIXED]).any():
+                        mode.hold(t, d, "is cut where the size of the input says")
 
     def _kept_whole(self, n: fx.Node) -> Any:
         """Return what a function of the user's that asks for values returns for zeros; all that reaches it must stay.

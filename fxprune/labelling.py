@@ -111,6 +111,10 @@ class Labelling(TorchDispatchMode):
         self._state_labels[name] = labels
         return labels
 
+    def hold(self, tensor: torch.Tensor, dim: int, reason: str) -> None:
+        """Let nothing go along a dim of an activation: it has no labels from then on."""
+        tensor._labels = algebra.fix(self.ledger, self.labels(tensor), dim, reason)  # pyright: ignore[reportAttributeAccessIssue]
+
     def constant(self, shape: Shape) -> np.ndarray:
         """Issue fresh atoms for channels made of a constant, which can be cut anywhere."""
         atoms = self.ledger.fresh(shape)

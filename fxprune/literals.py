@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import fx
+from torch.fx.node import map_aggregate
 
 from fxprune.labels import Shape
 from fxprune.registering import registering
@@ -35,6 +36,10 @@ class Context(Protocol):
         """Return what a number or a constant integer tensor was in the dense network."""
         ...
 
+    def follows(self, arg: Any) -> bool:
+        """Say whether a number follows the size of the input: whether a dim without labels has a part in it."""
+        ...
+
     def insert(self, at: fx.Node, function: Callable[..., Any], *args: Any) -> fx.Node:
         """Add a node in front of another, and return it."""
         ...
@@ -49,6 +54,10 @@ class Context(Protocol):
 
     def kept(self, node: Any, dim: int) -> np.ndarray | None:
         """Return (rows, size) bool: what stays along a dim, in every row that stays; None where it is unlabelled."""
+        ...
+
+    def stays(self, node: Any, dim: int) -> bool:
+        """Say whether nothing goes along a dim, labelled or not."""
         ...
 
     def rows(self, node: Any, dim: int, count: int) -> int:
@@ -94,13 +103,15 @@ def _new_sizes(ctx: Context, node: fx.Node, given: Sequence[Any], predicted: Sha
     """Return sizes with those replaced that do not evaluate to the prediction."""
     if len(given) != len(predicted):
         raise CannotRewriteError(f"{len(given)} sizes are given for {len(predicted)} dims")
-    return [g if ctx.value(g) in (-1, p) else _scaled(ctx, node, g, p) for g, p in zip(given, predicted, strict=True)]
+    return [g if ctx.value(g) == -1 else scaled(ctx, node, g, p) for g, p in zip(given, predicted, strict=True)]
 
 
-def _scaled(ctx: Context, node: fx.Node, size: Any, predicted: int) -> Any:
-    """Return a size in place of one that is another now: `batch * heads` stays a multiple of the batch."""
+def scaled(ctx: Context, node: fx.Node, size: Any, predicted: int) -> Any:
+    """Return a size that is as predicted: `batch * heads` stays a multiple of the batch."""
     value = ctx.value(size)
-    if not value or not isinstance(size, fx.Node) or not _varies(ctx, size):
+    if value == predicted:
+        return size
+    if not value or not ctx.follows(size):
         return predicted
     shared = math.gcd(value, predicted)
     if predicted != shared:
@@ -108,34 +119,26 @@ def _scaled(ctx: Context, node: fx.Node, size: Any, predicted: int) -> Any:
     return size if value == shared else ctx.insert(node, operator.floordiv, size, value // shared)
 
 
-def _varies(ctx: Context, size: fx.Node) -> bool:
-    """Say whether a size is computed from a dim of which nothing can be pruned, such as the batch."""
-    seen, stack = {size}, [size]
-    while stack:
-        n = stack.pop()
-        source, at = _read_size(n)
-        if source is not None:
-            if ctx.kept(source, ctx.value(at)) is None:
-                return True
-            continue
-        fresh = [m for m in n.all_input_nodes if m not in seen]
-        seen.update(fresh)
-        stack += fresh
-    return False
+def as_before(ctx: Context, node: fx.Node, number: Any) -> Any:
+    """Return a number as it is in the dense network, as an expression where it follows the input."""
+    if not isinstance(number, fx.Node) or isinstance(ctx.value(number), torch.Tensor):
+        return number
+    dense = ctx.dense(number)
+    if ctx.value(number) == dense or dense is None:
+        return number
+    found = _computed_before(ctx, node, number, dense) if ctx.follows(number) else dense
+    return found if ctx.value(found) == dense else dense
 
 
-def _read_size(n: fx.Node) -> tuple[fx.Node | None, Any]:
-    """Return the tensor and the dim that a node reads the size of: `x.shape[at]`, `x.size(at)`."""
-    if n.op == "call_method" and n.target == "size" and len(n.args) == 2:
-        return n.args[0], n.args[1]  # pyright: ignore[reportReturnType]
-    if n.target is operator.getitem and isinstance(n.args[0], fx.Node):
-        shape = n.args[0]
-        whole = (shape.target is getattr and shape.args[1] == "shape") or shape.target == "size"
-        if whole and isinstance(shape.args[0], fx.Node) and not isinstance(n.args[1], slice):
-            return shape.args[0], n.args[1]
-    if n.target is torch.ops.aten.sym_size.int:
-        return n.args[0], n.args[1]  # pyright: ignore[reportReturnType]
-    return None, None
+def _computed_before(ctx: Context, node: fx.Node, number: fx.Node, dense: Any) -> Any:
+    """Compute a number again, of dense sizes where those shrink that it is computed from."""
+    if isinstance(dense, tuple):
+        pairs = enumerate(zip(ctx.value(number), dense, strict=True))
+        return tuple(ctx.insert(node, operator.getitem, number, i) if now == n else n for i, (now, n) in pairs)
+    if number.op != "call_function" or number.kwargs:
+        return dense
+    args = map_aggregate(number.args, lambda a: as_before(ctx, node, a))
+    return ctx.insert(node, number.target, *args)  # pyright: ignore[reportArgumentType, reportGeneralTypeIssues]
 
 
 def _fix_sizes(ctx: Context, node: fx.Node, first: int, predicted: Shape) -> None:
@@ -183,7 +186,7 @@ def repeat_interleave(ctx: Context, node: fx.Node) -> None:
     if isinstance(ctx.value(times), int) and dim is not None:
         before, after = ctx.value(node.args[0]).shape[dim], ctx.shapes(node)[0][dim]
         if ctx.value(times) * before != after:
-            set_argument(node, 1, after // max(before, 1), "repeats")
+            set_argument(node, 1, scaled(ctx, node, times, after // max(before, 1)), "repeats")
 
 
 @fixes("unflatten")
@@ -200,7 +203,10 @@ def split(ctx: Context, node: fx.Node) -> None:
     """Any split along a labelled dim becomes a split with sizes."""
     x = node.args[0]
     dim = ctx.value(argument(node, 2, "dim", default=0))
-    if ctx.kept(x, dim) is None:
+    if ctx.stays(x, dim):
+        names = "split_size_or_sections", "split_size", "split_sizes", "chunks", "indices_or_sections", "indices"
+        given = argument(node, 1, *names)
+        set_argument(node, 1, map_aggregate(given, lambda size: as_before(ctx, node, size)), *names)
         return
     sizes = [shape[dim] for shape in ctx.shapes(node)]
     if node.op == "call_method":
@@ -213,14 +219,15 @@ def split(ctx: Context, node: fx.Node) -> None:
 @fixes("group_norm", "native_group_norm")
 def group_norm(ctx: Context, node: fx.Node) -> None:
     """`F.group_norm(x, num_groups, ...)`."""
-    groups = ctx.dense(argument(node, 1, "num_groups"))
-    set_argument(node, 1, ctx.rows(node.args[0], 1, groups), "num_groups")
+    groups = argument(node, 1, "num_groups")
+    set_argument(node, 1, scaled(ctx, node, groups, ctx.rows(node.args[0], 1, ctx.dense(groups))), "num_groups")
 
 
 @fixes("channel_shuffle", "native_channel_shuffle")
 def channel_shuffle(ctx: Context, node: fx.Node) -> None:
     """`F.channel_shuffle(x, groups)`."""
-    set_argument(node, 1, ctx.rows(node.args[0], 1, ctx.dense(argument(node, 1, "groups"))), "groups")
+    groups = argument(node, 1, "groups")
+    set_argument(node, 1, scaled(ctx, node, groups, ctx.rows(node.args[0], 1, ctx.dense(groups))), "groups")
 
 
 @fixes("layer_norm", "rms_norm")
@@ -235,21 +242,21 @@ def layer_norm(ctx: Context, node: fx.Node) -> None:
 @fixes("conv1d", "conv2d", "conv3d")
 def convolution(ctx: Context, node: fx.Node) -> None:
     """`F.conv2d(x, weight, ..., groups)`."""
-    groups = argument(node, 6, "groups", default=1)
     weight = ctx.value(argument(node, 1, "weight"))
-    fresh = ctx.value(node.args[0]).shape[1 - weight.ndim] // weight.shape[1]
-    if fresh != groups:
-        set_argument(node, 6, fresh, "groups")
+    _set_groups(ctx, node, ctx.value(node.args[0]).shape[1 - weight.ndim] // weight.shape[1])
 
 
 @fixes("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def transposed_convolution(ctx: Context, node: fx.Node) -> None:
     """`F.conv_transpose2d(x, weight, ..., groups)`."""
-    groups = argument(node, 6, "groups", default=1)
     weight = ctx.value(argument(node, 1, "weight"))
-    fresh = ctx.shapes(node)[0][1 - weight.ndim] // weight.shape[1]
-    if fresh != groups:
-        set_argument(node, 6, fresh, "groups")
+    _set_groups(ctx, node, ctx.shapes(node)[0][1 - weight.ndim] // weight.shape[1])
+
+
+def _set_groups(ctx: Context, node: fx.Node, predicted: int) -> None:
+    groups = argument(node, 6, "groups", default=1)
+    if ctx.value(groups) != predicted:
+        set_argument(node, 6, scaled(ctx, node, groups, predicted), "groups")
 
 
 @fixes("scaled_dot_product_attention")

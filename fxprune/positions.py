@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
+from torch.fx.node import map_aggregate
 
-from fxprune.literals import CannotRewriteError, Context, argument, fixes, set_argument
+from fxprune.lengths import indexed
+from fxprune.literals import CannotRewriteError, Context, argument, as_before, fixes, set_argument
 
 
 def renumbered(kept: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -45,26 +47,15 @@ def getitem(ctx: Context, node: fx.Node) -> None:
     x = node.args[0]
     if not isinstance(x, fx.Node) or not isinstance(ctx.value(x), torch.Tensor):
         return
-    items = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-    ndim = len(ctx.dense_shape(x))
-    used = sum(1 for i in items if i is not None and i is not Ellipsis)
-    result, dim = [], 0
-    for item in items:
-        if item is None:
-            result.append(item)
-        elif item is Ellipsis:
-            result.append(item)
-            dim += ndim - used
-        else:
-            result.append(_new_item(ctx, x, dim, item))
-            dim += 1
-    node.update_arg(1, tuple(result) if isinstance(node.args[1], tuple) else result[0])
+    items = indexed(node.args[1], len(ctx.dense_shape(x)))
+    result = tuple(item if dim is None else _new_item(ctx, node, dim, item) for dim, item in items)
+    node.update_arg(1, result if isinstance(node.args[1], tuple) else result[0])
 
 
-def _new_item(ctx: Context, x: Any, dim: int, item: Any) -> Any:
-    kept = ctx.kept(x, dim)
+def _new_item(ctx: Context, node: fx.Node, dim: int, item: Any) -> Any:
+    kept = ctx.kept(node.args[0], dim)
     if kept is None or kept.all():
-        return item
+        return map_aggregate(item, lambda number: as_before(ctx, node, number))
     size = kept.shape[1]
     if isinstance(item, slice):
         bounds = slice(*(ctx.dense(b) for b in (item.start, item.stop, item.step)))
@@ -90,11 +81,14 @@ def _new_item(ctx: Context, x: Any, dim: int, item: Any) -> Any:
 def narrow(ctx: Context, node: fx.Node) -> None:
     """`x.narrow(dim, start, length)`."""
     x, dim = node.args[0], ctx.value(argument(node, 1, "dim"))
+    start, length = argument(node, 2, "start"), argument(node, 3, "length")
     kept = ctx.kept(x, dim)
-    if kept is not None:
-        start = ctx.dense(argument(node, 2, "start"))
-        set_argument(node, 2, int(_before(kept, start)), "start")
-        set_argument(node, 3, ctx.shapes(node)[0][dim], "length")
+    if kept is None or kept.all():
+        start, length = as_before(ctx, node, start), as_before(ctx, node, length)
+    else:
+        start, length = _before(kept, ctx.dense(start)), ctx.shapes(node)[0][dim]
+    set_argument(node, 2, start, "start")
+    set_argument(node, 3, length, "length")
 
 
 def _before(kept: np.ndarray, position: int) -> int:
@@ -108,10 +102,8 @@ def _before(kept: np.ndarray, position: int) -> int:
 @fixes("select")
 def select(ctx: Context, node: fx.Node) -> None:
     """`x.select(dim, index)`."""
-    kept = ctx.kept(node.args[0], ctx.value(argument(node, 1, "dim")))
-    if kept is not None:
-        index = ctx.dense(argument(node, 2, "index")) % kept.shape[1]
-        set_argument(node, 2, int(renumbered(kept, np.array([index]))[0]), "index")
+    dim, index = ctx.value(argument(node, 1, "dim")), argument(node, 2, "index")
+    set_argument(node, 2, _new_item(ctx, node, dim, index), "index")
 
 
 @fixes("slice")
@@ -142,24 +134,26 @@ def _as_getitem(ctx: Context, node: fx.Node, dim: int, item: Any) -> None:
     if ctx.kept(x, dim) is None:
         return
     node.op, node.target = "call_function", operator.getitem
-    node.args, node.kwargs = (x, (*[slice(None)] * dim, _new_item(ctx, x, dim, item))), {}
+    node.args, node.kwargs = (x, (*[slice(None)] * dim, _new_item(ctx, node, dim, item))), {}
 
 
 @fixes("roll")
 def roll(ctx: Context, node: fx.Node) -> None:
     """`x.roll(shifts, dims)`: as many positions come round as stay among those that did."""
     shifts, dims = argument(node, 1, "shifts"), argument(node, 2, "dims", "dim", default=())
-    shifts, dims = ([v] if isinstance(v, int) else list(v) for v in (shifts, dims))
-    fresh = []
-    for shift, dim in zip(shifts, dims, strict=False):
-        kept = ctx.kept(node.args[0], dim)
-        size = 0 if kept is None else kept.shape[1]
-        fresh.append(
-            shift if kept is None else int(kept.sum(axis=1)[0]) - _before(kept, size - ctx.dense(shift) % size)
-        )
+    shifts, dims = ([v] if isinstance(v, (int, fx.Node)) else list(v) for v in (shifts, dims))
+    fresh = [_kept_shift(ctx, node, shift, dim) for shift, dim in zip(shifts, dims, strict=False)]
     if fresh:
         set_argument(node, 1, fresh, "shifts")
         set_argument(node, 2, dims, "dims")
+
+
+def _kept_shift(ctx: Context, node: fx.Node, shift: Any, dim: Any) -> Any:
+    kept = ctx.kept(node.args[0], dim)
+    if kept is None or kept.all():
+        return as_before(ctx, node, shift)
+    size = kept.shape[1]
+    return int(kept.sum(axis=1)[0]) - _before(kept, size - ctx.dense(shift) % size)
 
 
 @fixes("pad", "constant_pad_nd")
@@ -169,19 +163,17 @@ def pad(ctx: Context, node: fx.Node) -> None:
     ndim = len(ctx.dense_shape(x))
     for i in range(len(given) // 2):
         dim = ndim - 1 - i
-        out, source = ctx.kept(node, dim), ctx.kept(x, dim)
-        if out is None and source is None:
-            continue
+        whole = ctx.stays(node, dim) and ctx.stays(x, dim)
         for side in (0, 1):
-            amount = ctx.dense(given[2 * i + side])
-            if amount:
-                given[2 * i + side] = _kept_padding(out, source, amount, side)
+            amount = given[2 * i + side]
+            given[2 * i + side] = as_before(ctx, node, amount) if whole else _kept_padding(ctx, node, dim, amount, side)
     set_argument(node, 1, given, "pad")
 
 
-def _kept_padding(out: np.ndarray | None, source: np.ndarray | None, amount: int, side: int) -> int:
-    kept = out if amount > 0 else source
-    if kept is None:
+def _kept_padding(ctx: Context, node: fx.Node, dim: int, given: Any, side: int) -> int:
+    amount = ctx.dense(given)
+    kept = ctx.kept(node if amount > 0 else node.args[0], dim)
+    if kept is None or not amount:
         return amount
     size, n = kept.shape[1], abs(amount)
     count = _before(kept, n) if side == 0 else int(kept.sum(axis=1)[0]) - _before(kept, size - n)

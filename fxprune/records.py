@@ -35,6 +35,10 @@ Term = tuple[int, tuple[Extent, ...]]
 """A product: a number, times the kept size of each labelled dim."""
 
 
+Follows = bool | tuple[bool, ...]
+"""Whether a number follows the size of the input; of a tuple of numbers, for each."""
+
+
 @dataclass(slots=True)
 class Buffer:
     """One allocation: the step that made it and the last that reads it. Dims without labels are in `fixed` bytes."""
@@ -70,6 +74,8 @@ class Interpretation:
     nodes: dict[str, list[Labelled]] = field(default_factory=dict)
     numbers: dict[str, Any] = field(default_factory=dict)
     """Node -> what it returned, where that is no tensor."""
+    follows: dict[str, Follows] = field(default_factory=dict)
+    """Node -> whether what it returned follows the input: see `lengths`."""
     constants: dict[str, Any] = field(default_factory=dict)
     """Node -> the values of the constant integer tensor that it returned."""
     work: list[Work] = field(default_factory=list)
