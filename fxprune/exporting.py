@@ -32,6 +32,7 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     module = program.module()
     graph = module.graph
     _erase_guards(graph)
+    _erase_copies_onto_themselves(graph)
     module.add_module(TRAINING, TrainingFlag())
     _ask_for_mode(graph)
     own = {name: t for name, t, _ in named_state(model)}
@@ -55,6 +56,19 @@ def _erase_guards(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         guards = node.op == "call_module" and "_guards_fn" in str(node.target)
         if guards or node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+
+
+def _erase_copies_onto_themselves(graph: fx.Graph) -> None:
+    """Drop the copies of buffers that were written in place onto themselves: gradients could not pass by these."""
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.aten.copy_.default:
+            continue
+        home, source = node.args
+        while isinstance(source, fx.Node) and getattr(getattr(source.target, "_schema", None), "is_mutable", False):
+            source = source.args[0]  # which it has written to and returned
+        if source is home:
+            node.replace_all_uses_with(home)
             graph.erase_node(node)
 
 
