@@ -11,6 +11,8 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.cloning import clone, named_state
+from fxprune.errors import TraceError
+from fxprune.sources import short_line
 from fxprune.traced import TRAINING, Traced, TrainingFlag, left_out, taking_part
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -31,6 +33,7 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         notes = ["traced by torch.export with the sizes of the example inputs: other sizes are not supported"]
     module = program.module()
     graph = module.graph
+    _check_transforms(graph)
     _erase_guards(graph)
     _erase_copies_onto_themselves(graph)
     module.add_module(TRAINING, TrainingFlag())
@@ -49,6 +52,20 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return Traced(
         model, graph_module, graph_module.graph, args, kwargs, "export", model.training, tuple(notes), sources, state
     )
+
+
+def _check_transforms(graph: fx.Graph) -> None:
+    """Refuse `torch.vmap`: its calls open and close levels, and may not run one by one, as nodes do.
+
+    Raises:
+        TraceError: the graph holds such calls.
+    """
+    for node in graph.nodes:
+        if getattr(node.target, "__module__", None) == "torch._functorch.predispatch":
+            line = short_line(_line_of(node.stack_trace))
+            raise TraceError(
+                f"forward calls torch.vmap ({line}), which cannot be followed. Write it for whole batches."
+            )
 
 
 def _erase_guards(graph: fx.Graph) -> None:

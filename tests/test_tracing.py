@@ -369,6 +369,17 @@ def test_inputs_of_the_wrong_shape_or_kind(inputs: Tensor) -> None:
     assert "example inputs" in message
 
 
+class Mapped(Chain):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(super().forward)(x[:, None])[:, 0]
+
+
+def test_vmap_is_refused_and_leaves_nothing_open() -> None:
+    with pytest.raises(TraceError, match=r"forward calls torch\.vmap \(test_tracing\.py:\d+\).*whole batches"):
+        fxprune.compile(settled(Mapped()), X, Budget(macs=0.5), progress=False)
+    torch.randn(2)  # refuses inside of torch.vmap
+
+
 def test_a_model_that_does_not_run() -> None:
     with pytest.raises(TraceError, match=r"'?b'?.*(test_tracing\.py|expected input)"):
         fxprune.compile(Broken(), X, Budget(macs=0.5), progress=False)
