@@ -97,6 +97,19 @@ def _is_view(name: str) -> bool:
     return any(info is not None and not info.is_write for info in infos)
 
 
+def written_state(graph: fx.Graph, root: nn.Module) -> set[str]:
+    """Return the names of the parameters and buffers that nodes of a graph write to."""
+    names: dict[fx.Node, str] = {}
+    found: set[str] = set()
+    for n in graph.nodes:
+        found.update(names[source] for source in written(n, root) if source in names)
+        if n.op == "get_attr":
+            names[n] = str(n.target)
+        elif n.all_input_nodes and n.all_input_nodes[0] in names and hands_on(n, root):
+            names[n] = names[n.all_input_nodes[0]]
+    return found
+
+
 def origin(node: fx.Node, root: nn.Module, among: Container[str]) -> fx.Node | None:
     """Return the node outside of `among` whose memory a node may return; None where it comes from inside."""
     while node.name in among:

@@ -212,11 +212,12 @@ def calibrate(
     found: list[tuple[int, dict[str, float]]] = []
     count = None if share.total is None else len(share.places)
     bar = tqdm(chain(first, rest), "calibrate", count, disable=not progress or sharing.rank() > 0)
-    with evaluating(module), _without_gradients(module):
+    with _without_gradients(module):
         for batch, place in zip(bar, share.places, strict=False):
             gatherer.start_batch(samples_in(batch), place + 1)
             gatherer.classes = {} if labels is None else labels.read(batch)
-            found.append((gatherer.samples, _run(module, batch, chosen, gatherer)))
+            with evaluating(module):
+                found.append((gatherer.samples, _run(module, batch, chosen, gatherer)))
     losses = dict.fromkeys(chosen, 0.0)
     samples = 0
     for size, each in share.in_order("losses", found):

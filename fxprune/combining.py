@@ -142,7 +142,7 @@ def combination_costs(
     found = combinations_of(value, combinations)
     entries = [CombinationCost(names, costs_of_tasks(traced, names)) for names in found]
     if latency:
-        networks = [select_tasks(traced, names, share=True).eval() for names in found]
+        networks = [select_tasks(traced, names, share=True) for names in found]
         device = next((t.device for _, t, _ in traced.state), torch.device("cpu"))
         seconds = take_turns(networks, traced.args, traced.kwargs, ROUNDS, device)
         ratios = np.median(seconds / seconds[-1], axis=1).tolist()

@@ -11,6 +11,8 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.cloning import clone, named_state
+from fxprune.errors import TraceError
+from fxprune.sources import short_line
 from fxprune.traced import TRAINING, Traced, TrainingFlag, left_out, taking_part
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -31,7 +33,9 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         notes = ["traced by torch.export with the sizes of the example inputs: other sizes are not supported"]
     module = program.module()
     graph = module.graph
+    _check_transforms(graph)
     _erase_guards(graph)
+    _erase_copies_onto_themselves(graph)
     module.add_module(TRAINING, TrainingFlag())
     _ask_for_mode(graph)
     own = {name: t for name, t, _ in named_state(model)}
@@ -50,11 +54,38 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     )
 
 
+def _check_transforms(graph: fx.Graph) -> None:
+    """Refuse `torch.vmap`: its calls open and close levels, and may not run one by one, as nodes do.
+
+    Raises:
+        TraceError: the graph holds such calls.
+    """
+    for node in graph.nodes:
+        if getattr(node.target, "__module__", None) == "torch._functorch.predispatch":
+            line = short_line(_line_of(node.stack_trace))
+            raise TraceError(
+                f"forward calls torch.vmap ({line}), which cannot be followed. Write it for whole batches."
+            )
+
+
 def _erase_guards(graph: fx.Graph) -> None:
     """Drop what only checks that sizes, dtypes and devices are those of the export: the network may be moved."""
     for node in list(graph.nodes):
         guards = node.op == "call_module" and "_guards_fn" in str(node.target)
         if guards or node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+
+
+def _erase_copies_onto_themselves(graph: fx.Graph) -> None:
+    """Drop the copies of buffers that were written in place onto themselves: gradients could not pass by these."""
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.aten.copy_.default:
+            continue
+        home, source = node.args
+        while isinstance(source, fx.Node) and getattr(getattr(source.target, "_schema", None), "is_mutable", False):
+            source = source.args[0]  # which it has written to and returned
+        if source is home:
+            node.replace_all_uses_with(home)
             graph.erase_node(node)
 
 

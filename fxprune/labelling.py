@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -63,16 +64,23 @@ class Labelling(TorchDispatchMode):
         """Run one ATen call on meta tensors and label what comes out."""
         kwargs = on_meta(func, kwargs or {})
         self.calls.append(func.overloadpacket)
+        seen = self._as_before(args) if _reshapes_in_place(func) else args
         out = self._kernels.run(func, args, kwargs)
         results = tensors_in(out)
         inputs = tensors_in(args) + tensors_in(kwargs) if kwargs else tensors_in(args)
         if results:
             self._fold(func, args, kwargs, results, inputs)
-            self._label(Op(func, out, self), args, kwargs, results, inputs)
+            self._label(Op(func, out, self), seen, kwargs, results, inputs)
             self._account(func, args, results, inputs)
             for t in results:
                 t._held = Held(self.record, t)  # pyright: ignore[reportAttributeAccessIssue]
         return out
+
+    def _as_before(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return arguments in which the first tensor keeps its shape and labels, whatever is done to it."""
+        before = args[0].detach()
+        before._labels = self.labels(args[0])
+        return before, *args[1:]
 
     def call(self, func: Any, args: tuple[Any, ...]) -> torch.Tensor:
         """Label one ATen call on floating tensors without going through the dispatcher; return its first result."""
@@ -238,6 +246,12 @@ class Labelling(TorchDispatchMode):
             buffer = Buffer(fixed * tensor.element_size(), dims, self.record.steps, self.record.steps)
             self.record.buffers.append(buffer)
         tensor._buffer = buffer  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@functools.cache
+def _reshapes_in_place(func: Any) -> bool:
+    """Say whether an op gives the tensor that it is called on another shape, such as `squeeze_`."""
+    return torch.Tag.inplace_view in func.tags
 
 
 def _fit(labels: Labels, shape: Shape) -> bool:

@@ -83,10 +83,10 @@ def measure(traced: Traced, device: str, batch: int) -> LatencyModel:
     sizes = Sizes(coupling.channels)
     operands = Operands(sizes, coupling.record, coupling.traced.graph)
     counter = Counter(sizes.rows)
-    dense = rewrite(coupling, plan_of(coupling, np.ones(coupling.num_channels, dtype=bool))).to(place).eval()
+    dense = rewrite(coupling, plan_of(coupling, np.ones(coupling.num_channels, dtype=bool))).to(place)
     samples, seconds, parts, in_blocks = [], [], [], []
     for keep, whole_blocks in choices(coupling):
-        slim = rewrite(coupling, plan_of(coupling, keep)).to(place).eval()
+        slim = rewrite(coupling, plan_of(coupling, keep)).to(place)
         try:
             whole, share = _timed(dense, slim, args, kwargs, place)
         except RuntimeError as error:

@@ -86,8 +86,8 @@ def estimate_statistics(slim: nn.Module, norms: Mapping[str, Norm], batches: Ite
     """
     buffers = dict(slim.named_buffers())
     estimator = _Estimator({id(buffers[name]): (name, norm) for name, norm in norms.items() if name in buffers})
-    with evaluating(slim), torch.no_grad(), estimator:
-        for batch in batches:
+    for batch in batches:
+        with evaluating(slim), torch.no_grad(), estimator:
             run_batch(slim, batch, {})
     eps = {name: value for part in sharing.gather("batch norms", estimator.eps) for name, value in part.items()}
     with torch.no_grad():

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from fxprune.aliasing import written_state
 from fxprune.running import ValuesRunner
 from fxprune.tasks import evaluating, inputs_of
 from fxprune.values import bind
@@ -26,6 +27,7 @@ class Replayer(ValuesRunner):
         self.whole = module.graph
         self.nodes = list(module.graph.nodes)
         self._first: dict[int, int] = {}
+        self._written = written_state(module.graph, module)
         self._expires: list[list[fx.Node]] = [[] for _ in self.nodes]
         place = {n: i for i, n in enumerate(self.nodes)}
         for n in self.nodes[:-1]:
@@ -37,8 +39,12 @@ class Replayer(ValuesRunner):
                 self._first[tensor] = min(at, self._first.get(tensor, at))
 
     def first_reader(self, names: Iterable[str]) -> int:
-        """Return the place of the first node that reads any of the parameters and buffers `names`."""
-        return min((self._first.get(self.ids[name], 0) for name in names), default=len(self.nodes) - 1)
+        """Return the place of the first node that reads any of the parameters and buffers `names`.
+
+        Buffers that the graph writes to change in every run.
+        """
+        changing = [*names, *self._written]
+        return min((self._first.get(self.ids[name], 0) for name in changing), default=len(self.nodes) - 1)
 
     def run_part(self, values: Mapping[str, torch.Tensor], env: Env, start: int, end: int) -> None:
         """Run nodes on and into what is known; forget what is not read any more.

@@ -119,11 +119,10 @@ def scatter(coupling: Coupling, batches: Iterable[Any], tasks: Mapping[str, Task
         share = Share.of(batches)
         batches = share.everywhere(share, next(t.device for _, t, _ in coupling.traced.state))
     reader = _Reader(coupling)
-    with torch.no_grad(), evaluating(module):
-        for batch in batches:
-            reader.start(labels.read(batch), samples_in(batch))
-            with reader:
-                run_batch(module, batch, {})
+    for batch in batches:
+        reader.start(labels.read(batch), samples_in(batch))
+        with torch.no_grad(), evaluating(module), reader:
+            run_batch(module, batch, {})
     if not reader.started:
         raise PlanError("the calibration data has no batches. Pass a list or a DataLoader, not an exhausted iterator.")
     return reader.result()

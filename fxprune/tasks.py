@@ -13,6 +13,7 @@ import torch
 
 from fxprune import sharing
 from fxprune.errors import PlanError
+from fxprune.restoring import restored
 from fxprune.subtasks import has_some, loss_on, part_of, renumbered, samples_where, targets_of
 
 
@@ -110,12 +111,13 @@ def of_wanted_classes(batches: Iterable[Any], tasks: Mapping[str, Task] | None) 
 
 @contextmanager
 def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Run a module in eval mode; afterwards every module in it is in the mode it was in."""
+    """Run a module in eval mode; afterwards it is as it was: its modes, and what `forward` writes to in it."""
     modes = {m: m.training for m in module.modules()}
     try:
         if any(modes.values()):
             module.eval()
-        yield
+        with restored(module):
+            yield
     finally:
         for m, training in modes.items():
             if m.training != training:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import PlanError
+from fxprune.tasks import evaluating
 from fxprune.tracing import checked_inputs
 
 WARM_UP = 3
@@ -51,8 +53,10 @@ def take_turns(
 ) -> np.ndarray:
     """Return (networks, rounds) seconds of a forward pass, of all networks in turn, each first as often as last.
 
+    They run in eval mode; afterwards they are as they were.
+
     Args:
-        networks: in the mode they are to run in.
+        networks: modules, or what runs one that is among them.
         args: positional inputs.
         kwargs: keyword inputs.
         rounds: how often each runs, after a warm-up.
@@ -61,13 +65,17 @@ def take_turns(
     args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (args, kwargs))
     clock = clock_of(device)
     seconds = np.empty((len(networks), rounds))
-    for turn in range(-WARM_UP, rounds):
-        for i in range(len(networks))[:: 1 if turn % 2 else -1]:
-            fresh = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
-            start = clock()
-            networks[i](*fresh[0], **fresh[1])
-            if turn >= 0:
-                seconds[i, turn] = clock() - start
+    with ExitStack() as stack:
+        for network in networks:
+            if isinstance(network, nn.Module):
+                stack.enter_context(evaluating(network))
+        for turn in range(-WARM_UP, rounds):
+            for i in range(len(networks))[:: 1 if turn % 2 else -1]:
+                fresh = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
+                start = clock()
+                networks[i](*fresh[0], **fresh[1])
+                if turn >= 0:
+                    seconds[i, turn] = clock() - start
     return seconds
 
 
@@ -120,7 +128,7 @@ def measure_latency(before: nn.Module, after: nn.Module, example_inputs: Any, *,
     """Measure forward passes of two networks, in eval mode and without gradients, taking turns after a warm-up.
 
     On one thread (`torch.set_num_threads(1)`) it is that thread's computing time, which other programs disturb least;
-    else the time that passes.
+    else the time that passes. The networks stay as they are, even if `forward` writes to buffers.
 
     Args:
         before: such as the dense network.
@@ -138,10 +146,5 @@ def measure_latency(before: nn.Module, after: nn.Module, example_inputs: Any, *,
     if device != other:
         raise PlanError(f"one network is on {device}, the other on {other}. Move both to one device.")
     args, kwargs = checked_inputs(before, example_inputs)
-    modes = [(module, module.training) for network in (before, after) for module in network.modules()]
-    try:
-        seconds = take_turns([before.eval(), after.eval()], args, kwargs, rounds, device) * 1e3
-    finally:
-        for module, training in modes:
-            module.training = training
+    seconds = take_turns([before, after], args, kwargs, rounds, device) * 1e3
     return MeasuredLatency(*(tuple(row) for row in seconds.tolist()))

@@ -295,6 +295,26 @@ def test_what_symbolic_trace_cannot_do_is_exported() -> None:
     assert any("torch.export" in note for note in fxprune.report(slim).notes)
 
 
+class Dividing(nn.Module):
+    """Divides by the number of its calls, a buffer that it writes to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 2, 1)
+        self.register_buffer("calls", torch.tensor(0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)  # pyright: ignore[reportCallIssue]
+        return self.b(self.a(x).relu()) / self.calls
+
+
+def test_gradients_pass_by_buffers_that_an_exported_network_writes_to() -> None:
+    slim = slimmed(Dividing().eval())
+    slim(X).sum().backward()
+    assert slim.calls == 1
+    assert slim.b.weight.grad.any()
+
+
 def test_an_exported_network_keeps_modes_and_batch() -> None:
     slim = slimmed(settled(DataDependent()))
     assert slim.eval()(torch.randn(7, 3, 8, 8)).shape == (7, 2, 8, 8)
@@ -347,6 +367,17 @@ def test_inputs_of_the_wrong_shape_or_kind(inputs: Tensor) -> None:
     message = str(caught.value)
     assert "Chain" in message or "conv1" in message
     assert "example inputs" in message
+
+
+class Mapped(Chain):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(super().forward)(x[:, None])[:, 0]
+
+
+def test_vmap_is_refused_and_leaves_nothing_open() -> None:
+    with pytest.raises(TraceError, match=r"forward calls torch\.vmap \(test_tracing\.py:\d+\).*whole batches"):
+        fxprune.compile(settled(Mapped()), X, Budget(macs=0.5), progress=False)
+    torch.randn(2)  # refuses inside of torch.vmap
 
 
 def test_a_model_that_does_not_run() -> None:

@@ -60,12 +60,11 @@ def _gradients(coupling: Coupling, calibration: Iterable[Any], tasks: Mapping[st
     try:
         for p in names.values():
             p.requires_grad_(True)
-        with evaluating(module):
-            for found in Share.of(calibration).every(lambda b: _of_batch(module, b, tasks, list(names.values()))):
-                for name, gradient in zip(names, found, strict=True):
-                    if gradient is not None:
-                        total[name] = total[name] + gradient if name in total else gradient
-                batches += 1
+        for found in Share.of(calibration).every(lambda b: _of_batch(module, b, tasks, list(names.values()))):
+            for name, gradient in zip(names, found, strict=True):
+                if gradient is not None:
+                    total[name] = total[name] + gradient if name in total else gradient
+            batches += 1
     finally:
         for name, p in names.items():
             p.requires_grad_(asked[name])
@@ -78,7 +77,7 @@ def _of_batch(
     module: torch.nn.Module, batch: Any, tasks: Mapping[str, Task], weights: list[torch.nn.Parameter]
 ) -> Sequence[torch.Tensor | None]:
     """Return the gradient of the sum of the losses of one batch for each weight."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with evaluating(module), torch.inference_mode(False), torch.enable_grad():
         losses = run_batch(module, batch, tasks)
         constant = [name for name, loss in losses.items() if not loss.requires_grad]
         found: Sequence[torch.Tensor | None] = ()

@@ -15,7 +15,7 @@ from fxprune.criteria.magnitude import magnitude
 from fxprune.errors import PlanError
 from fxprune.grouping import Group
 from fxprune.shares import Share
-from fxprune.tasks import Task, run_batch
+from fxprune.tasks import Task, evaluating, run_batch
 
 
 def torch_pruning_scores(
@@ -65,7 +65,6 @@ def _differentiate(
     coupling: Coupling, model: nn.Module, importance: Any, calibration: Iterable[Any], tasks: Mapping[str, Task]
 ) -> None:
     network = torch.fx.GraphModule(model, coupling.traced.graph)
-    network.eval()
     weights = [p for p in model.parameters() if p.is_floating_point()]
     for p in model.parameters():
         p.requires_grad_(p.is_floating_point())
@@ -74,8 +73,9 @@ def _differentiate(
         importance.zero_grad()
 
     def differentiate(batch: Any) -> Sequence[torch.Tensor | None]:
-        loss = torch.stack(list(run_batch(network, batch, tasks).values())).sum()
-        return torch.autograd.grad(loss, weights, allow_unused=True)
+        with evaluating(network):
+            loss = torch.stack(list(run_batch(network, batch, tasks).values())).sum()
+            return torch.autograd.grad(loss, weights, allow_unused=True)
 
     with torch.inference_mode(False), torch.enable_grad():
         for gradients in Share.of(calibration).every(differentiate):
