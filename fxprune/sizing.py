@@ -13,7 +13,6 @@ import math
 import operator
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,8 +23,10 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
 
+from fxprune import switching
 from fxprune.cloning import modules_in
 from fxprune.expecting import NUMBERS, Expected
+from fxprune.patching import patched
 from fxprune.running import MetaRunner
 from fxprune.sources import user_line
 
@@ -219,17 +220,16 @@ class SizedTracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace a module; what makes tensors out of sizes is recorded too."""
-        plain = {name: getattr(torch, name) for name in (*_FACTORIES, "autocast")}
         _LazyGraphModule.force_recompile(root)
         self._module = root
-        try:
-            for name in _FACTORIES:
-                setattr(torch, name, _recorded(plain[name]))
-            torch.autocast = self._left_out(plain["autocast"])
-            return super().trace(type(root).forward, concrete_args)  # of a module, torch would visit all that is in it
-        finally:
-            for name, function in plain.items():
-                setattr(torch, name, function)
+        makers = [(torch, name, _recorded(getattr(torch, name))) for name in _FACTORIES]
+        with (
+            torch.set_grad_enabled(torch.is_grad_enabled()),  # which forward may leave switched
+            patched([*makers, *switching.recorded(self), *switching.left_out(self)]),
+        ):
+            graph = super().trace(type(root).forward, concrete_args)  # of a module, torch would visit all that is in it
+        switching.erase_unused(graph)
+        return graph
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """Return the function to call and its arguments: the module, for which torch made an empty one, and symbols."""
@@ -238,6 +238,8 @@ class SizedTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """Know by its name a tensor that is a plain attribute of a module; these are looked up where one is met."""
+        if isinstance(a, switching.GradMode):
+            return a.node
         if isinstance(a, _CONSTANTS) and not self._looked_up:
             self._looked_up = True
             for path, module in modules_in(self.root):
@@ -245,14 +247,6 @@ class SizedTracer(fx.Tracer):
                     if isinstance(value, _CONSTANTS):
                         self.tensor_attrs.setdefault(value, f"{path}.{key}" if path else key)
         return super().create_arg(a)
-
-    def _left_out(self, autocast: Any) -> Any:
-        @functools.wraps(autocast, updated=())
-        def note(*args: Any, **kwargs: Any) -> Any:
-            self.autocasts.append(user_line())
-            return nullcontext()
-
-        return note
 
 
 @functools.cache

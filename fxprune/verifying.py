@@ -23,8 +23,10 @@ from fxprune.coupling import Coupling
 from fxprune.errors import VerificationError, check_kind
 from fxprune.masking import NO_INPUT, AbsentIsNaN, InFloat64
 from fxprune.outputs import parts_of
+from fxprune.patching import patched
 from fxprune.plans import Plan
 from fxprune.slimming import EXACT
+from fxprune.switching import WITHOUT_INFERENCE
 from fxprune.values import bind, tensors_in
 
 MADE_BY_TRACING = ("_tensor_constant", "lifted_tensor")
@@ -137,7 +139,7 @@ def run_in(mode: InFloat64, module: nn.Module, args: Any, kwargs: Mapping[str, A
     if any(isinstance(m, nn.RNNBase) for m in module.modules()):
         torch.backends.cudnn.enabled = False  # in it a recurrent layer is a single op
     try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), mode:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), patched([WITHOUT_INFERENCE]), mode:
             return module(*args, **kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
