@@ -23,7 +23,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
 
-from fxprune import switching
+from fxprune import applying, switching
 from fxprune.cloning import modules_in
 from fxprune.expecting import NUMBERS, Expected
 from fxprune.patching import patched
@@ -127,6 +127,7 @@ class SizedTracer(fx.Tracer):
         recording: modules that are called are recorded; not so while sizes are looked up.
         latest: the check that the last answer has added, if any.
         autocasts: lines of the user's code that set `torch.autocast`, which no graph holds.
+        walked: lines of the user's code that apply an autograd function whose backward the graph does not hold.
     """
 
     proxy_buffer_attributes = True
@@ -138,6 +139,7 @@ class SizedTracer(fx.Tracer):
         self.device = device
         self.recording = True
         self.autocasts: list[str] = []
+        self.walked: list[str] = []
         self._sizes: _Sizes | None = None
         self._names: dict[int, tuple[str, torch.Tensor]] | None = None
         self.latest: list[_Check] = []
@@ -225,7 +227,7 @@ class SizedTracer(fx.Tracer):
         makers = [(torch, name, _recorded(getattr(torch, name))) for name in _FACTORIES]
         with (
             torch.set_grad_enabled(torch.is_grad_enabled()),  # which forward may leave switched
-            patched([*makers, *switching.recorded(self), *switching.left_out(self)]),
+            patched([*makers, *applying.recorded(self), *switching.recorded(self), *switching.left_out(self)]),
         ):
             graph = super().trace(type(root).forward, concrete_args)  # of a module, torch would visit all that is in it
         switching.erase_unused(graph)

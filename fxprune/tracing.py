@@ -228,6 +228,9 @@ def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], t
     if tracer.autocasts:
         lines = ", ".join(short_line(line) for line in dict.fromkeys(tracer.autocasts))
         notes.append(f"forward sets torch.autocast ({lines}); the slim network leaves it as it is set outside")
+    if tracer.walked:
+        lines = ", ".join(short_line(line) for line in dict.fromkeys(tracer.walked))
+        notes.append(f"forward applies an autograd function to modules ({lines}); its backward is left out")
     state, unused = taking_part(root, graph)
     notes += left_out(unused)
     return Traced(model, root, graph, args, kwargs, "symbolic_trace", one_path, tuple(notes), tracer.sources, state)
