@@ -63,7 +63,7 @@ class Tracer(SizedTracer):
         code = getattr(type(m).forward, "__code__", None)
         if code is None or "training" not in code.co_names:
             return False
-        stateless = not any(True for _ in m.parameters()) and not any(True for _ in m.children())
+        stateless = not m._modules and all(p is None for p in m._parameters.values())
         return stateless or isinstance(m, nn.modules.batchnorm._BatchNorm)
 
     def call_module(

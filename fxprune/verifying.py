@@ -90,7 +90,7 @@ def double_copy(module: nn.Module, exact: Mapping[str, torch.Tensor] | None = No
         same = before is not None and torch.equal(before.to(t.device, t.dtype), t)
         wide = torch.complex128 if t.is_complex() else torch.float64 if t.is_floating_point() else t.dtype
         fresh = (before if same and before is not None else t).detach().to(wide, copy=True)
-        memo[id(t)] = nn.Parameter(fresh, requires_grad=False) if is_parameter else fresh
+        memo[id(t)] = nn.Parameter(fresh, t.requires_grad) if is_parameter else fresh
     return clone(module, memo).eval()
 
 
