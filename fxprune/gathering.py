@@ -86,8 +86,8 @@ class Gatherer(TorchFunctionMode):
         """Run a function; read what goes into a layer, and listen to what comes out."""
         out = func(*args, **(kwargs or {}))
         func, args, kwargs = as_function(func, args, kwargs)
-        call = call_of(self._names, func, args, kwargs)
-        if call is None:
+        call = call_of(self._names, func, args, kwargs) if torch.is_grad_enabled() else None
+        if call is None:  # or nobody will tell the gradient, as inside of an autograd function
             if func is F.batch_norm:
                 self._read_norm(kwargs["input"], self._names.get(id(kwargs.get("running_mean"))))
             return out

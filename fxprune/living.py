@@ -20,6 +20,7 @@ from torch.fx import node as fx_node
 from fxprune.aliasing import hands_on, written
 from fxprune.cloning import named_part, named_state, submodule
 from fxprune.expecting import Expect, Expected
+from fxprune.switching import SWITCHES
 
 Memory = frozenset[Any]
 """What a node may share memory with: nodes that allocate, and numbers of storages of parameters and buffers."""
@@ -27,7 +28,7 @@ Memory = frozenset[Any]
 _SIZES = {"size", "dim", "numel", "sym_size", "sym_numel"}
 _OF_SEVERAL = {torch.meshgrid, torch.broadcast_tensors}
 """Functions that return views of several inputs."""
-_CONTEXTS = fx_node._side_effectful_functions - {operator.setitem}
+_CONTEXTS = (fx_node._side_effectful_functions | SWITCHES) - {operator.setitem}
 """Functions that check something or switch something on or off."""
 
 

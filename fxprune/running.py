@@ -13,6 +13,7 @@ from fxprune.cloning import all_named, clone, named_part, named_state
 from fxprune.expecting import Expected
 from fxprune.meta import OnMeta, meta_tensor
 from fxprune.recurrent import run_module
+from fxprune.switching import SWITCHES
 from fxprune.telling import told
 
 VALUES = ("placeholder", "get_attr", "output")
@@ -30,6 +31,10 @@ class Runner(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run one node on the values of `env`, without the notes for tracebacks that torch takes at each."""
         return getattr(self, n.op)(n.target, self._value(n.args), self._value(n.kwargs))
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Run a function, unless it switches gradients, which no run of ours node by node is for."""
+        return False if target in SWITCHES else super().call_function(target, args, kwargs)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Run a module; what only checks sizes has checked them when it was traced."""

@@ -13,7 +13,7 @@ import math
 import operator
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,8 +24,10 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
 
-from fxprune.cloning import modules_in
+from fxprune import applying, switching
+from fxprune.cloning import modules_in, named_state
 from fxprune.expecting import NUMBERS, Expected
+from fxprune.patching import Patch, patched
 from fxprune.running import MetaRunner
 from fxprune.sources import user_line
 
@@ -101,6 +103,18 @@ class Attribute(proxy.Attribute, Symbol):
         return Attribute(self, k)
 
 
+class Stored(Symbol):
+    """A parameter or buffer that forward has found in a list of them. Its dtype and device are fixed to what they are."""
+
+    def __init__(self, node: fx.Node, tracer: SizedTracer, value: torch.Tensor) -> None:
+        super().__init__(node, tracer)
+        self.dtype, self.device, self.requires_grad = value.dtype, value.device, value.requires_grad
+
+    def is_floating_point(self) -> bool:
+        """Say whether its dtype is a floating one."""
+        return self.dtype.is_floating_point
+
+
 @dataclass(frozen=True, slots=True)
 class _Check:
     """A check in the graph that a size is what it was."""
@@ -126,6 +140,7 @@ class SizedTracer(fx.Tracer):
         recording: modules that are called are recorded; not so while sizes are looked up.
         latest: the check that the last answer has added, if any.
         autocasts: lines of the user's code that set `torch.autocast`, which no graph holds.
+        walked: lines of the user's code that apply an autograd function whose backward the graph does not hold.
     """
 
     proxy_buffer_attributes = True
@@ -137,8 +152,10 @@ class SizedTracer(fx.Tracer):
         self.device = device
         self.recording = True
         self.autocasts: list[str] = []
+        self.walked: list[str] = []
         self._sizes: _Sizes | None = None
         self._names: dict[int, tuple[str, torch.Tensor]] | None = None
+        self._stored: dict[str, Stored] = {}
         self.latest: list[_Check] = []
         self._asked: set[Any] = set()
         self._count = 0
@@ -152,15 +169,32 @@ class SizedTracer(fx.Tracer):
         """Return what stands for a parameter or buffer, or itself while sizes are looked up."""
         if not self.recording or not isinstance(attr_val, torch.Tensor):
             return attr_val
-        if self._names is None:
-            state = [*self.root.named_buffers(), *self.root.named_parameters()]
-            self._names = {id(tensor): (name, tensor) for name, tensor in state}
-        name, known = self._names.get(id(attr_val), ("", None))
-        if known is not attr_val:
+        name = self._name_of(attr_val)
+        if not name:
             return super().getattr(attr, attr_val, parameter_proxy_cache)
         if name not in parameter_proxy_cache:
             parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
         return parameter_proxy_cache[name]
+
+    def _name_of(self, tensor: torch.Tensor) -> str:
+        """Return the name of a parameter or buffer; empty for any other tensor."""
+        if self._names is None:
+            self._names = {id(t): (name, t) for name, t, _ in named_state(self.root)}
+        name, known = self._names.get(id(tensor), ("", None))
+        return name if known is tensor else ""
+
+    def _listed(self) -> Patch:
+        """Return what lets forward list parameters and buffers as symbolic values."""
+        plain = nn.Module._named_members
+
+        def named_members(module: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+            for key, value in plain(module, *args, **kwargs):
+                name = self._name_of(value) if self.recording else ""
+                if name and name not in self._stored:
+                    self._stored[name] = Stored(self.create_node("get_attr", name, (), {}), self, value)
+                yield key, self._stored[name] if name else value
+
+        return nn.Module, "_named_members", named_members
 
     def count(self, obj: fx.Proxy) -> int:
         """Return how many items the example inputs give a tuple, a list or a tensor."""
@@ -196,11 +230,16 @@ class SizedTracer(fx.Tracer):
     def _value(self, obj: fx.Proxy) -> Any:
         if self._sizes is None:
             self._sizes = _Sizes(self.root, self.graph, self.inputs, self.device)
-        self.recording = False
-        try:
+        with self._looking_up():
             return self._sizes.of(obj.node)
+
+    @contextmanager
+    def _looking_up(self) -> Iterator[None]:
+        was, self.recording = self.recording, False
+        try:
+            yield
         finally:
-            self.recording = True
+            self.recording = was
 
     def _expect(self, obj: fx.Proxy, value: Any) -> Any:
         """Let the graph check that it is so, once."""
@@ -219,17 +258,24 @@ class SizedTracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace a module; what makes tensors out of sizes is recorded too."""
-        plain = {name: getattr(torch, name) for name in (*_FACTORIES, "autocast")}
         _LazyGraphModule.force_recompile(root)
         self._module = root
-        try:
-            for name in _FACTORIES:
-                setattr(torch, name, _recorded(plain[name]))
-            torch.autocast = self._left_out(plain["autocast"])
-            return super().trace(type(root).forward, concrete_args)  # of a module, torch would visit all that is in it
-        finally:
-            for name, function in plain.items():
-                setattr(torch, name, function)
+        makers = [(torch, name, _recorded(getattr(torch, name))) for name in _FACTORIES]
+        with (
+            torch.set_grad_enabled(torch.is_grad_enabled()),  # which forward may leave switched
+            patched(
+                [
+                    *makers,
+                    self._listed(),
+                    *applying.recorded(self),
+                    *switching.recorded(self),
+                    *switching.left_out(self),
+                ]
+            ),
+        ):
+            graph = super().trace(type(root).forward, concrete_args)  # of a module, torch would visit all that is in it
+        switching.erase_unused(graph)
+        return graph
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """Return the function to call and its arguments: the module, for which torch made an empty one, and symbols."""
@@ -238,21 +284,18 @@ class SizedTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """Know by its name a tensor that is a plain attribute of a module; these are looked up where one is met."""
+        if isinstance(a, switching.GradMode):
+            return a.node
+        if isinstance(a, torch.Tensor) and (name := self._name_of(a)):
+            return self.create_node("get_attr", name, (), {})
         if isinstance(a, _CONSTANTS) and not self._looked_up:
             self._looked_up = True
             for path, module in modules_in(self.root):
                 for key, value in vars(module).items():
                     if isinstance(value, _CONSTANTS):
                         self.tensor_attrs.setdefault(value, f"{path}.{key}" if path else key)
-        return super().create_arg(a)
-
-    def _left_out(self, autocast: Any) -> Any:
-        @functools.wraps(autocast, updated=())
-        def note(*args: Any, **kwargs: Any) -> Any:
-            self.autocasts.append(user_line())
-            return nullcontext()
-
-        return note
+        with self._looking_up() if isinstance(a, _CONSTANTS) else nullcontext():  # torch lists all buffers
+            return super().create_arg(a)
 
 
 @functools.cache

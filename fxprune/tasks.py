@@ -12,9 +12,11 @@ import numpy as np
 import torch
 
 from fxprune import sharing
+from fxprune.cloning import named_state
 from fxprune.errors import PlanError
 from fxprune.restoring import restored
 from fxprune.subtasks import has_some, loss_on, part_of, renumbered, samples_where, targets_of
+from fxprune.switching import Flowing
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +139,17 @@ def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def run_batch(module: torch.nn.Module, batch: Any, tasks: Mapping[str, Task]) -> dict[str, torch.Tensor]:
-    """Run a batch and return each task's `loss(outputs, batch)`, the batch as it came."""
+    """Run a batch and return each task's `loss(outputs, batch)`, the batch as it came.
+
+    Gradients flow through all of the module, also through what it runs without: that a layer does not train says
+    nothing of what its channels are worth. What it writes to buffers hands none on to the next batch.
+    """
     args, kwargs = inputs_of(batch)
-    outputs = module(*args, **kwargs)
+    with Flowing():
+        outputs = module(*args, **kwargs)
+    for _, t, _ in named_state(module):
+        if not t.is_leaf:
+            t.detach_()
     losses = {}
     for name, task in tasks.items():
         loss = task(outputs, batch)

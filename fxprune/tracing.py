@@ -63,7 +63,7 @@ class Tracer(SizedTracer):
         code = getattr(type(m).forward, "__code__", None)
         if code is None or "training" not in code.co_names:
             return False
-        stateless = not any(True for _ in m.parameters()) and not any(True for _ in m.children())
+        stateless = not m._modules and all(p is None for p in m._parameters.values())
         return stateless or isinstance(m, nn.modules.batchnorm._BatchNorm)
 
     def call_module(
@@ -228,6 +228,9 @@ def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], t
     if tracer.autocasts:
         lines = ", ".join(short_line(line) for line in dict.fromkeys(tracer.autocasts))
         notes.append(f"forward sets torch.autocast ({lines}); the slim network leaves it as it is set outside")
+    if tracer.walked:
+        lines = ", ".join(short_line(line) for line in dict.fromkeys(tracer.walked))
+        notes.append(f"forward applies an autograd function to modules ({lines}); its backward is left out")
     state, unused = taking_part(root, graph)
     notes += left_out(unused)
     return Traced(model, root, graph, args, kwargs, "symbolic_trace", one_path, tuple(notes), tracer.sources, state)

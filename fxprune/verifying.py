@@ -23,8 +23,10 @@ from fxprune.coupling import Coupling
 from fxprune.errors import VerificationError, check_kind
 from fxprune.masking import NO_INPUT, AbsentIsNaN, InFloat64
 from fxprune.outputs import parts_of
+from fxprune.patching import patched
 from fxprune.plans import Plan
 from fxprune.slimming import EXACT
+from fxprune.switching import WITHOUT_INFERENCE
 from fxprune.values import bind, tensors_in
 
 MADE_BY_TRACING = ("_tensor_constant", "lifted_tensor")
@@ -88,7 +90,7 @@ def double_copy(module: nn.Module, exact: Mapping[str, torch.Tensor] | None = No
         same = before is not None and torch.equal(before.to(t.device, t.dtype), t)
         wide = torch.complex128 if t.is_complex() else torch.float64 if t.is_floating_point() else t.dtype
         fresh = (before if same and before is not None else t).detach().to(wide, copy=True)
-        memo[id(t)] = nn.Parameter(fresh, requires_grad=False) if is_parameter else fresh
+        memo[id(t)] = nn.Parameter(fresh, t.requires_grad) if is_parameter else fresh
     return clone(module, memo).eval()
 
 
@@ -137,7 +139,7 @@ def run_in(mode: InFloat64, module: nn.Module, args: Any, kwargs: Mapping[str, A
     if any(isinstance(m, nn.RNNBase) for m in module.modules()):
         torch.backends.cudnn.enabled = False  # in it a recurrent layer is a single op
     try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), mode:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), patched([WITHOUT_INFERENCE]), mode:
             return module(*args, **kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
