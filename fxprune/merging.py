@@ -76,7 +76,8 @@ def merge(
 
     Channels can be shared where every node they reach works on each alone, and linear layers and convolutions make and
     read them. Others, such as those that a layer norm takes a statistic over, are each task's own; the nodes that say
-    so are in `merged.meta["fxprune_held"]`, node -> reason, besides the networks' outputs.
+    so are in `merged.meta["fxprune_held"]`, node -> reason, besides the networks' outputs. Buffers and frozen parameters
+    that are equal in all networks, and have no such channels, are read by all.
 
     Args:
         networks: task -> network, two or more; none is touched. Names are those of outputs and of modules.
