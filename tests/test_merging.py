@@ -374,6 +374,23 @@ def test_bad_requests_are_told_what_to_do() -> None:
         merge({"a": Writing(), "b": Writing()}, method=methods.Separate(), example_inputs=torch.randn(1, 3))
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["class", "a b", "", "graph", "forward", "training", "code", "meta", "_modules", "T_destination", "common", "type"],
+)
+def test_names_that_would_break_the_merged_module_are_refused(name: str) -> None:
+    with pytest.raises(PlanError, match=rf"{name!r} cannot name a task here, for it becomes an attribute"):
+        fxprune.merge({name: Chain(), "b": Chain()}, method=methods.Shared(), example_inputs=X)
+
+
+@pytest.mark.parametrize("name", ["self", "x", "match", "head", "conv1", "input", "shared_", "_1", "print"])
+def test_other_names_are_those_of_outputs(name: str) -> None:
+    nets = {name: settled(Chain()), "b": settled(Chain())}
+    merged = fxprune.merge(nets, method=methods.Shared(), example_inputs=X)
+    for task, net in nets.items():
+        torch.testing.assert_close(run(merged, (X,))[task], run(net, (X,)))
+
+
 @dataclass
 class Behind:
     """Shares only what the second convolution of `Chain` makes."""
