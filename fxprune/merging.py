@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from keyword import iskeyword
 from typing import Any, Protocol
 
 import numpy as np
@@ -76,7 +77,8 @@ def merge(
 
     Channels can be shared where every node they reach works on each alone, and linear layers and convolutions make and
     read them. Others, such as those that a layer norm takes a statistic over, are each task's own; the nodes that say
-    so are in `merged.meta["fxprune_held"]`, node -> reason, besides the networks' outputs.
+    so are in `merged.meta["fxprune_held"]`, node -> reason, besides the networks' outputs. Buffers and frozen
+    parameters that are equal in all networks, and have no such channels, are read by all.
 
     Args:
         networks: task -> network, two or more; none is touched. Names are those of outputs and of modules.
@@ -111,9 +113,14 @@ def merge(
 def _check_names(networks: Mapping[str, nn.Module], tasks: Mapping[str, Task] | None) -> None:
     if not isinstance(networks, Mapping) or len(networks) < 2:
         raise PlanError('two networks or more are merged. Pass `{"seg": net_a, "depth": net_b}`.')
+    module = fx.GraphModule(nn.Module(), fx.Graph())
     for name in networks:
-        if not isinstance(name, str) or not name.isidentifier() or name in ("shared", "common"):
-            raise PlanError(f"{name!r} cannot name a task here. Use a Python name other than 'shared' and 'common'.")
+        plain = isinstance(name, str) and name.isidentifier() and not iskeyword(name)
+        if not plain or name in ("shared", "common") or hasattr(module, name):
+            raise PlanError(
+                f"{name!r} cannot name a task here, for it becomes an attribute of the merged module. Use a Python "
+                "name that is no keyword, that no `torch.fx.GraphModule` has, and other than 'shared' and 'common'."
+            )
     if tasks is not None and (set(tasks) != set(networks) or not all(isinstance(t, Task) for t in tasks.values())):
         raise PlanError(f"tasks are {list(tasks)}, networks {list(networks)}. Pass a `Task` for each network.")
 

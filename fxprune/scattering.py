@@ -112,7 +112,7 @@ def scatter(coupling: Coupling, batches: Iterable[Any], tasks: Mapping[str, Task
         tasks: name -> Task; those with labels count, and add up. Without any, the targets are the labels.
 
     Raises:
-        PlanError: no batches, or no labels.
+        PlanError: no batches, no labels, or what a layer reads is not finite.
     """
     module, labels = coupling.traced.module, LabelReader(tasks)
     if sharing.size() > 1:
@@ -195,9 +195,21 @@ class _Reader(TorchFunctionMode):
             channels = (self._inputs if side == "in" else self._outputs)[name]
             channels = channels[channels != FIXED]
             seen[channels] = True
-            for total, values in zip((between, within), sums.scatters(), strict=True):
+            found = sums.scatters()
+            _check_finite(found, f"{'into' if side == 'in' else 'out of'} layer {name!r}")
+            for total, values in zip((between, within), found, strict=True):
                 np.add.at(total, channels, values.numpy().reshape(len(channels), -1).sum(1))
         return Scatter(between, within, seen)
+
+
+def _check_finite(scatters: tuple[torch.Tensor, torch.Tensor], where: str) -> None:
+    wrong = int((~torch.stack(scatters).isfinite().all(0)).sum())
+    if wrong:
+        raise PlanError(
+            f"{wrong} of the {len(scatters[0])} features that go {where} are NaN or infinite on the calibration data, "
+            "and no class can be told by them. Leave out the samples that are not finite, or look for the op that "
+            "overflows."
+        )
 
 
 def _features(x: torch.Tensor, members: Memberships, samples: Rows) -> tuple[torch.Tensor, Rows]:

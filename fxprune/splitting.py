@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from fxprune.aliasing import origin, written
 from fxprune.cloning import named_part, named_state
 from fxprune.coupling import Coupling
 from fxprune.errors import PlanError
+from fxprune.labels import Labels
 from fxprune.parting import is_map, joined, moved, of_part, part_of_module, run_node, state_labels
 from fxprune.running import Runner
 from fxprune.tasks import evaluating
@@ -22,6 +24,9 @@ from fxprune.values import bind, tensors_in
 COMMON, WHOLE, PART, MAP = "common", "whole", "part", "map"
 """What a node is: computed once for all networks; by each network as a whole; channel by channel, for each part on its
 own; or a layer that reads channels and makes others."""
+
+DIFFERS = "differs from network to network, or may once they are trained"
+"""Why what is read of a network is its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +56,14 @@ def find_splits(networks: Sequence[Traced], coupling: Coupling) -> Splits:
     Whether a node can is what it does: run on half of the channels of two networks side by side, on random values, it
     must return that half of what it returns on all.
     """
-    common = _common(networks[0])
     free = ~coupling.is_frozen & ~coupling.entangled & coupling.has_site
+    common = _common(networks, coupling, free)
     trial = _Trial(networks, coupling, common)
     held = {rows.node: "makes rows of channels that are balanced" for rows in coupling.rows}
     while True:
         found = trial.first_obstacle(free)
         if found is None:
+            held |= dict.fromkeys(_first_apart(networks, coupling, trial), DIFFERS)
             return Splits(tuple(networks), coupling, free, trial.kinds, trial.dims, held)
         node, reason, channels = found
         held.setdefault(node, reason)
@@ -65,18 +71,61 @@ def find_splits(networks: Sequence[Traced], coupling: Coupling) -> Splits:
         free[channels] = False
 
 
-def _common(traced: Traced) -> set[str]:
-    """Return the nodes that depend on the inputs alone."""
+def _common(networks: Sequence[Traced], coupling: Coupling, free: np.ndarray) -> set[str]:
+    """Return the nodes that depend on the inputs, and on what is the same in all networks, alone."""
+    graph, root = networks[0].graph, networks[0].root
+    others = {n.name for n in graph.nodes if n.op != "get_attr"}
+    origins = [origin(a, root, others) for n in graph.nodes for a in written(n, root)]
+    changed = {a.target for a in origins if a is not None}
     found: set[str] = set()
-    for n in traced.graph.nodes:
-        if n.op in ("get_attr", "output") or any(source.name not in found for source in n.all_input_nodes):
+    for n in graph.nodes:
+        if n.op == "output" or n.target in changed or any(source.name not in found for source in n.all_input_nodes):
             continue
-        if n.op == "call_module":
-            module = named_part(traced.root, str(n.target))
-            if n.target == TRAINING or any(True for _ in named_state(module)):
-                continue
+        if n.op in ("get_attr", "call_module") and not _is_same(n, networks, coupling, free):
+            continue
         found.add(n.name)
     return found
+
+
+def _is_same(n: fx.Node, networks: Sequence[Traced], coupling: Coupling, free: np.ndarray) -> bool:
+    """Say whether what a node reads of the networks is nothing, or the same in all, and has no channels to share."""
+    if n.target == TRAINING:
+        return False
+    states = [_state_at(n, traced) for traced in networks]
+    has_channels = any(_has_some(t.labels, free) for t in coupling.at(n.name))
+    return not states[0] or (not has_channels and all(_are_equal(values) for values in zip(*states, strict=True)))
+
+
+def _state_at(n: fx.Node, traced: Traced) -> list[Any]:
+    """Return what a node reads of a network: the value, or the parameters and buffers of the module."""
+    part = named_part(traced.root, str(n.target))
+    return [part] if n.op == "get_attr" else [t for _, t, _ in named_state(part)]
+
+
+def _has_some(labels: Labels, free: np.ndarray) -> bool:
+    return any(ids is not None and free[ids[ids >= 0]].any() for ids in labels)
+
+
+def _are_equal(values: Sequence[Any]) -> bool:
+    """Say whether values are tensors that are equal, and not trained."""
+    tensors = [v for v in values if isinstance(v, torch.Tensor) and not v.requires_grad]
+    return len(tensors) == len(values) and all(torch.equal(tensors[0], t) for t in tensors[1:])
+
+
+def _first_apart(networks: Sequence[Traced], coupling: Coupling, trial: _Trial) -> Iterator[str]:
+    """Yield the nodes at which networks come apart before there are channels, so that no layer behind shares any."""
+    for n in networks[0].graph.nodes:
+        if trial.kinds.get(n.name) != MAP or n.name not in trial.dims:
+            continue
+        before, seen = list(n.all_input_nodes), set()
+        while before:
+            a = before.pop()
+            if trial.kinds[a.name] != COMMON and a not in seen:
+                seen.add(a)
+                before += a.all_input_nodes
+        made = [t.labels for a in seen if a.op != "get_attr" for t in coupling.at(a.name)]
+        if not any(ids is not None for labels in made for ids in labels):
+            yield from (a.name for a in seen if all(trial.kinds[b.name] == COMMON for b in a.all_input_nodes))
 
 
 class _Trial:
@@ -265,7 +314,10 @@ def _values(traced: Traced, common: set[str]) -> dict[str, Any]:
                 break
             inputs = [(a, t) for a in n.all_input_nodes if a.name in common for t in tensors_in(found[a.name])]
             versions = [t._version for _, t in inputs]
-            found[n.name] = runner.env[n] = runner.run_node(n)
+            value = runner.run_node(n)
+            if n.op == "get_attr" and isinstance(value, torch.Tensor):
+                value = value.clone()  # nodes may write to it
+            found[n.name] = runner.env[n] = value
             for (a, t), version in zip(inputs, versions, strict=True):
                 if t._version != version and n.name not in common:
                     raise PlanError(

@@ -256,6 +256,67 @@ def test_channels_that_a_node_mixes_are_each_tasks_own_and_it_says_so() -> None:
     assert balanced == {"b2": "makes rows of channels that are balanced"}
 
 
+class Normalised(nn.Module):
+    """`Chain` on inputs that are normalised by buffers, with a frozen factor between its layers."""
+
+    def __init__(self, mean: float = 0.5, factor: float = 2.0, trained: bool = False, counts: bool = False) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.full((1, 3, 1, 1), mean))
+        self.register_buffer("seen", torch.zeros(()))
+        self.deviation = nn.Parameter(torch.full((1, 3, 1, 1), 0.2), requires_grad=trained)
+        self.factor = nn.Parameter(torch.tensor(factor), requires_grad=False)
+        self.chain, self.counts = Chain(), counts
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.counts:
+            self.seen.add_(1)
+            x = x + self.seen
+        x = self.chain.conv1((x - self.mean) / self.deviation) * self.factor
+        return self.chain.head(self.chain.conv2(x).relu().mean((2, 3)))
+
+
+OWN = "differs from network to network, or may once they are trained"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "held", "shares"),
+    [
+        ({}, {}, {}, {"conv1", "conv2"}),
+        ({}, {"mean": 0.4}, {"mean": OWN}, set()),
+        ({"trained": True}, {"trained": True}, {"deviation": OWN}, set()),
+        ({"counts": True}, {"counts": True}, {"seen": OWN}, set()),
+        ({}, {"factor": 3.0}, {"mul": "takes 'factor', which each network has its own of, along"}, set()),
+    ],
+)
+def test_values_that_all_networks_have_are_read_by_all_and_others_hold_what_is_behind(
+    first: dict[str, Any], second: dict[str, Any], held: dict[str, str], shares: set[str]
+) -> None:
+    torch.manual_seed(0)
+    nets: dict[str, nn.Module] = {"a": Normalised(**first).eval(), "b": Normalised(**second).eval()}
+    merged = fxprune.merge(nets, method=methods.Shared(), example_inputs=X)
+    assert merged.meta["fxprune_held"] == held
+    found = {name.split(".")[2] for name in merged.state_dict() if name.startswith("shared.")}
+    assert found == shares
+    outputs = run(copy.deepcopy(merged), (X,))
+    for name, net in nets.items():
+        torch.testing.assert_close(outputs[name], run(copy.deepcopy(net), (X,)))
+
+
+def test_a_norm_of_the_inputs_that_all_networks_have_is_run_once() -> None:
+    nets = {name: nn.Sequential(nn.BatchNorm2d(3, affine=False), net) for name, net in three(Chain).items()}
+    for net in nets.values():
+        settled(net)
+        net[0].running_mean.fill_(0.3)  # pyright: ignore
+        net[0].running_var.fill_(2.0)  # pyright: ignore
+    merged = fxprune.merge(nets, method=methods.Shared(), example_inputs=X)
+    assert merged.meta["fxprune_held"] == {}
+    assert {name.split(".")[0] for name in merged.state_dict()} == {"common", "shared", *nets}
+    for name, net in nets.items():
+        torch.testing.assert_close(run(merged, (X,))[name], run(net, (X,)))
+    slim = fxprune.compile(fxprune.select_tasks(merged, ["seg", "edges"]), X, Budget(macs=0.5), progress=False)
+    assert list(slim(X)) == ["seg", "edges"]
+
+
 class Other(Chain):
     """`Chain` with another activation."""
 
@@ -311,6 +372,23 @@ def test_bad_requests_are_told_what_to_do() -> None:
         merge(nets, method=methods.Separate(), example_inputs=X, tasks={"c": task})
     with pytest.raises(PlanError, match=r"node 'add_' .* writes to 'x'"):
         merge({"a": Writing(), "b": Writing()}, method=methods.Separate(), example_inputs=torch.randn(1, 3))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["class", "a b", "", "graph", "forward", "training", "code", "meta", "_modules", "T_destination", "common", "type"],
+)
+def test_names_that_would_break_the_merged_module_are_refused(name: str) -> None:
+    with pytest.raises(PlanError, match=rf"{name!r} cannot name a task here, for it becomes an attribute"):
+        fxprune.merge({name: Chain(), "b": Chain()}, method=methods.Shared(), example_inputs=X)
+
+
+@pytest.mark.parametrize("name", ["self", "x", "match", "head", "conv1", "input", "shared_", "_1", "print"])
+def test_other_names_are_those_of_outputs(name: str) -> None:
+    nets = {name: settled(Chain()), "b": settled(Chain())}
+    merged = fxprune.merge(nets, method=methods.Shared(), example_inputs=X)
+    for task, net in nets.items():
+        torch.testing.assert_close(run(merged, (X,))[task], run(net, (X,)))
 
 
 @dataclass

@@ -182,6 +182,20 @@ def test_one_sample_of_each_class_ranks_by_what_is_between() -> None:
         assert criterion.between[kept].min() >= criterion.between[~kept].max()
 
 
+def test_a_search_on_scatters_that_are_not_finite_ends() -> None:
+    scatters = np.array([np.nan, 1.0, np.inf, 2.0])
+    found = TraceRatio(scatters, scatters[::-1], [np.arange(4)], [1], np.zeros(4, dtype=bool)).select(2)
+    assert found.kept.sum() == 2
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_sample_that_is_not_finite_is_told_with_the_layer_that_meets_it(value: float) -> None:
+    x = X.clone()
+    x[5, 0, 0, 0] = value
+    with pytest.raises(PlanError, match=r"features that go into layer 'conv2.weight' are NaN or infinite"):
+        scatter(coupled(Chain()), [(x, LABELS)])
+
+
 class Covered:
     """sum over groups of weight * concave(worth of the chosen / worth of all), over a ground set of items."""
 

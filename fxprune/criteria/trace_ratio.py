@@ -57,13 +57,14 @@ class TraceRatio:
         """Return the best choices, when `steps` steps' worth of every cell stay.
 
         The ratio of the best sum of scores rises until it is its own (Dinkelbach): the result is the global optimum.
+        Of finitely many selections none comes twice, so the search ends.
         """
         with np.errstate(divide="ignore", invalid="ignore"):
             kept = self._top(np.where(self.held, np.inf, np.nan_to_num(self.between / self.within)), steps)
         ratio = self._ratio(kept)
         while True:
             better = self._top(self.scores(ratio), steps)
-            if self._ratio(better) <= ratio:
+            if not self._ratio(better) > ratio:  # NaN included
                 return Selection(kept, ratio)
             kept, ratio = better, self._ratio(better)
 
