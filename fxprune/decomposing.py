@@ -31,7 +31,7 @@ from fxprune.coupling import Coupling, close_record, couple
 from fxprune.errors import PlanError
 from fxprune.planning import counted, plan_of
 from fxprune.plans import Plan
-from fxprune.problems import gathered, needed
+from fxprune.problems import agreed, gathered, needed
 from fxprune.tasks import Task
 from fxprune.traced import Traced, copied, taking_part
 from fxprune.weighing import weights_of
@@ -275,6 +275,9 @@ def plan_decomposed(
             "the latency model knows nothing of the 1x1 convolutions that `decompose=True` adds. Pass "
             "`decompose=False`, or bound something else."
         )
+    if isinstance(calibration, Calibration):
+        calibration = agreed(calibration, tasks)
+        calibration, tasks = calibration.batches, calibration.tasks
     for name, task in (tasks or {}).items():
         if task.slice_outputs:
             raise PlanError(
@@ -285,8 +288,7 @@ def plan_decomposed(
     dense = coupling.costs.dense
     constraints = constraints or Constraints()
     paired = pair_up(coupling.traced, constraints, unknown=unknown)
-    given = calibration.batches if isinstance(calibration, Calibration) else calibration
-    known = gathered(paired, method, needed(type(method).__name__, given), tasks)
+    known = gathered(paired, method, needed(type(method).__name__, calibration), tasks)
     chooser = Chooser(paired, method, constraints, known, tasks)
     keep = chooser.keep(budget.bounds(dense), closest=on_conflict == "closest")
     kept = [pair for pair in paired.pairs if pair.wins(keep)]

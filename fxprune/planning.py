@@ -24,6 +24,7 @@ from fxprune.methods import SCOPES, AnyMethod, PathMethod, SearchMethod, default
 from fxprune.operands import check_model
 from fxprune.pausing import without_collector
 from fxprune.plans import GroupWidth, Plan, frozen
+from fxprune.problems import agreed
 from fxprune.tasks import Task, check_batches
 from fxprune.weighing import shares_of
 
@@ -49,7 +50,7 @@ def plan(
         budget: upper bounds.
         method: how channels are ranked; by default `methods.Joint()` with calibration, else `methods.Magnitude()`.
         calibration: batches, for methods that need data; or what `calibrate` has gathered, for those that read moments.
-        tasks: name -> Task, for methods that need losses.
+        tasks: name -> Task, for methods that need losses; without them, those of what `calibrate` has gathered.
         constraints: what must stay whatever the method says.
         on_conflict: where the budget and the tolerances of tasks cannot both be met, "error", or "closest" for the
             cheapest plan that was found within the tolerances.
@@ -82,6 +83,9 @@ def _plan(
     from fxprune.restricting import restrict  # it rewrites, and rewriting reads plans
 
     coupling = counted(coupling, budget)
+    if isinstance(calibration, Calibration):
+        calibration = agreed(calibration, tasks)
+        tasks = calibration.tasks
     restriction = restrict(coupling, tasks)
     dense = coupling.costs.dense
     if restriction is not None:

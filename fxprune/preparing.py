@@ -11,7 +11,7 @@ from fxprune.choosing import Chooser
 from fxprune.constraining import Constraints, constrain
 from fxprune.coupling import Coupling
 from fxprune.methods import AnyMethod, PathMethod, SearchMethod
-from fxprune.problems import gathered
+from fxprune.problems import agreed, gathered
 from fxprune.restricting import Restriction, restrict
 from fxprune.tasks import Task
 
@@ -54,6 +54,9 @@ def prepare(
     Raises:
         PlanError: the method lacks its data, or rows of classes cannot go.
     """
+    if isinstance(data, Calibration):
+        data = agreed(data, tasks)
+        tasks = data.tasks
     restriction = restrict(coupling, tasks)
     if restriction is not None:
         coupling, data = restriction.part, restriction.cut(data)

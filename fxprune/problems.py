@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fxprune.assuming import assume
-from fxprune.calibrating import Calibration, calibrate, split
+from fxprune.calibrating import OUTPUTS, Calibration, calibrate, split
 from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling
 from fxprune.errors import PlanError
@@ -57,7 +57,7 @@ class Problem:
             losses: tasks are needed; without it, the batches will do.
 
         Raises:
-            PlanError: there are no batches or no tasks.
+            PlanError: there are no batches or no tasks, or a calibration is of others.
         """
         name = type(method).__name__
         given = self.calibration
@@ -78,13 +78,44 @@ class Problem:
                 f"{name} measures on batches, and a calibration that was loaded has none. Pass "
                 "`calibration=[(inputs, targets), ...]`, or `dataclasses.replace(calibration, batches=batches)`."
             )
-        known = given if self.tasks is None else replace(given, tasks=self.tasks)
+        known = agreed(given, self.tasks)
         if moments and losses and list(known.losses) != list(known.tasks or {}):
             raise PlanError(
                 f"{name} has tasks {list(known.tasks or {})}, and the calibration is of {list(known.losses)}. "
                 "Calibrate with the same tasks, or pass batches."
             )
         return known
+
+
+def agreed(calibration: Calibration, tasks: Mapping[str, Task] | None) -> Calibration:
+    """Return a calibration with the tasks that count: those that are given, else its own.
+
+    Losses and tolerances may be others than those it was gathered with; names and classes may not.
+
+    Raises:
+        PlanError: they are.
+    """
+    known, given = calibration.tasks or {}, tasks or calibration.tasks
+    names = list(calibration.losses or known)
+    if not given:
+        return calibration
+    if names and set(given) != set(names):
+        before = "without tasks" if names == [OUTPUTS] else f"with the tasks {names}"
+        raise PlanError(
+            f"the calibration was gathered {before}, and the tasks are {list(given)}. Calibrate with the same tasks, or "
+            "pass batches."
+        )
+    for name, task in known.items():
+        if name in given and task.classes != given[name].classes:
+            raise PlanError(
+                f"the calibration was gathered for {_classes(task)} of task {name!r}, and the task is of "
+                f"{_classes(given[name])}. Calibrate with the same tasks, or pass batches."
+            )
+    return replace(calibration, tasks={name: given[name] for name in names or given})
+
+
+def _classes(task: Task) -> str:
+    return "all classes" if task.classes is None else f"the classes {list(task.classes)}"
 
 
 def gathered(

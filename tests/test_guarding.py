@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -124,3 +125,47 @@ def test_what_is_asked_wrongly_has_its_error(fitted: Any) -> None:
         fxprune.plan(coupling, Budget(macs=0.5), on_conflict="never")
     with pytest.raises(PlanError, match="no calibration batches"):
         fxprune.plan(coupling, Budget(macs=0.5), tasks=tasks(0.1, 0.1))
+
+
+def test_tolerances_beside_a_calibration_count(fitted: Any) -> None:
+    model, data = fitted
+    coupling = fxprune.couple(fxprune.trace(model, data[0][0]))
+    used, held_out = map(list, split(data))
+    found = calibrate(coupling, used, tasks(None, None))
+    assert fxprune.plan(coupling, Budget(macs=0.2), calibration=found).costs.share("macs") <= 0.2
+    asked: dict[str, Any] = {"calibration": found, "tasks": tasks(0.5, 0.5)}
+    for call in (fxprune.plan, lambda c, b, **k: fxprune.sweep(c, [b], **k)):
+        with pytest.raises(PlanError, match="held out, and this calibration has none"):
+            call(coupling, Budget(macs=0.2), **asked)
+        with pytest.raises(PlanError, match=r"the loss of task '(easy|hard)' rises by"):
+            call(coupling, Budget(macs=0.2), **asked | {"calibration": replace(found, held_out=held_out)})
+
+
+@pytest.mark.parametrize("method", [methods.Joint(), methods.PAGCP(), methods.Taylor(), methods.HBGS(decompose=True)])
+def test_tasks_that_a_calibration_was_not_gathered_with_are_refused(fitted: Any, method: Any) -> None:
+    model, data = fitted
+    example, half = data[0][0], Budget(macs=0.5)
+    coupling = fxprune.couple(fxprune.trace(model, example))
+    asked: dict[str, Any] = {"method": method, "progress": False}
+    found = calibrate(coupling, data, tasks(None, None))
+    with pytest.raises(PlanError, match=r"with the tasks \['easy', 'hard'\], and the tasks are \['other'\]"):
+        fxprune.compile(model, example, half, calibration=found, tasks={"other": Task(easy)}, **asked)
+    of_two = tasks(None, None) | {"hard": Task(hard, classes=[0, 1])}
+    with pytest.raises(PlanError, match=r"for all classes of task 'hard', and the task is of the classes \[0, 1\]"):
+        fxprune.compile(model, example, half, calibration=found, tasks=of_two, **asked)
+    with pytest.raises(PlanError, match="gathered without tasks"):
+        fxprune.compile(model, example, half, calibration=calibrate(coupling, data), tasks=tasks(None, None), **asked)
+
+
+def test_losses_beside_a_calibration_are_those_measured_in_any_order(fitted: Any) -> None:
+    model, data = fitted
+    coupling = fxprune.couple(fxprune.trace(model, data[0][0]))
+    found = calibrate(coupling, data, tasks(None, None))
+    twice = {"hard": Task(hard), "easy": Task(lambda outputs, batch: 2 * easy(outputs, batch) + 1)}
+    rises = [
+        fxprune.sweep(coupling, [Budget(macs=0.7)], method=methods.Magnitude(), calibration=found, tasks=some)[0].rises
+        for some in (None, twice)
+    ]
+    assert list(rises[1]) == ["easy", "hard"]
+    assert rises[0]["hard"] == rises[1]["hard"]
+    assert rises[0]["easy"] != rises[1]["easy"]
