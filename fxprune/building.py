@@ -265,7 +265,7 @@ class _Fixer(MetaRunner):
         with at.graph.inserting_before(at):
             node = at.graph.call_function(function, args)
         self.env[node] = Runner.run_node(self, node)
-        self._follows[node.name] = follows(node, self.env[node], self.record.nodes, self._follows)
+        self._follows[node.name] = follows(node, False, self.record.nodes, self._follows)
         return node
 
     def follows(self, arg: Any) -> bool:

@@ -184,10 +184,12 @@ class GraphRunner(MetaRunner):
 
     def _hold_lengths(self, n: fx.Node) -> None:
         """Let nothing go of dims that a node cuts, or makes, by numbers that follow the size of the input."""
-        mode, value = self.mode, self.env[n]
-        known, results = mode.record.follows, tensors_in(value)
-        known[n.name] = follows(n, value, mode.record.nodes, known)
-        x = self._value(n.args[0]) if n.args else None
+        mode, results = self.mode, tensors_in(self.env[n])
+        known = mode.record.follows
+        known[n.name] = follows(n, bool(results), mode.record.nodes, known)
+        if n.op not in ("call_function", "call_method"):
+            return
+        x = self.env[n.args[0]] if n.args and isinstance(n.args[0], fx.Node) else None
         cut = dims_by_length(CUTS, n, x.ndim, known) if isinstance(x, torch.Tensor) else []
         made = [(t, dim) for t in results for dim in dims_by_length(MAKES, n, t.ndim, known)]
         if cut or made:

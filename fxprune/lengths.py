@@ -9,7 +9,7 @@ from these are found again in `positions`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import fx
@@ -17,7 +17,6 @@ from torch.fx.node import map_arg
 
 from fxprune.literals import argument, plain_name
 from fxprune.records import Follows, Labelled
-from fxprune.values import tensors_in
 
 Known = Mapping[str, Follows]
 """Node -> whether what it returned follows the input."""
@@ -32,12 +31,12 @@ MAKES: dict[str, Dims] = {}
 """Plain name of a target -> dims of its result, whose length it sets."""
 
 
-def follows(n: fx.Node, value: Any, nodes: Mapping[str, list[Labelled]], known: Known) -> Follows:
+def follows(n: fx.Node, tensors: bool, nodes: Mapping[str, list[Labelled]], known: Known) -> Follows:
     """Say whether numbers that a node returned follow the input: of a tuple, for each.
 
     Args:
         n: the node.
-        value: what it returned.
+        tensors: whether there are tensors in what it returned.
         nodes: shapes and labels at the nodes before.
         known: the answers for the nodes before.
 
@@ -45,15 +44,15 @@ def follows(n: fx.Node, value: Any, nodes: Mapping[str, list[Labelled]], known: 
         Of tensors, whether they are computed from any that goes in, or from such a number.
     """
     if n.op in ("placeholder", "get_attr"):
-        return n.op == "placeholder" and bool(tensors_in(value))
-    source = n.args[0] if n.args else None
-    if isinstance(source, fx.Node) and not tensors_in(value):
+        return n.op == "placeholder" and tensors
+    source = n.args[0] if n.args and not tensors else None
+    if isinstance(source, fx.Node):
         if nodes.get(source.name):
             return _read(n, nodes[source.name][0], given_by(source, known))
         flag = known[source.name]
         if n.target is operator.getitem and isinstance(flag, tuple) and isinstance(n.args[1], (int, slice)):
             return flag[n.args[1]]
-    return given_by(n.all_input_nodes, known)
+    return _any(known[m.name] for m in n.all_input_nodes)
 
 
 def _read(n: fx.Node, x: Labelled, moves: bool) -> Follows:
@@ -72,13 +71,17 @@ def given_by(arg: Any, known: Known) -> bool:
     """Say whether anything in an argument follows the input."""
     found: list[Follows] = []
     map_arg(arg, lambda n: found.append(known[n.name]))
-    return any(any(flag) if isinstance(flag, tuple) else flag for flag in found)
+    return _any(found)
+
+
+def _any(flags: Iterable[Follows]) -> bool:
+    return any(any(flag) if isinstance(flag, tuple) else flag for flag in flags)
 
 
 def dims_by_length(table: Mapping[str, Dims], n: fx.Node, ndim: int, known: Known) -> list[int]:
     """Return those of `ndim` dims that a node cuts (`CUTS`) or makes (`MAKES`) by what follows the input."""
-    found = table.get(plain_name(n)) if n.op in ("call_function", "call_method") else None
-    return [] if found is None else [dim % ndim for dim in found(n, ndim, known)]
+    found = table.get(plain_name(n))
+    return [] if found is None else [dim % ndim for dim in found(n, ndim, known) if isinstance(dim, int)]
 
 
 def indexed(index: Any, ndim: int) -> Iterator[tuple[int | None, Any]]:
@@ -112,7 +115,8 @@ def _index(n: fx.Node, ndim: int, known: Known) -> Iterator[int]:
 @_enters(CUTS, "index")
 def _indices(n: fx.Node, ndim: int, known: Known) -> Iterator[int]:
     """`aten.index(x, [None, positions])`."""
-    return (dim for dim, item in enumerate(argument(n, 1, "indices")) if given_by(item, known))
+    items = argument(n, 1, "indices")
+    return (dim for dim, item in enumerate(items if isinstance(items, (tuple, list)) else ()) if given_by(item, known))
 
 
 @_enters(CUTS, "narrow", "slice", "select", "index_select")
@@ -142,7 +146,7 @@ def _shifts(n: fx.Node, ndim: int, known: Known) -> Iterator[int]:
 def _padded(n: fx.Node, ndim: int, known: Known) -> Iterator[int]:
     """`F.pad(x, pad)`: two numbers for each dim, from the last one on."""
     pad: Any = argument(n, 1, "pad")
-    if isinstance(pad, fx.Node):
+    if not isinstance(pad, (tuple, list)):
         return (dim for dim in range(ndim) if given_by(pad, known))
     return (ndim - 1 - i // 2 for i, amount in enumerate(pad) if given_by(amount, known))
 

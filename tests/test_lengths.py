@@ -184,6 +184,12 @@ def check(model: nn.Module, example: Any, others: list[Any], macs: float = 0.5) 
     return slim
 
 
+@torch.fx.wrap
+def pad(x: Tensor, amount: int) -> Tensor:
+    """No pad of torch: what it takes is another."""
+    return x + 0 * amount
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_tables_are_cut_to_any_length(op: str) -> None:
     slim = check(Sequence(*_op(op)), tokens(10), [tokens(n, batch) for n, batch in ((10, 2), (1, 2), (7, 3), (33, 1))])
@@ -199,6 +205,10 @@ def _op(name: str) -> tuple[Any, ...]:
 def test_networks_of_tokens_take_other_lengths(model: type[nn.Module]) -> None:
     slim = check(model(), tokens(10), [tokens(n, batch) for n, batch in ((10, 2), (1, 2), (7, 3), (13, 1))])
     assert fxprune.report(slim).costs.share("macs") < 0.6
+
+
+def test_functions_of_the_user_may_have_the_name_of_an_op() -> None:
+    check(Sequence(lambda h, t: pad(h, h.shape[1]) + t, 24), tokens(10), [tokens(10)])
 
 
 def test_maps_take_other_heights_and_widths() -> None:
