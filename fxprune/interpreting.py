@@ -161,6 +161,7 @@ class GraphRunner(MetaRunner):
                 raise InterpretationError(n.name) from error
         tensors = tensors_in(value)
         if n.op == "output":
+            mode.read(tensors)
             for t in tensors:
                 for d in range(t.ndim):
                     algebra.fix(mode.ledger, mode.labels(t), d, "is an output of the network")
@@ -194,6 +195,7 @@ class GraphRunner(MetaRunner):
         if not results or len(results) != len(pytree.tree_leaves(found)):
             return None
         reason = f"reaches {n.target.__name__}, a function that is kept whole and asks for values"
+        self.mode.read(tensors_in((args, kwargs)))
         for t in tensors_in((args, kwargs)):
             for d in range(t.ndim):
                 algebra.fix(self.mode.ledger, self.mode.labels(t), d, reason)
