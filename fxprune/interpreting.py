@@ -37,11 +37,11 @@ _SHAPE_KEEPING = POINTWISE | {torch.ops.aten.native_batch_norm, torch.ops.aten.e
 
 
 class InterpretationError(Exception):
-    """A node raised; `node` names it, the cause is what it raised."""
+    """A node raised; `node` names it, the cause is what it raised, `reads` an op that depends on data, if it is why."""
 
-    def __init__(self, node: str) -> None:
+    def __init__(self, node: str, reads: str | None = None) -> None:
         super().__init__(node)
-        self.node = node
+        self.node, self.reads = node, reads
 
 
 class GraphRunner(MetaRunner):
@@ -158,7 +158,7 @@ class GraphRunner(MetaRunner):
         except Exception as error:
             value = self._kept_whole(n)
             if value is None:
-                raise InterpretationError(n.name) from error
+                raise InterpretationError(n.name, _reading(mode.calls, error)) from error
         tensors = tensors_in(value)
         if n.op == "output":
             mode.read(tensors)
@@ -205,6 +205,17 @@ class GraphRunner(MetaRunner):
         for t in tensors_in(value):
             self.mode.own(t)
         return value
+
+
+_READS_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+def _reading(calls: list[Any], error: Exception) -> str | None:
+    """Return the op, of those called, that has failed because it returns a number, or a size, that depends on data."""
+    if not calls or "meta" not in str(error).lower():
+        return None
+    tags = {tag for name in calls[-1].overloads() for tag in getattr(calls[-1], name).tags}
+    return None if _READS_DATA.isdisjoint(tags) else str(calls[-1])
 
 
 def _zeros(value: Any) -> Any:
