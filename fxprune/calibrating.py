@@ -217,7 +217,7 @@ def calibrate(
             gatherer.start_batch(samples_in(batch), place + 1)
             gatherer.classes = {} if labels is None else labels.read(batch)
             with evaluating(module):
-                found.append((gatherer.samples, _run(module, batch, chosen, gatherer)))
+                found.append((gatherer.samples, _finite(_run(module, batch, chosen, gatherer), place)))
     losses = dict.fromkeys(chosen, 0.0)
     samples = 0
     for size, each in share.in_order("losses", found):
@@ -299,6 +299,21 @@ def _run(module: torch.nn.Module, batch: Any, tasks: Mapping[str, Task], gathere
     return {name: float(loss.detach()) for name, loss in losses.items()}
 
 
+def _finite(losses: dict[str, float], place: int) -> dict[str, float]:
+    """Return the losses of a batch.
+
+    Raises:
+        PlanError: one is NaN or infinite.
+    """
+    for name, loss in losses.items():
+        if not math.isfinite(loss):
+            raise PlanError(
+                f"the loss of task {name!r} is {loss} on calibration batch {place}. Look for NaN or infinite numbers "
+                "in its inputs and targets, and in what the network returns for it."
+            )
+    return losses
+
+
 def _change(outputs: Any, batch: Any) -> torch.Tensor:
     """Return a loss whose gradients, squared, say how much each output changes, relative to its size.
 
@@ -347,6 +362,11 @@ def _moments(sums: Sums, samples: int, tasks: list[str], *, own_bias: bool) -> M
     nothing = torch.zeros(layer.blocks, layer.outputs, layer.outputs, dtype=torch.float64)
     second, mean = sums.inputs.mean(sums.inputs.rows)
     seen = {task: gram.mean(samples)[0].cpu() for task, gram in sums.outputs.items()}
+    if not all(bool(t.isfinite().all()) for t in (second, *seen.values())):
+        raise PlanError(
+            f"NaN or infinite numbers reach the layer of {layer.name!r} while the calibration data run. Look for them "
+            "in the data, and in the weights before it."
+        )
     sensitivity = {task: seen.get(task, nothing) for task in tasks}
     between = _between(sums)
     return Moments(layer, sums.shared_taps, second.cpu(), mean.cpu(), sensitivity, sums.norm, between, own_bias)

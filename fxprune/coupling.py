@@ -308,9 +308,16 @@ def interpreted(traced: Traced) -> Interpretation:
         return interpret(traced.root, traced.state, traced.graph, traced.args, traced.kwargs)
     except InterpretationError as error:
         cause = error.__cause__
+        name = type(traced.model).__name__
+        if error.reads is not None:
+            raise TraceError(
+                f"{name} cannot be followed: at node {error.node!r}{traced.where(error.node)}, {error.reads} returns a "
+                "number or a size that depends on the data. Keep numbers in tensors (without `.item()`) and sizes "
+                "fixed (`torch.where` in place of a mask), or compile the modules inside."
+            ) from cause
         shapes = ", ".join(str(tuple(t.shape)) for t in tensors_in((traced.args, traced.kwargs)))
         raise TraceError(
-            f"{type(traced.model).__name__} does not run on the example inputs of shape {shapes}: node {error.node!r}"
+            f"{name} does not run on the example inputs of shape {shapes}: node {error.node!r}"
             f"{traced.where(error.node)} raised {type(cause).__name__}: {cause}. Pass example inputs that "
             f"`model(*example_inputs)` takes."
         ) from cause

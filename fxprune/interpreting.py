@@ -40,11 +40,11 @@ _SHAPE_KEEPING = POINTWISE | {torch.ops.aten.native_batch_norm, torch.ops.aten.e
 
 
 class InterpretationError(Exception):
-    """A node raised; `node` names it, the cause is what it raised."""
+    """A node raised; `node` names it, the cause is what it raised, `reads` an op that depends on data, if it is why."""
 
-    def __init__(self, node: str) -> None:
+    def __init__(self, node: str, reads: str | None = None) -> None:
         super().__init__(node)
-        self.node = node
+        self.node, self.reads = node, reads
 
 
 class GraphRunner(MetaRunner):
@@ -162,9 +162,10 @@ class GraphRunner(MetaRunner):
         except Exception as error:
             value = self._kept_whole(n)
             if value is None:
-                raise InterpretationError(n.name) from error
+                raise InterpretationError(n.name, _reading(mode.calls, error)) from error
         tensors = tensors_in(value)
         if n.op == "output":
+            mode.read(tensors)
             for t in tensors:
                 for d in range(t.ndim):
                     algebra.fix(mode.ledger, mode.labels(t), d, "is an output of the network")
@@ -229,6 +230,7 @@ class GraphRunner(MetaRunner):
         if not results or len(results) != len(pytree.tree_leaves(found)):
             return None
         reason = f"reaches {n.target.__name__}, a function that is kept whole and asks for values"
+        self.mode.read(tensors_in((args, kwargs)))
         for t in tensors_in((args, kwargs)):
             for d in range(t.ndim):
                 algebra.fix(self.mode.ledger, self.mode.labels(t), d, reason)
@@ -238,6 +240,17 @@ class GraphRunner(MetaRunner):
         for t in tensors_in(value):
             self.mode.own(t)
         return value
+
+
+_READS_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+def _reading(calls: list[Any], error: Exception) -> str | None:
+    """Return the op, of those called, that has failed because it returns a number, or a size, that depends on data."""
+    if not calls or "meta" not in str(error).lower():
+        return None
+    tags = {tag for name in calls[-1].overloads() for tag in getattr(calls[-1], name).tags}
+    return None if _READS_DATA.isdisjoint(tags) else str(calls[-1])
 
 
 def _zeros(value: Any) -> Any:

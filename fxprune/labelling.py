@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,7 @@ class Labelling(TorchDispatchMode):
         out = self._kernels.run(func, args, kwargs)
         results = tensors_in(out)
         inputs = tensors_in(args) + tensors_in(kwargs) if kwargs else tensors_in(args)
+        self.read(inputs)
         if results:
             self._fold(func, args, kwargs, results, inputs)
             self._label(Op(func, out, self), seen, kwargs, results, inputs)
@@ -153,7 +154,22 @@ class Labelling(TorchDispatchMode):
             found = tensor._constant = original.detach().to("cpu", copy=True)  # pyright: ignore[reportAttributeAccessIssue]
         return None if found is None or found.untyped_storage()._cdata in self._overwritten else found
 
+    def on_read(self, tensor: torch.Tensor, then: Callable[[], object]) -> None:
+        """Do something once a tensor is read, as if where it was made."""
+        tensor._on_read = self.ledger.node, then  # pyright: ignore[reportAttributeAccessIssue]
+
     # what happens at every call
+
+    def read(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Do what was to be done once these tensors are read."""
+        here = self.ledger.node
+        for t in tensors:
+            waiting = getattr(t, "_on_read", None)
+            if waiting is not None:
+                self.ledger.node, then = waiting
+                then()
+                del t._on_read  # pyright: ignore[reportAttributeAccessIssue]
+        self.ledger.node = here
 
     def _fold(self, func: Any, args: Any, kwargs: Any, results: list[torch.Tensor], inputs: list[torch.Tensor]) -> None:
         """Compute integer constants: ops on known integers only, and ops that make integers from nothing."""

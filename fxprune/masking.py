@@ -220,11 +220,16 @@ def _var_mean(
 
 @_absent_aware(aten.max, aten.min)
 def _extreme(func: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Of all of a tensor: of what is present. Along a dim that is present in whole, or of two tensors: as it is."""
-    if args or kwargs:
+    """Of all of a tensor, or along a dim: of what is present. Of two tensors: as it is."""
+    if args and isinstance(args[0], torch.Tensor):
         return func(x, *args, **kwargs)
     fill = -torch.inf if func.overloadpacket is aten.max else torch.inf
-    return _mark(func(_present(x, fill)), x.isnan().all())
+    out = func(_present(x, fill), *args, **kwargs)
+    if not args:
+        return _mark(out, x.isnan().all())
+    values, positions = out
+    absent = x.isnan().all(args[0], keepdim=values.ndim == x.ndim)
+    return _mark(values, absent), positions
 
 
 _NEUTRAL = {

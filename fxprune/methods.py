@@ -11,6 +11,7 @@ Methods of `merge` are others: any object with `share_out(merger)`, see `fxprune
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -263,6 +264,10 @@ class Magnitude:
 
     p: float = 2.0
     scope: Scope = "uniform"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.p, (int, float)) or not 0 < self.p < math.inf:
+            raise PlanError(f"Magnitude(p={self.p!r}) is no norm to rank by. Pass a positive number such as 1 or 2.")
 
     def scores(
         self, coupling: Coupling, calibration: Iterable[Any] | None = None, tasks: Mapping[str, Task] | None = None

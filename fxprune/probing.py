@@ -24,7 +24,7 @@ from fxprune.errors import PlanError, RewriteError
 from fxprune.paths import RemovalPath
 from fxprune.replaying import Replay, Replayer
 from fxprune.shares import Share
-from fxprune.tasks import evaluating, inputs_of
+from fxprune.tasks import evaluating, inputs_of, running_on
 from fxprune.zeroing import zeros, zeros_suffice
 
 SHARES = (0.25, 0.5, 0.75, 0.9)
@@ -181,7 +181,7 @@ class Probe:
 
     def _full(self, values: Mapping[str, torch.Tensor], i: int) -> Any:
         args, kwargs = inputs_of(self._batches[i])
-        with evaluating(self._module), torch.no_grad():
+        with evaluating(self._module), torch.no_grad(), running_on(self._batches[i]):
             return functional_call(self._module, dict(values), args, kwargs, tie_weights=True)
 
     def _values(self, keep: np.ndarray) -> dict[str, torch.Tensor]:

@@ -27,7 +27,7 @@ from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError
 from fxprune.running import Runner, ValuesRunner
 from fxprune.slicing import Kept, kept_size, slice_tensor
-from fxprune.tasks import evaluating, inputs_of
+from fxprune.tasks import evaluating, inputs_of, running_on
 from fxprune.traced import copied
 from fxprune.values import bind, clones, tensors_in
 from fxprune.zeroing import zeros_suffice
@@ -78,7 +78,7 @@ class Rerun:
         self._values, self._cut = {}, {}
         graph, plain = copied(original), None
         if in_part and self.batches:
-            with self._quiet():
+            with self._quiet(), running_on(self.batches[0]):
                 plain = _without_writes(root, graph, self._inputs(graph, self.batches[0]))
         self.sharing, self._writes = plain is not None, plain or {}
         self._graph = graph if self.sharing else copied(original)
@@ -188,7 +188,7 @@ class Rerun:
         if key not in self._plans:
             self._plans[key] = self._plan(key[0], wanted, known)
         found: dict[str, Any] = {}
-        with self._quiet():
+        with self._quiet(), running_on(self.batches[i]):
             runner = self._runner
             runner.start({name: self.cut(name, value) for name, value in values.items()})
             given = self._inputs(self._graph, self.batches[i])

@@ -13,10 +13,11 @@ import torch
 
 from fxprune import sharing
 from fxprune.cloning import named_state
-from fxprune.errors import PlanError
+from fxprune.errors import FxPruneError, PlanError
 from fxprune.restoring import restored
 from fxprune.subtasks import has_some, loss_on, part_of, renumbered, samples_where, targets_of
 from fxprune.switching import Flowing
+from fxprune.values import tensors_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +139,26 @@ def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
 
 
+@contextmanager
+def running_on(batch: Any) -> Iterator[None]:
+    """Run a network on a batch.
+
+    Raises:
+        PlanError: it does not run, with its own words.
+    """
+    try:
+        yield
+    except (FxPruneError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        found = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors_in(inputs_of(batch)))
+        raise PlanError(
+            f"the network does not run on a calibration batch with inputs {found}: {type(error).__name__}: {error}. "
+            "A batch is the inputs, or a pair `(inputs, targets)`; inputs are like the example inputs: a tensor, a "
+            "tuple, or a dict of what forward takes by name and nothing else."
+        ) from error
+
+
 def run_batch(module: torch.nn.Module, batch: Any, tasks: Mapping[str, Task]) -> dict[str, torch.Tensor]:
     """Run a batch and return each task's `loss(outputs, batch)`, the batch as it came.
 
@@ -145,7 +166,7 @@ def run_batch(module: torch.nn.Module, batch: Any, tasks: Mapping[str, Task]) ->
     nothing of what its channels are worth. What it writes to buffers hands none on to the next batch.
     """
     args, kwargs = inputs_of(batch)
-    with Flowing():
+    with running_on(batch), Flowing():
         outputs = module(*args, **kwargs)
     for _, t, _ in named_state(module):
         if not t.is_leaf:

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from small import Chain, settled
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxprune
-from fxprune import PlanError, Task
+from fxprune import Budget, PlanError, Task, methods
 from fxprune.calibrating import Calibration, calibrate
 from fxprune.errors import ArtifactError
 
@@ -41,6 +42,7 @@ def classes(outputs: Any, batch: Any) -> Tensor:
     return F.cross_entropy(outputs[1], batch[1][1])
 
 
+IMAGES = torch.zeros(4, 3, 8, 8)
 TASKS = {"dense": Task(dense), "classes": Task(classes)}
 
 
@@ -200,3 +202,41 @@ def test_what_has_no_batch_dim_is_one_sample() -> None:
         torch.testing.assert_close(alone[name].mean, m.mean)
         (a,), (b,) = alone[name].sensitivity.values(), m.sensitivity.values()
         torch.testing.assert_close(a / a.norm(), b / b.norm())
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        (torch.randn(4, 5, 8, 8), r"batch with inputs \(4, 5, 8, 8\) torch\.float32: RuntimeError: .* pair"),
+        (torch.randn(4, 3, 8, 8).double(), r"batch with inputs \(4, 3, 8, 8\) torch\.float64: RuntimeError"),
+        ({"x": torch.randn(4, 3, 8, 8), "labels": torch.zeros(4)}, r"unexpected keyword argument 'labels'.* by name"),
+        (torch.full((4, 3, 8, 8), torch.nan), r"the loss of task 'outputs' is nan on calibration batch 1"),
+    ],
+)
+def test_batches_that_do_not_run_or_hold_nan_are_named(batch: Any, words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        fxprune.calibrate(fxprune.couple(fxprune.trace(settled(Chain()), IMAGES)), iter([IMAGES, batch]))
+
+
+def test_the_layer_that_infinite_numbers_reach_is_named() -> None:
+    model: Any = settled(Chain())
+    model.conv1.weight.data[0] = torch.inf
+    tasks = {"t": Task(lambda outputs, batch: outputs.nan_to_num(0, 0, 0).sum())}
+    with pytest.raises(PlanError, match=r"NaN or infinite numbers reach the layer of '.*weight'"):
+        fxprune.calibrate(fxprune.couple(fxprune.trace(model, IMAGES)), [IMAGES], tasks)
+
+
+def test_methods_that_do_not_calibrate_name_the_batch_too() -> None:
+    batches = [(torch.randn(4, 5, 8, 8), torch.zeros(4).long())] * 2
+    model, tasks = settled(Chain()), {"t": Task(lambda outputs, batch: outputs.sum())}
+    for method in (methods.Taylor(), methods.CATRO(), methods.PAGCP(), methods.HBGTS()):
+        with pytest.raises(PlanError, match=r"does not run on a calibration batch with inputs \(4, 5, 8, 8\)"):
+            fxprune.compile(
+                settled(Chain()),
+                IMAGES,
+                Budget(macs=0.5),
+                method=method,
+                calibration=batches,
+                tasks=tasks,
+                progress=False,
+            )

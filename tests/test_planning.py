@@ -580,3 +580,15 @@ def test_a_budget_out_of_reach_without_groups_names_what_holds_most() -> None:
         planned(nn.Sequential(nn.Conv2d(3, 8, 1)), Budget(macs=0.5))
     assert "because node 'output' is an output of the network" in str(caught.value)
     assert "why_frozen" not in str(caught.value)
+
+
+@pytest.mark.parametrize("p", [0, -1, float("inf"), float("nan"), "2"])
+def test_magnitude_needs_a_norm_that_ranks(p: Any) -> None:
+    """Of weights to the power of 0 all are alike, and to that of infinity none is finite."""
+    with pytest.raises(PlanError, match=r"Magnitude\(p=.*\) is no norm to rank by"):
+        methods.Magnitude(p)
+
+
+def test_weights_without_values_are_not_scored() -> None:
+    with pytest.raises(PlanError, match=r"'conv1\.weight' is on the meta device, and has no values"):
+        fxprune.compile(Chain().to("meta"), torch.zeros(2, 3, 8, 8), Budget(macs=0.5), progress=False)

@@ -391,3 +391,30 @@ def test_a_model_that_raises_carries_its_own_words() -> None:
     assert str(caught.value).count("the cat sat on the keyboard") == 2  # once for each way to trace
     assert "Raising cannot be traced" in str(caught.value)
     assert caught.value.__cause__ is not None
+
+
+ON_DATA = {
+    "item": lambda x, y: y / y.abs().max().item(),
+    "nonzero": lambda x, y: (y, torch.nonzero(x[:, 0])),
+    "index": lambda x, y: y[x[:, 0, 0, 0] > 0],
+    "masked_select": lambda x, y: y.masked_select(y > 0),
+    "bincount": lambda x, y: (y, torch.bincount(y.argmax(1).flatten())),
+    "unique": lambda x, y: (y, torch.unique(y)),
+}
+
+
+class OnData(nn.Module):
+    def __init__(self, use: Any) -> None:
+        super().__init__()
+        self.a, self.b, self.use = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1), use
+
+    def forward(self, x: Tensor) -> Any:
+        return self.use(x, self.b(self.a(x)))
+
+
+@pytest.mark.parametrize("op", ON_DATA)
+def test_what_depends_on_the_data_is_called_that(op: str) -> None:
+    """The model runs on the example inputs, so they are not to blame."""
+    with pytest.raises(TraceError, match=rf"cannot be followed: at node .*{op}.* that depends on the data") as caught:
+        fxprune.couple(fxprune.trace(OnData(ON_DATA[op]), X))
+    assert "example inputs" not in str(caught.value)

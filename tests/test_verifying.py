@@ -319,3 +319,14 @@ def test_hooks_on_the_model_go_on() -> None:
     slim = fxprune.compile(model, IMAGE, fxprune.Budget(macs=1.0), progress=False)
     assert torch.allclose(slim(IMAGE), model(IMAGE), atol=1e-6)
     assert torch.allclose(copy.deepcopy(slim)(IMAGE), model(IMAGE), atol=1e-6)
+
+
+class Inferring(Chain):
+    @torch.inference_mode()
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def test_a_forward_in_inference_mode_is_compared() -> None:
+    slim = fxprune.compile(settled(Inferring()), X.float(), fxprune.Budget(macs=0.5), progress=False)
+    assert fxprune.report(slim).verification.passed

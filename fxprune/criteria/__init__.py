@@ -10,6 +10,7 @@ import torch
 from fxprune.atoms import FIXED
 from fxprune.closing import owner
 from fxprune.coupling import Coupling, Site
+from fxprune.errors import PlanError
 
 
 def add_up(
@@ -32,6 +33,8 @@ def add_up(
     channels: list[np.ndarray] = []
     for site in sites:
         value = state[site.name].detach()
+        if value.is_meta:
+            raise PlanError(f"{site.name!r} is on the meta device, and has no values to score. Load the weights first.")
         reduced = measure(site.name, value, tuple([d for d, n in enumerate(site.channels.shape) if n == 1]))
         if isinstance(reduced, torch.Tensor):
             if reduced.device.type != "cpu" or reduced.dtype not in (torch.float32, torch.float64):

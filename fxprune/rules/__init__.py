@@ -59,6 +59,10 @@ class Labeller(Protocol):
         """Return the known value of a constant integer tensor."""
         ...
 
+    def on_read(self, tensor: torch.Tensor, then: Callable[[], object]) -> None:
+        """Do something once a tensor is read, as if where it was made."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Op:
@@ -100,6 +104,10 @@ class Op:
         for d in dims:
             labels = algebra.fix(self.ledger, labels, d, reason or f"runs along a dim that {self.name} cannot shorten")
         return labels
+
+    def fix_if_read(self, positions: torch.Tensor, labels: Labels, dims: Iterable[int], reason: str) -> None:
+        """Freeze everything along `dims` as soon as something reads `positions`, which were found along them."""
+        self.host.on_read(positions, lambda: self.fix(labels, dims, reason))
 
     def freeze(self, *tensors: torch.Tensor) -> Labels:
         """Freeze everything that reaches an op which cannot be followed; nothing along its result's dims can go."""

@@ -105,14 +105,26 @@ def argmax(op: Op, x: torch.Tensor, dim: int | None = None, keepdim: bool = Fals
     return op.reduce(op.fix(op.labels(x), dims), dims, keepdim=op.out.ndim == x.ndim)
 
 
-@rule(aten.max, aten.min, aten.median)
+@rule(aten.max, aten.min)
 def max_(op: Op, x: torch.Tensor, other: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """x: any shape. Of two tensors: pointwise; of all: a scalar; along a dim: with positions, so none may go."""
+    """x: any shape. Of two tensors: pointwise; of all: a scalar; along a dim: with positions, which may be read."""
     if isinstance(other, torch.Tensor):
         return op.broadcast(x, other)
-    if other is None:
-        return op.reduce(op.labels(x), range(x.ndim))
     dims = dims_of(other, x.ndim)
+    if other is None:
+        return op.reduce(op.labels(x), dims)
+    alone = f"runs along a dim whose positions are read; `a{op.func.overloadpacket.__name__}` finds the values alone"
+    op.fix_if_read(op.out[1], op.labels(x), dims, alone)
+    labels = op.reduce(op.labels(x), dims, keepdim=op.out[0].ndim == x.ndim)
+    return [labels, labels]
+
+
+@rule(aten.median)
+def median(op: Op, x: torch.Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> Any:
+    """x: any shape. Of all: a scalar; along a dim: with positions, so none may go."""
+    dims = dims_of(dim, x.ndim)
+    if dim is None:
+        return op.reduce(op.labels(x), dims)
     labels = op.reduce(op.fix(op.labels(x), dims), dims, keepdim=op.out[0].ndim == x.ndim)
     return [labels, labels]
 

@@ -20,6 +20,8 @@ ON_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "channel shuffle by a reshape to -1": lambda x: x.reshape(-1, 4, 6, 8, 8).transpose(1, 2).reshape(-1, 24, 8, 8),
     "flip": lambda x: x.flip(1),
     "flip added to itself": lambda x: x + x.flip(1),
+    "spatial attention with max()[0]": lambda x: x * (x.max(1, True)[0] + x.mean(1, True)).sigmoid(),
+    "spatial attention with min().values": lambda x: x - torch.min(x, dim=1, keepdim=True).values,
     "squeezed in place": lambda x: x.clone().unsqueeze(1).squeeze_(1),
     "unsqueezed in place": lambda x: x.clone().unsqueeze_(-4).squeeze(1),
     "transposed in place": lambda x: x.clone().transpose_(1, -1).flip(1).swapaxes_(-1, 1),
@@ -91,6 +93,7 @@ HELD: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     ),
     "local response norm": (lambda x: F.local_response_norm(x, 3), "avg_pool3d cannot shorten"),
     "a count of channels": (lambda x: x / ((x > 0).sum(1, keepdim=True) + 1), "a constant that aten.sum takes"),
+    "positions of the largest": (lambda x: x * x.max(1, keepdim=True)[1], "`amax` finds the values alone"),
     "unbind of channels": (lambda x: torch.stack(x.unbind(1)[2:14], 1), "is selected by its position"),
 }  # fmt: skip
 for _name, (_held, _why) in HELD.items():
