@@ -14,8 +14,8 @@ class Gram:
     """Sum of x x^T over rows x, and of x.
 
     Rows wait until they are half as many as they are long: a product costs as much to add as many rows to multiply.
-    They are multiplied in their own precision, float32 at least, added up in float64, and only on and below the
-    diagonal.
+    They are multiplied in their own precision, float32 at least, but about their mean: so values that hardly vary keep
+    how they do. Products are added up in float64, and only on and below the diagonal.
 
     Attributes:
         rows: how many were added.
@@ -52,13 +52,17 @@ class Gram:
     def _multiply(self) -> None:
         rows = torch.cat(self._waiting, 1) if len(self._waiting) > 1 else self._waiting[0]
         self._waiting, self._length = [], 0
-        blocks, _, n = rows.shape
+        blocks, count, n = rows.shape
         if self._second is None:
             self._second = torch.zeros(blocks, n, n, dtype=torch.float64, device=rows.device)
+        total = rows.sum(1, dtype=torch.float64)
+        mean = total / max(count, 1)
+        rows = rows - mean[:, None].to(rows)
         for start in range(0, n, BLOCK):
             here = slice(start, start + BLOCK)
             self._second[:, start:, here] += rows[:, :, start:].transpose(1, 2) @ rows[:, :, here]
-        self._first = self._first.to(rows.device) + rows.sum(1, dtype=torch.float64)
+            self._second[:, start:, here].addcmul_(total[:, start:, None], mean[:, None, here])
+        self._first = self._first.to(rows.device) + total
 
     def mean(self, count: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sums over `count`: (blocks, n, n) and (blocks, n). Nothing can be added afterwards."""
@@ -68,6 +72,7 @@ class Gram:
         for start in range(0, second.shape[1], BLOCK):
             here, below = slice(start, start + BLOCK), slice(start + BLOCK, None)
             second[:, here, below] = second[:, below, here].transpose(1, 2)
+            second[:, here, here] = second[:, here, here].tril() + second[:, here, here].tril(-1).transpose(1, 2)
         return second, first / count
 
 

@@ -185,29 +185,26 @@ class _State:
 
 
 def damped_inverse(second: torch.Tensor, level: float) -> torch.Tensor:
-    """Invert a second moment (n, n), `level` added to its diagonal; what rounding made negative counts as zero."""
-    factor, level = _damped_factor(second, level)
-    return _by_eigenvalues(second, level) if factor is None else torch.cholesky_inverse(factor)
+    """Invert a second moment (n, n), `level` added to its diagonal; more where rounding has made it indefinite."""
+    return torch.cholesky_inverse(_damped_factor(second, level))
 
 
 def damped_solve(second: torch.Tensor, level: float, right: torch.Tensor) -> torch.Tensor:
     """Return what `damped_inverse(second, level) @ right` is, for right (n, k)."""
-    factor, level = _damped_factor(second, level)
-    return _by_eigenvalues(second, level) @ right if factor is None else torch.cholesky_solve(right, factor)
+    return torch.cholesky_solve(right, _damped_factor(second, level))
 
 
-def _damped_factor(second: torch.Tensor, level: float) -> tuple[torch.Tensor | None, float]:
-    """Return the Cholesky factor, None where rounding has made the moment indefinite, and the level that was added."""
-    level = max(level, 1e-20)
+def _damped_factor(second: torch.Tensor, level: float) -> torch.Tensor:
+    """Return the Cholesky factor. How far the least eigenvalue is below zero says how far rounding has moved others."""
     damped = second.clone()
-    damped.diagonal().add_(level)
+    damped.diagonal().add_(max(level, 1e-20))
     factor, info = torch.linalg.cholesky_ex(damped)
-    return (None if info else factor), level
-
-
-def _by_eigenvalues(second: torch.Tensor, level: float) -> torch.Tensor:
-    values, vectors = torch.linalg.eigh(second)
-    return vectors @ ((values.clamp_min(0) + level).reciprocal()[:, None] * vectors.T)
+    if info:
+        values = torch.linalg.eigvalsh(second)
+        exact = len(values) * torch.finfo(values.dtype).eps * values[-1]
+        damped.diagonal().add_(2 * torch.maximum(-values[0], exact))
+        factor = torch.linalg.cholesky(damped)
+    return factor
 
 
 def eliminate(

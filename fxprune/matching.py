@@ -56,10 +56,11 @@ def distances(a: torch.Tensor, h_a: torch.Tensor, b: torch.Tensor, h_b: torch.Te
 
 def joint(weights: list[torch.Tensor], seconds: list[torch.Tensor]) -> torch.Tensor:
     """Return the weights (channels, copies, n) of least squared error for those of several networks."""
-    total = torch.stack(seconds).sum(0)
-    right = sum(h @ w.flatten(0, 1).T + _level(h) * w.flatten(0, 1).T for w, h in zip(weights, seconds, strict=True))
-    level = sum(_level(h) for h in seconds)
-    return damped_solve(total, level, torch.as_tensor(right)).T.reshape(weights[0].shape)
+    mean = torch.stack(weights).mean(0)
+    off = [(w - mean).flatten(0, 1).T for w in weights]
+    right = torch.stack([h @ d + _level(h) * d for d, h in zip(off, seconds, strict=True)]).sum(0)
+    change = damped_solve(torch.stack(seconds).sum(0), sum(_level(h) for h in seconds), right)
+    return mean + change.T.reshape(mean.shape)
 
 
 def _level(second: torch.Tensor) -> float:

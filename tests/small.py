@@ -54,6 +54,21 @@ class Residual(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Squeeze(nn.Module):
+    """Convolution and norm, each channel times what a branch tells of the means of all, classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32)
+        self.reduce, self.expand = nn.Conv2d(32, 16, 1), nn.Conv2d(16, 32, 1)
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x)).relu()
+        gate = self.expand(self.reduce(y.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        return self.head((y * gate).mean((2, 3)))
+
+
 @dataclass
 class Heads:
     """What `Multitask` returns."""

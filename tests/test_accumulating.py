@@ -38,6 +38,22 @@ def test_long_sums_keep_their_precision(dtype: torch.dtype) -> None:
     assert torch.allclose(mean, exact.mean(1), rtol=1e-12)
 
 
+@pytest.mark.parametrize("sizes", [[4000], [1, 3999], [50] * 80])
+def test_values_that_hardly_vary_keep_how_they_do(sizes: list[int]) -> None:
+    torch.manual_seed(0)
+    rows = torch.tensor([1.0, -30.0, 0.01, 0.0]) * (1 + 1e-4 * torch.randn(2, 4000, 4))
+    gram = Gram()
+    for some in rows.split(sizes, 1):
+        gram.add(some)
+    gram.add(rows[:, :0])
+    second, mean = gram.mean(4000)
+    exact = rows.double() - rows.double().mean(1, keepdim=True)
+    centred = second - mean[:, :, None] * mean[:, None]
+    std = exact.square().mean(1).sqrt()
+    error = (centred - exact.mT @ exact / 4000).abs()
+    assert (error <= 1e-5 * std[:, :, None] * std[:, None]).all()
+
+
 @pytest.mark.parametrize("shape", [(6, 4), (6, 4, 9), (6, 4, 3, 5)])
 def test_spreads_are_means_and_variances_of_every_channel(
     shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from rows import rows_of
+from small import Squeeze
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -97,6 +98,24 @@ def test_without_compensation_weights_that_stay_are_bit_identical() -> None:
     plan = fxprune.report(slim).plan
     for name, value in slim.state_dict().items():
         assert torch.equal(value, plan.cut(name, model.state_dict()[name]))
+
+
+@pytest.mark.parametrize("std", [1.0, 0.03, 0.01, 0.001])
+@pytest.mark.parametrize("kind", ["joint", "sequential", "hbgs"])
+def test_layers_that_read_what_hardly_varies_are_corrected_too(kind: str, std: float) -> None:
+    method: Any = methods.HBGS() if kind == "hbgs" else methods.Joint(sequential=kind == "sequential")
+    torch.manual_seed(1)
+    model, (x, held_out) = Squeeze().eval(), 1 + std * torch.randn(2, 32, 3, 16, 16)
+    slim = fxprune.compile(model, x, Budget(macs=0.6), method=method, calibration=[x[:16], x[16:]], progress=False)
+    plain = fxprune.rewrite(fxprune.couple(fxprune.trace(model, x)), fxprune.report(slim).plan)
+    for values in (x, held_out, 1.1 * held_out):
+        with torch.no_grad():
+            wanted = model(values)
+            error, uncorrected = ((m(values) - wanted).norm() for m in (slim, plain))
+        assert error < 0.2 * uncorrected
+    for name, weight in slim.named_parameters():
+        if weight.ndim > 1:
+            assert weight.abs().max() < 4 * model.get_parameter(name).abs().max()
 
 
 def normed(model: nn.Module, batches: list[Any]) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fxprune.eliminating import Unit, eliminate
+from fxprune.eliminating import Unit, damped_inverse, damped_solve, eliminate
 
 
 def unit(
@@ -109,16 +109,27 @@ def test_twins_are_not_both_kept() -> None:
     assert found.errors[0, 0] < 1e-6 < found.errors[1, 0]
 
 
-def test_moments_that_rounding_made_indefinite_are_inverted_as_if_they_were_not() -> None:
+def test_moments_that_rounding_made_indefinite_are_inverted_up_to_rounding() -> None:
     """Large means and small variances, centred: what is left is rounding, and an eigenvalue below zero."""
     second = torch.diag(torch.tensor([4.0, 1.0, -1e-3], dtype=torch.float64))
     u = Unit(torch.ones(3, 1, 1, dtype=torch.float64), second, torch.ones(1, 1, 1, dtype=torch.float64), np.arange(3))
     found = eliminate([u], [np.arange(3)], [1], steps=3, tasks=1, damping=1e-6)
     assert found.order.ravel().tolist() == [2, 1, 0]
-    assert found.errors.ravel() == pytest.approx([0, 0.5, 2], abs=1e-4)
+    assert found.errors.ravel() == pytest.approx([0, 0.5, 2], abs=2e-3)
 
 
 def test_inputs_that_never_vary_cost_nothing() -> None:
     second = torch.zeros(4, 4, dtype=torch.float64)
     u = Unit(torch.ones(4, 1, 2, dtype=torch.float64), second, torch.eye(2, dtype=torch.float64)[None], np.arange(4))
     assert np.abs(eliminate([u], [np.arange(4)], [1], steps=4, tasks=1).errors).max() < 1e-12
+
+
+def test_what_rounding_has_made_indefinite_makes_nothing_large() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, noise = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (2, 6))
+    second = x.T @ x + 1e-7 * (noise + noise.T)
+    assert torch.linalg.eigvalsh(second)[0] < 0
+    for level in (1e-13, 0.0):
+        change = damped_solve(second, level, second @ torch.eye(6, dtype=torch.float64))
+        assert change.abs().max() < 3
+        assert torch.allclose(change, damped_inverse(second, level) @ second)

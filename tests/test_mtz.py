@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from small import Chain, settled
+from small import Chain, Squeeze, settled
 from torch import Tensor, nn
 from torch.nn import functional as F
 from twins import permuted
@@ -95,6 +96,23 @@ def test_networks_that_do_the_same_become_one_that_does(kind: type[nn.Module]) -
     with torch.no_grad():
         for name, net in nets.items():
             torch.testing.assert_close(merged(batches[0])[name], net(batches[0]), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("std", [1.0, 1e-1, 1e-2, 1e-3, 1e-4, 0.0])
+def test_a_network_merged_with_itself_stays_as_it_is_however_little_its_inputs_vary(std: float) -> None:
+    torch.manual_seed(0)
+    net, x = Squeeze().eval(), 1 + std * torch.randn(8, 3, 16, 16)
+    merged = fxprune.merge({"a": net, "b": deepcopy(net)}, [x], method=methods.MTZ(share=1.0), example_inputs=x[:1])
+    for name in ("reduce.weight", "expand.weight"):
+        torch.testing.assert_close(merged.get_parameter(f"shared.{name}"), net.get_parameter(name))
+    with torch.no_grad():
+        torch.testing.assert_close(merged(1.1 * x)["b"], net(1.1 * x))
+
+
+def test_equal_weights_stay_as_they_are_whatever_rounding_has_made_of_moments() -> None:
+    w, second = torch.randn(3, 1, 5, dtype=torch.float64), 1e-12 * moment(5, 1)
+    second[0, 0] = -1e-10
+    assert torch.equal(joint([w, w], [second, second]), w)
 
 
 def test_parts_are_shared_and_nothing_is() -> None:
