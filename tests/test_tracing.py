@@ -170,6 +170,48 @@ def test_keyword_inputs_stay_inputs() -> None:
     assert masked(X, torch.ones(4, 1, 8, 8)).any()
 
 
+def test_a_slim_network_is_traced_as_any_other() -> None:
+    for inputs in (X, {"x": X, "extra": torch.ones(4, 2, 8, 8), "scale": 3.0}):
+        slim = slimmed(Signature(), inputs)
+        again = slimmed(slim, inputs)
+        report = fxprune.report(again)
+        assert report.frontend == "symbolic_trace"
+        assert not report.notes
+        assert sum("expect" in n.name for n in again.graph.nodes) == sum("expect" in n.name for n in slim.graph.nodes)
+        with pytest.raises(ValueError, match=r"'mask' was fixed to None"):
+            again(X, torch.ones(4, 1, 8, 8))
+
+
+class Various(nn.Module):
+    """Arguments whose number and names are open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 3, 1)
+
+    def forward(self, x: Tensor, *more: Tensor, **named: Any) -> Tensor:
+        x = x if len(more) == 0 else x + more[0]
+        y = self.b(F.relu(self.a(x))) * named.get("scale", 1.0)
+        return y + named["bias"] if "bias" in named and len(named) > 0 else y
+
+
+@pytest.mark.parametrize(
+    "inputs", [{"x": X}, {"x": X, "scale": 2.0}, {"x": X, "bias": X, "scale": torch.ones(())}, (X, X)]
+)
+def test_arguments_of_open_number_and_name(inputs: Any) -> None:
+    model = Various().eval()
+    slim = slimmed(model, inputs)
+    assert fxprune.report(slim).frontend == "symbolic_trace"
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+    whole = slimmed(model, inputs, 1.0)
+    torch.testing.assert_close(whole(*args, **kwargs), model(*args, **kwargs))
+    tasks = {"task": fxprune.Task(lambda y, b: F.mse_loss(y, b[1]))}
+    batches = [(inputs, torch.zeros(4, 3, 8, 8))] * 2
+    fxprune.compile(model, inputs, Budget(macs=0.5), calibration=batches, tasks=tasks, progress=False)
+    with pytest.raises(ValueError, match=r"'sorted\(named\)' was fixed to .* is now \[.*'other'"):
+        whole(*args, **kwargs, other=1)
+
+
 class Pair(NamedTuple):
     """A typed tuple."""
 
