@@ -7,6 +7,7 @@ import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from fxprune.attention import MultiheadAttention, make_traceable
-from fxprune.cloning import clone, modules_in, named_part, named_state, plain_tensors, unused_name
+from fxprune.cloning import clone, modules_in, named_part, named_state, plain_tensors, uncompiled, unused_name
 from fxprune.errors import TraceError
 from fxprune.expecting import Expect, Expected
 from fxprune.exporting import exported
@@ -178,7 +179,18 @@ def trace(model: nn.Module, example_inputs: Any) -> Traced:
     Raises:
         TraceError: no example inputs, inputs that do not fit the signature, or neither front end can trace the model.
     """
-    args, kwargs = checked_inputs(model, example_inputs)
+    plain = uncompiled(model) if isinstance(model, nn.Module) else model
+    traced = _traced(plain, *checked_inputs(plain, example_inputs))
+    return traced if plain is model else replace(traced, notes=(_UNCOMPILED, *traced.notes))
+
+
+_UNCOMPILED = (
+    "torch.compile was taken off before tracing: names are those of the modules inside, without `_orig_mod`; compile "
+    "the slim network"
+)
+
+
+def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
     first = None
     for through in (True, False):
         try:

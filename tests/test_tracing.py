@@ -402,3 +402,39 @@ def test_a_model_that_raises_carries_its_own_words() -> None:
     assert str(caught.value).count("the cat sat on the keyboard") == 2  # once for each way to trace
     assert "Raising cannot be traced" in str(caught.value)
     assert caught.value.__cause__ is not None
+
+
+def test_a_model_that_compiles_itself() -> None:
+    model = Signature()
+    model.compile(backend="eager")
+    model.a.compile(backend="eager")
+    slim = slimmed(model)
+    report = fxprune.report(slim)
+    assert report.frontend == "symbolic_trace"
+    assert not report.notes
+    torch.testing.assert_close(slimmed(model, X, 1.0)(X), model(X))
+
+
+class Holding(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.last = inner, nn.Conv2d(2, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.inner(x))
+
+
+@pytest.mark.parametrize("where", ["around", "inside", "both"])
+def test_wrappers_of_torch_compile_come_off(where: str) -> None:
+    inner = Signature()
+    model: Any = Holding(inner if where == "around" else torch.compile(inner, backend="eager"))
+    names = {name.replace("_orig_mod.", "") for name in model.state_dict()}
+    model = model if where == "inside" else torch.compile(model, backend="eager")
+    slim = slimmed(model)
+    report = fxprune.report(slim)
+    assert report.frontend == "symbolic_trace"
+    assert [note[:29] for note in report.notes] == ["torch.compile was taken off b"]
+    assert set(slim.state_dict()) == names
+    whole = slimmed(model, X, 1.0)
+    torch.testing.assert_close(whole(X), model(X))
+    assert fxprune.trace(model, X).root.get_parameter("last.weight") is model.last.weight
