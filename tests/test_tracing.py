@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune import Budget, TraceError
+from fxprune.tracing import _symbolic
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -438,3 +440,26 @@ def test_wrappers_of_torch_compile_come_off(where: str) -> None:
     whole = slimmed(model, X, 1.0)
     torch.testing.assert_close(whole(X), model(X))
     assert fxprune.trace(model, X).root.get_parameter("last.weight") is model.last.weight
+
+
+@torch.fx.wrap
+def copied(x: Tensor) -> Tensor:
+    return copy.deepcopy(x * 2)
+
+
+@torch.fx.wrap
+def generator(x: Tensor) -> torch.Generator:
+    """What cannot be copied, and is noted down of the run."""
+    return torch.Generator().manual_seed(len(x))
+
+
+class Copying(Chain):
+    def forward(self, x: Tensor) -> Tensor:
+        generator(x)
+        return super().forward(copied(x))
+
+
+def test_a_tensor_that_forward_copies_takes_no_record_along() -> None:
+    coupling = fxprune.couple(_symbolic(Copying(), (X,), {}, False))
+    assert "copied" in [n.name for n in coupling.traced.graph.nodes]
+    assert not coupling.record.unknown
