@@ -103,6 +103,20 @@ def names_of(module: nn.Module) -> dict[int, str]:
     return {id(t): name for name, t in [*module.named_parameters(), *module.named_buffers()]}
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """Return a module without the wrappers of `torch.compile`: what is wrapped; a copy, if there are others inside."""
+    module = _unwrapped(module)
+    return clone(module) if any(_is_wrapper(m) for _, m in modules_in(module)) else module
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    return submodule(module, "_orig_mod") if _is_wrapper(module) else module
+
+
 def clone(module: nn.Module, tensors: Mapping[int, torch.Tensor] | None = None) -> Any:
     """Return a module of the same structure.
 
@@ -128,7 +142,8 @@ class Cloner:
         return self._memo.get(id(value), value)
 
     def clone(self, module: nn.Module) -> nn.Module:
-        """Copy a module, or return its copy."""
+        """Copy a module, or return its copy; of a wrapper of `torch.compile`, that of what is inside."""
+        module = _unwrapped(module)
         memo = self._memo
         new = memo.get(id(module))
         if new is not None:
@@ -153,6 +168,7 @@ class Cloner:
                 state[key] = {k: None if m is None else self.clone(m) for k, m in value.items()}
             elif kind is not tuple or not _ATOMIC.issuperset(map(type, value)):
                 state[key] = self._copy(value)
+        state.pop("_compiled_call_impl", None)  # of `module.compile()`: it would call what was copied
         return new
 
     def _copy(self, value: Any) -> Any:

@@ -300,6 +300,9 @@ class Held:
         self.record, self.node = record, record.ledger.node
         self.buffer = getattr(tensor, "_buffer", NO_BUFFER)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Held:
+        return self  # of a tensor that forward copies: not the record of all that has run, nor half of it
+
     def __del__(self) -> None:
         if self.record.ledger.node == self.node:
             self.buffer.dies = self.record.steps

@@ -25,7 +25,7 @@ from fxprune.products import Counter, Sizes
 from fxprune.rewriting import plan_and_rewrite, rewrite
 from fxprune.timing import clock_of, take_turns
 from fxprune.traced import Traced
-from fxprune.values import bind
+from fxprune.values import Bound, bind
 
 NETWORKS = 32
 """How many choices of widths are measured, besides the dense network."""
@@ -35,7 +35,7 @@ SECONDS = 0.1
 """How long the dense network runs beside each other one, between these."""
 
 
-class TimedRunner(fx.Interpreter):
+class TimedRunner(Bound):
     """Runs a graph and notes how long each call takes, without the interpreter's own work."""
 
     def __init__(self, module: fx.GraphModule, clock: Callable[[], float]) -> None:

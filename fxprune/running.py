@@ -15,12 +15,13 @@ from fxprune.meta import OnMeta, meta_tensor
 from fxprune.recurrent import run_module
 from fxprune.switching import SWITCHES
 from fxprune.telling import told
+from fxprune.values import Bound
 
 VALUES = ("placeholder", "get_attr", "output")
 """Nodes that hand on a value: no op runs there."""
 
 
-class Runner(fx.Interpreter):
+class Runner(Bound):
     """Runs a graph node by node."""
 
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:

@@ -104,7 +104,7 @@ class Attribute(proxy.Attribute, Symbol):
 
 
 class Stored(Symbol):
-    """A parameter or buffer that forward has found in a list of them. Its dtype and device are fixed to what they are."""
+    """A parameter or buffer that forward has found in a list of them. Its dtype and device are what they were."""
 
     def __init__(self, node: fx.Node, tracer: SizedTracer, value: torch.Tensor) -> None:
         super().__init__(node, tracer)
@@ -138,6 +138,7 @@ class SizedTracer(fx.Tracer):
         inputs: the arguments of forward by name, on the meta device.
         device: where they really are.
         recording: modules that are called are recorded; not so while sizes are looked up.
+        spare: nodes that are left out again if nothing reads them.
         latest: the check that the last answer has added, if any.
         autocasts: lines of the user's code that set `torch.autocast`, which no graph holds.
         walked: lines of the user's code that apply an autograd function whose backward the graph does not hold.
@@ -153,6 +154,7 @@ class SizedTracer(fx.Tracer):
         self.recording = True
         self.autocasts: list[str] = []
         self.walked: list[str] = []
+        self.spare: list[fx.Node] = []
         self._sizes: _Sizes | None = None
         self._names: dict[int, tuple[str, torch.Tensor]] | None = None
         self._stored: dict[str, Stored] = {}
@@ -191,7 +193,9 @@ class SizedTracer(fx.Tracer):
             for key, value in plain(module, *args, **kwargs):
                 name = self._name_of(value) if self.recording else ""
                 if name and name not in self._stored:
-                    self._stored[name] = Stored(self.create_node("get_attr", name, (), {}), self, value)
+                    node = self.create_node("get_attr", name, (), {})
+                    self.spare.append(node)
+                    self._stored[name] = Stored(node, self, value)
                 yield key, self._stored[name] if name else value
 
         return nn.Module, "_named_members", named_members
@@ -274,7 +278,9 @@ class SizedTracer(fx.Tracer):
             ),
         ):
             graph = super().trace(type(root).forward, concrete_args)  # of a module, torch would visit all that is in it
-        switching.erase_unused(graph)
+        for node in reversed(self.spare):
+            if not node.users:
+                graph.erase_node(node)
         return graph
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:

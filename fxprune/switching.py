@@ -41,6 +41,7 @@ def recorded(tracer: SizedTracer) -> list[Patch]:
             return _ASK()
         mode = GradMode(_ASK())
         mode.node = tracer.create_node("call_function", _ASK, (), {})
+        tracer.spare.append(mode.node)
         return mode
 
     def switch(mode: Any) -> None:
@@ -53,13 +54,6 @@ def recorded(tracer: SizedTracer) -> list[Patch]:
         (torch._C, "_set_grad_enabled", switch),
         WITHOUT_INFERENCE,
     ]
-
-
-def erase_unused(graph: fx.Graph) -> None:
-    """Drop nodes that ask for the mode and that nothing reads."""
-    for node in reversed(list(graph.nodes)):
-        if node.target is _ASK and not node.users:
-            graph.erase_node(node)
 
 
 def left_out(tracer: SizedTracer) -> list[Patch]:

@@ -7,6 +7,7 @@ import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from fxprune.attention import MultiheadAttention, make_traceable
-from fxprune.cloning import clone, modules_in, named_part, named_state, plain_tensors
+from fxprune.cloning import clone, modules_in, named_part, named_state, plain_tensors, uncompiled, unused_name
 from fxprune.errors import TraceError
 from fxprune.expecting import Expect, Expected
 from fxprune.exporting import exported
@@ -70,7 +71,8 @@ class Tracer(SizedTracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Record a leaf, walk through the others; the stack of modules that torch notes at every node is not needed."""
-        if not self.recording:
+        known = isinstance(m, Expect) and not isinstance(args[0], fx.Proxy)  # an argument that is fixed again
+        if known or not self.recording:
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if not self.is_leaf_module(m, path):
@@ -115,13 +117,42 @@ class Tracer(SizedTracer):
 
     def _proxy_placeholder(self, name: str, concrete_args: Any, sig: Any, fn_for_analysis: Any) -> Any:
         proxy = super()._proxy_placeholder(name, concrete_args, sig, fn_for_analysis)
-        if name.lstrip("*") not in self.fixed:
-            return proxy
-        value = self.fixed[name]
-        target = f"fxprune_expect_{name}"
+        if name.startswith("**"):
+            given = self.inputs[name[2:]]
+            self._fix(f"sorted({name[2:]})", self._call(sorted, proxy), sorted(given))
+            return Named({key: self._item(proxy, key, key, value) for key, value in given.items()})
+        if name.startswith("*"):
+            given = self.inputs[name[1:]]
+            self._fix(f"len({name[1:]})", self._call(len, proxy), len(given))
+            return Several(self._item(proxy, i, f"{name[1:]}[{i}]", value) for i, value in enumerate(given))
+        return self._fix(name, proxy, self.fixed[name]) if name in self.fixed else proxy
+
+    def _item(self, given: fx.Proxy, key: Any, name: str, value: Any) -> Any:
+        """Return one of the arguments whose number or names are open."""
+        item = self._call(operator.getitem, given, key)
+        return item if _has_tensors(value) else self._fix(name, item, value)
+
+    def _call(self, function: Callable[..., Any], *args: Any) -> fx.Proxy:
+        """Record a call that is left out again if nothing reads what it returns."""
+        result = self.create_proxy("call_function", function, args, {})
+        self.spare.append(result.node)
+        return result
+
+    def _fix(self, name: str, given: fx.Proxy, value: Any) -> Any:
+        """Return the value of an argument, and let the graph check that it is so."""
+        plain = "".join(c if c.isalnum() else "_" for c in name)
+        target = unused_name(self.root, f"fxprune_expect_{plain}")  # a slim network has that of another trace
         self.root.add_module(target, Expect(name, value).train(bool(int(self.flag))))
-        self.create_node("call_module", target, (proxy.node,), {})
+        self.create_node("call_module", target, (given.node,), {})
         return value
+
+
+class Several(tuple[Any, ...]):
+    """Positional arguments of open number: a tuple to forward, and one argument to torch."""
+
+
+class Named(dict[str, Any]):
+    """Keyword arguments of open names: a dict to forward, and one argument to torch."""
 
 
 def _is_users_own(module: nn.Module) -> bool:
@@ -148,7 +179,18 @@ def trace(model: nn.Module, example_inputs: Any) -> Traced:
     Raises:
         TraceError: no example inputs, inputs that do not fit the signature, or neither front end can trace the model.
     """
-    args, kwargs = checked_inputs(model, example_inputs)
+    plain = uncompiled(model) if isinstance(model, nn.Module) else model
+    traced = _traced(plain, *checked_inputs(plain, example_inputs))
+    return traced if plain is model else replace(traced, notes=(_UNCOMPILED, *traced.notes))
+
+
+_UNCOMPILED = (
+    "torch.compile was taken off before tracing: names are those of the modules inside, without `_orig_mod`; compile "
+    "the slim network"
+)
+
+
+def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
     first = None
     for through in (True, False):
         try:
@@ -189,7 +231,7 @@ def checked_inputs(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ..
         args, kwargs = tuple(example_inputs), {}
     else:
         args, kwargs = (), {}
-    if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves((args, kwargs))):
+    if not _has_tensors((args, kwargs)):
         raise TraceError(
             f"no tensor in the example inputs ({type(example_inputs).__name__}). Pass a tensor, a tuple of positional "
             "inputs or a dict of keyword inputs, such as `torch.randn(1, 3, 224, 224)`."
@@ -243,9 +285,13 @@ def _fixed(signature: inspect.Signature, given: Mapping[str, Any]) -> dict[str, 
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         value = given.get(name, parameter.default)
-        if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value)):
+        if not _has_tensors(value):
             fixed[name] = value
     return fixed
+
+
+def _has_tensors(value: Any) -> bool:
+    return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value))
 
 
 def _guarded(modules: list[nn.Module]) -> tuple[dict[int, torch.Tensor], list[tuple[torch.Tensor, int]]]:

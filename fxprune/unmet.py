@@ -12,7 +12,7 @@ from fxprune.cloning import submodule
 from fxprune.expecting import Expected, answer
 from fxprune.tasks import evaluating
 from fxprune.traced import Traced
-from fxprune.values import bind
+from fxprune.values import Bound, bind
 
 
 def drop_unmet(merged: fx.GraphModule, example: Traced) -> None:
@@ -35,7 +35,7 @@ def drop_unmet(merged: fx.GraphModule, example: Traced) -> None:
         merged.recompile()
 
 
-class _Asking(fx.Interpreter):
+class _Asking(Bound):
     """Runs a network, and lists the nodes that would raise."""
 
     def __init__(self, merged: fx.GraphModule) -> None:

@@ -47,16 +47,28 @@ def bind(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list
     """Lay example inputs out in the order of the graph's placeholders, defaults included."""
     if isinstance(graph._codegen, _PyTreeCodeGen):
         return pytree.arg_tree_leaves(*args, **kwargs)
-    values = []
-    for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder"):
-        if i < len(args):
+    values: list[Any] = []
+    nodes = [n for n in graph.nodes if n.op == "placeholder"]
+    names = {n.target for n in nodes}
+    for i, node in enumerate(nodes):
+        if str(node.target).startswith("**"):
+            values.append({key: value for key, value in kwargs.items() if key not in names})
+        elif str(node.target).startswith("*"):
+            values.append(args[i:])
+        elif i < len(args):
             values.append(args[i])
         elif node.target in kwargs:
             values.append(kwargs[node.target])
         elif node.args:
             values.append(node.args[0])
-        elif str(node.target).startswith("*"):
-            values.append({} if str(node.target).startswith("**") else ())
         else:
             raise TypeError(f"missing input {node.target!r}")
     return values
+
+
+class Bound(fx.Interpreter):
+    """Runs a graph on what `bind` lays out: one value for each input, of `*args` and `**kwargs` all of them in one."""
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Return the next input."""
+        return next(self.args_iter)

@@ -27,7 +27,7 @@ from fxprune.patching import patched
 from fxprune.plans import Plan
 from fxprune.slimming import EXACT
 from fxprune.switching import WITHOUT_INFERENCE
-from fxprune.values import bind, tensors_in
+from fxprune.values import Bound, bind, tensors_in
 
 MADE_BY_TRACING = ("_tensor_constant", "lifted_tensor")
 """How the names of tensors begin that forward makes, and a trace has made before."""
@@ -235,7 +235,7 @@ def _verify(coupling: Coupling, plan: Plan, slim: fx.GraphModule) -> Verificatio
     return result
 
 
-class _Recorder(fx.Interpreter):
+class _Recorder(Bound):
     """Keeps what every node returns."""
 
     def __init__(self, module: fx.GraphModule) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune import Budget, TraceError
+from fxprune.tracing import _symbolic
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -168,6 +170,48 @@ def test_keyword_inputs_stay_inputs() -> None:
     masked = slimmed(model, (X, torch.zeros(4, 1, 8, 8)))
     assert not masked(X, torch.zeros(4, 1, 8, 8)).any()
     assert masked(X, torch.ones(4, 1, 8, 8)).any()
+
+
+def test_a_slim_network_is_traced_as_any_other() -> None:
+    for inputs in (X, {"x": X, "extra": torch.ones(4, 2, 8, 8), "scale": 3.0}):
+        slim = slimmed(Signature(), inputs)
+        again = slimmed(slim, inputs)
+        report = fxprune.report(again)
+        assert report.frontend == "symbolic_trace"
+        assert not report.notes
+        assert sum("expect" in n.name for n in again.graph.nodes) == sum("expect" in n.name for n in slim.graph.nodes)
+        with pytest.raises(ValueError, match=r"'mask' was fixed to None"):
+            again(X, torch.ones(4, 1, 8, 8))
+
+
+class Various(nn.Module):
+    """Arguments whose number and names are open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 3, 1)
+
+    def forward(self, x: Tensor, *more: Tensor, **named: Any) -> Tensor:
+        x = x if len(more) == 0 else x + more[0]
+        y = self.b(F.relu(self.a(x))) * named.get("scale", 1.0)
+        return y + named["bias"] if "bias" in named and len(named) > 0 else y
+
+
+@pytest.mark.parametrize(
+    "inputs", [{"x": X}, {"x": X, "scale": 2.0}, {"x": X, "bias": X, "scale": torch.ones(())}, (X, X)]
+)
+def test_arguments_of_open_number_and_name(inputs: Any) -> None:
+    model = Various().eval()
+    slim = slimmed(model, inputs)
+    assert fxprune.report(slim).frontend == "symbolic_trace"
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+    whole = slimmed(model, inputs, 1.0)
+    torch.testing.assert_close(whole(*args, **kwargs), model(*args, **kwargs))
+    tasks = {"task": fxprune.Task(lambda y, b: F.mse_loss(y, b[1]))}
+    batches = [(inputs, torch.zeros(4, 3, 8, 8))] * 2
+    fxprune.compile(model, inputs, Budget(macs=0.5), calibration=batches, tasks=tasks, progress=False)
+    with pytest.raises(ValueError, match=r"'sorted\(named\)' was fixed to .* is now \[.*'other'"):
+        whole(*args, **kwargs, other=1)
 
 
 class Pair(NamedTuple):
@@ -418,3 +462,62 @@ def test_what_depends_on_the_data_is_called_that(op: str) -> None:
     with pytest.raises(TraceError, match=rf"cannot be followed: at node .*{op}.* that depends on the data") as caught:
         fxprune.couple(fxprune.trace(OnData(ON_DATA[op]), X))
     assert "example inputs" not in str(caught.value)
+
+
+def test_a_model_that_compiles_itself() -> None:
+    model = Signature()
+    model.compile(backend="eager")
+    model.a.compile(backend="eager")
+    slim = slimmed(model)
+    report = fxprune.report(slim)
+    assert report.frontend == "symbolic_trace"
+    assert not report.notes
+    torch.testing.assert_close(slimmed(model, X, 1.0)(X), model(X))
+
+
+class Holding(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.last = inner, nn.Conv2d(2, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.inner(x))
+
+
+@pytest.mark.parametrize("where", ["around", "inside", "both"])
+def test_wrappers_of_torch_compile_come_off(where: str) -> None:
+    inner = Signature()
+    model: Any = Holding(inner if where == "around" else torch.compile(inner, backend="eager"))
+    names = {name.replace("_orig_mod.", "") for name in model.state_dict()}
+    model = model if where == "inside" else torch.compile(model, backend="eager")
+    slim = slimmed(model)
+    report = fxprune.report(slim)
+    assert report.frontend == "symbolic_trace"
+    assert [note[:29] for note in report.notes] == ["torch.compile was taken off b"]
+    assert set(slim.state_dict()) == names
+    whole = slimmed(model, X, 1.0)
+    torch.testing.assert_close(whole(X), model(X))
+    assert fxprune.trace(model, X).root.get_parameter("last.weight") is model.last.weight
+
+
+@torch.fx.wrap
+def copied(x: Tensor) -> Tensor:
+    return copy.deepcopy(x * 2)
+
+
+@torch.fx.wrap
+def generator(x: Tensor) -> torch.Generator:
+    """What cannot be copied, and is noted down of the run."""
+    return torch.Generator().manual_seed(len(x))
+
+
+class Copying(Chain):
+    def forward(self, x: Tensor) -> Tensor:
+        generator(x)
+        return super().forward(copied(x))
+
+
+def test_a_tensor_that_forward_copies_takes_no_record_along() -> None:
+    coupling = fxprune.couple(_symbolic(Copying(), (X,), {}, False))
+    assert "copied" in [n.name for n in coupling.traced.graph.nodes]
+    assert not coupling.record.unknown
