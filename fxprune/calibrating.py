@@ -159,6 +159,7 @@ class Calibration:
         return Calibration(moments, norms, data["losses"], data["samples"], data["fingerprint"])
 
 
+@torch.inference_mode(False)
 @sharing.together("calibrate")
 def calibrate(
     coupling: Coupling,
@@ -283,7 +284,7 @@ def samples_in(batch: Any) -> int:
 
 def _run(module: torch.nn.Module, batch: Any, tasks: Mapping[str, Task], gatherer: Gatherer) -> dict[str, float]:
     """Run one batch forward, and backward for every task. Returns its losses."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.enable_grad():
         with gatherer:
             losses = run_batch(module, batch, tasks)
         for i, (name, loss) in enumerate(losses.items()):

@@ -22,6 +22,7 @@ from fxprune.plans import Plan
 from fxprune.refitting import refit
 
 
+@torch.inference_mode(False)
 @sharing.together("compensate")
 def compensate(
     coupling: Coupling,

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import fx, nn
 from tqdm import tqdm
 
@@ -31,6 +32,7 @@ from fxprune.weighing import described
 BAR = "{desc:<8} {bar:20} {n}/{total} [{elapsed}]"
 
 
+@torch.inference_mode(False)
 @sharing.together("compile")
 def compile(
     model: nn.Module,

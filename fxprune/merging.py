@@ -8,6 +8,7 @@ from keyword import iskeyword
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import fx, nn
 
 from fxprune.alike import check_alike
@@ -62,6 +63,7 @@ class MergeMethod(Protocol):
         ...
 
 
+@torch.inference_mode(False)
 def merge(
     networks: Mapping[str, nn.Module],
     calibration: Iterable[Any] | None = None,

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from fxprune import agreeing, sharing
 from fxprune.atoms import FIXED
@@ -29,6 +30,7 @@ from fxprune.tasks import Task, check_batches
 from fxprune.weighing import shares_of
 
 
+@torch.inference_mode(False)
 @sharing.together("plan")
 def plan(
     coupling: Coupling,

@@ -149,7 +149,7 @@ class Probe:
         leaves = [t.detach().requires_grad_() if _is_value(t) else t for t in leaves]
         outputs = pytree.tree_unflatten(leaves, spec)
         found = []
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.enable_grad():
             for task in (self._tasks or {}).values():
                 loss, values = task(outputs, self._batches[i]), [t for t in leaves if _is_value(t)]
                 found.append(list(torch.autograd.grad(loss, values, allow_unused=True)))

@@ -77,7 +77,7 @@ def refit(
     Source: He et al., Channel Pruning for Accelerating Very Deep Neural Networks (2017), section 3.2.
     """
     traced = coupling.traced
-    with evaluating(traced.root), evaluating(slim), torch.inference_mode(False), torch.no_grad():
+    with evaluating(traced.root), evaluating(slim), torch.no_grad():
         example = bind(traced.graph, traced.args, traced.kwargs)
         known, mine = survey(traced.root, traced.graph, example), survey(slim, slim.graph, example)
         share = Share.of(batches)

@@ -258,7 +258,7 @@ class Rerun:
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
-        with evaluating(self._root), torch.inference_mode(False), torch.no_grad():
+        with evaluating(self._root), torch.no_grad():
             yield
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+import torch
 from torch import fx
 
 from fxprune.branches import build_without
@@ -21,6 +22,7 @@ from fxprune.traced import Traced
 logger = logging.getLogger(__name__)
 
 
+@torch.inference_mode(False)
 @without_collector
 def rewrite(coupling: Coupling, plan: Plan) -> fx.GraphModule:
     """Build the slim network of a plan.

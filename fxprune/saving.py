@@ -116,6 +116,7 @@ def save(slim: nn.Module, path: str | os.PathLike[str]) -> None:
     (folder / PLAN).write_text(json.dumps(data))
 
 
+@torch.inference_mode(False)
 def load(path: str | os.PathLike[str], model: nn.Module, *, example_inputs: Any = None) -> fx.GraphModule:
     """Load a slim network: cut a fresh model of the class the same way and fill it with the saved weights.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from tabulate import tabulate
 
 from fxprune import agreeing, notebooks, sharing
@@ -128,6 +129,7 @@ def _percent(rise: float) -> str:
     return "" if np.isnan(rise) else f"{rise:.2%}"
 
 
+@torch.inference_mode(False)
 @sharing.together("sensitivity")
 def sensitivity(
     coupling: Coupling,

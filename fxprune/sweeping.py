@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from tabulate import tabulate
 
 from fxprune import agreeing, notebooks, sharing
@@ -82,6 +83,7 @@ class Sweep:
         return {"points": points}
 
 
+@torch.inference_mode(False)
 @sharing.together("sweep")
 def sweep(
     coupling: Coupling,

@@ -166,6 +166,7 @@ def _is_users_own(module: nn.Module) -> bool:
 _ADVICE = "Check that `model(*example_inputs)` runs; mark functions that cannot be traced with `torch.fx.wrap`."
 
 
+@torch.inference_mode(False)
 def trace(model: nn.Module, example_inputs: Any) -> Traced:
     """Trace a model into an fx graph.
 

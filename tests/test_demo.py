@@ -186,6 +186,14 @@ def test_training_lowers_the_loss_and_ends_in_evaluation_mode():
     assert loss() < before
 
 
+def test_evaluating_leaves_every_module_in_its_own_mode() -> None:
+    model = SceneNet((4, 4, 4, 4), (4, 4, 4)).train()
+    frozen = next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)).eval()
+    training.evaluate(model, scenes.make_splits(1, 1, 8).test)
+    assert not frozen.training
+    assert all(m.training for m in model.modules() if m is not frozen)
+
+
 def test_distilling_brings_a_student_nearer_to_its_teacher() -> None:
     torch.manual_seed(1)
     student, teacher = demo.SceneNet(), demo.SceneNet().eval()

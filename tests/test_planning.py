@@ -561,6 +561,21 @@ def test_taylor_works_where_gradients_are_switched_off(off: Any) -> None:
     assert all(np.array_equal(found.kept[key], kept) for key, kept in expected.kept.items())
 
 
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("method", [methods.Joint(sequential=True), methods.HBGTS(), methods.Taylor()], ids=repr)
+def test_networks_compiled_where_gradients_are_switched_off_are_the_same_and_train(off: Any, method: Any) -> None:
+    model, data = settled(Residual()), batches()
+    settings: dict[str, Any] = {"method": method, "tasks": tasks(), "progress": False}
+    expected = fxprune.compile(model, X, Budget(macs=0.5), calibration=data, **settings)
+    with off():  # batches are made there, too
+        made = (tuple(t.clone() for t in batch) for batch in data)
+        found = fxprune.compile(model, X, Budget(macs=0.5), calibration=made, **settings)
+        assert torch.is_inference_mode_enabled() == (off is torch.inference_mode)
+        assert not torch.is_grad_enabled()
+    assert all(torch.equal(found.state_dict()[name], t) for name, t in expected.state_dict().items())
+    found.train()(X).sum().backward()
+
+
 @pytest.mark.parametrize(
     "loss",
     [

@@ -77,7 +77,7 @@ def _of_batch(
     module: torch.nn.Module, batch: Any, tasks: Mapping[str, Task], weights: list[torch.nn.Parameter]
 ) -> Sequence[torch.Tensor | None]:
     """Return the gradient of the sum of the losses of one batch for each weight."""
-    with evaluating(module), torch.inference_mode(False), torch.enable_grad():
+    with evaluating(module), torch.enable_grad():
         losses = run_batch(module, batch, tasks)
         constant = [name for name, loss in losses.items() if not loss.requires_grad]
         found: Sequence[torch.Tensor | None] = ()

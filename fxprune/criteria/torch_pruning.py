@@ -77,7 +77,7 @@ def _differentiate(
             loss = torch.stack(list(run_batch(network, batch, tasks).values())).sum()
             return torch.autograd.grad(loss, weights, allow_unused=True)
 
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.enable_grad():
         for gradients in Share.of(calibration).every(differentiate):
             for p, gradient in zip(weights, gradients, strict=True):
                 known = None if gathers else p.grad

@@ -190,9 +190,7 @@ def _answer(teacher: nn.Module, images: Tensor) -> Outputs:
 @torch.no_grad()
 def evaluate(model: nn.Module, scenes: Scenes, batch_size: int = 250) -> dict[str, float]:
     """Measure every task's metric on `scenes`, in evaluation mode; higher is better."""
-    was_training = model.training
-    model.eval()
-    answers: list[Any] = [model(images) for images, _ in scenes.batches(batch_size)]
-    model.train(was_training)
+    with evaluating(model):
+        answers: list[Any] = [model(images) for images, _ in scenes.batches(batch_size)]
     outputs = {task: torch.cat([answer[task] for answer in answers]) for task in metrics}
     return {task: metric(outputs[task], getattr(scenes, task)) for task, metric in metrics.items()}
