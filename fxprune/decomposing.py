@@ -29,6 +29,7 @@ from fxprune.constraining import Constraints, constrain
 from fxprune.costs import CostChange, Costs
 from fxprune.coupling import Coupling, close_record, couple
 from fxprune.errors import PlanError
+from fxprune.layers import fingerprint_of
 from fxprune.planning import counted, plan_of
 from fxprune.plans import Plan
 from fxprune.problems import agreed, gathered, needed
@@ -276,7 +277,7 @@ def plan_decomposed(
             "`decompose=False`, or bound something else."
         )
     if isinstance(calibration, Calibration):
-        calibration = agreed(calibration, tasks)
+        calibration = agreed(coupling, calibration, tasks)
         calibration, tasks = calibration.batches, calibration.tasks
     for name, task in (tasks or {}).items():
         if task.slice_outputs:
@@ -300,4 +301,4 @@ def plan_decomposed(
         stays[site.channels.ravel()[~keep[pair.channels]]] = False
     plan = plan_of(smaller, stays, method=repr(method), budget=budget.to_dict())
     plan = replace(plan, costs=CostChange(dense, costs_of(smaller, stays)))
-    return Decomposition(names, smaller, plan, known)
+    return Decomposition(names, smaller, plan, replace(known, fingerprint=fingerprint_of(smaller)))

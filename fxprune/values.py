@@ -1,7 +1,8 @@
-"""Values that go in and out of graphs: containers of tensors, in an order."""
+"""Values that go in and out of graphs: containers of tensors, in an order; and hashes of tensors."""
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
@@ -60,3 +61,9 @@ def bind(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list
         else:
             raise TypeError(f"missing input {node.target!r}")
     return values
+
+
+def hash_of(tensor: torch.Tensor) -> str:
+    """Return a hash of a tensor's values, bit by bit."""
+    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:12]
