@@ -53,7 +53,8 @@ class Moments:
             gradient of the sample's loss at the layer's output.
         norm: running mean of the batch norm that the output goes straight into, if it does.
         between: (blocks, n, n) the part of `second` that the means of classes make: E over positions of m m^T, m the
-            mean of x in the class of the position; the mean over tasks. None where classes were not told apart.
+            mean of x in the class of the position, where all that is of no class is one more; the mean over tasks. None
+            where classes were not told apart.
         own_bias: no other layer adds the same bias.
     """
 
@@ -355,10 +356,11 @@ def _moments(sums: Sums, samples: int, tasks: list[str], *, own_bias: bool) -> M
     second, mean = sums.inputs.mean(sums.inputs.rows)
     seen = {task: gram.mean(samples)[0].cpu() for task, gram in sums.outputs.items()}
     sensitivity = {task: seen.get(task, nothing) for task in tasks}
-    between = _between(sums)
+    between = _between(sums, mean)
     return Moments(layer, sums.shared_taps, second.cpu(), mean.cpu(), sensitivity, sums.norm, between, own_bias)
 
 
-def _between(sums: Sums) -> torch.Tensor | None:
-    parts = [totals.second().cpu() for totals in sums.classes.values()]
-    return torch.stack(parts).mean(0) / sums.inputs.rows if parts else None
+def _between(sums: Sums, mean: torch.Tensor) -> torch.Tensor | None:
+    rows = sums.inputs.rows
+    parts = [totals.whole(mean * rows, rows).second().cpu() for totals in sums.classes.values()]
+    return torch.stack(parts).mean(0) / rows if parts else None
