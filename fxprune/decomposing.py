@@ -162,10 +162,8 @@ def decompose(traced: Traced, names: Iterable[str]) -> Traced:
 def _identity(conv: Any) -> Any:
     """Return a 1x1 convolution that returns what it is given, plus the bias of `conv`."""
     width = conv.out_channels
-    after: Any = type(conv)(
-        width, width, 1, bias=conv.bias is not None, device=conv.weight.device, dtype=conv.weight.dtype
-    )
-    weight = torch.eye(width).reshape(after.weight.shape).to(after.weight)
+    after: Any = type(conv)(width, width, 1, bias=conv.bias is not None, device="meta")  # nothing is drawn at random
+    weight = torch.eye(width).reshape(after.weight.shape).to(conv.weight)
     after.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
     if conv.bias is not None:
         after.bias = conv.bias
