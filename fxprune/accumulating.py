@@ -6,6 +6,8 @@ import torch
 
 BLOCK = 512
 """How many columns of a product are made at a time."""
+LEFT = 1e-9
+"""A share of the rows that is no more than rounding."""
 VALUES = 1 << 20
 """How many values are widened to float64 at a time."""
 
@@ -104,6 +106,15 @@ class ClassTotals:
         found = ClassTotals()
         found.total, found.count = self.total.new_zeros(blocks, classes, n), self.count.new_zeros(classes)
         found.total[:, places[:known]], found.count[places[:known]] = self.total, self.count
+        return found
+
+    def whole(self, total: torch.Tensor, rows: int) -> ClassTotals:
+        """Return the sums with one more class, for what is missing in them: of `rows` rows, which add up to `total`."""
+        found = ClassTotals()
+        rest = (rows - self.count.sum()).clamp_min(0)
+        rest = torch.where(rest > LEFT * rows, rest, 0)
+        missing = (total - self.total.sum(1)) * (rest > 0)
+        found.total, found.count = torch.cat([self.total, missing[:, None]], 1), torch.cat([self.count, rest[None]])
         return found
 
     def second(self) -> torch.Tensor:

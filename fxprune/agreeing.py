@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import fields
-
-import torch
 
 from fxprune import sharing
 from fxprune.coupling import Coupling
 from fxprune.plans import Plan
 from fxprune.tasks import Task
+from fxprune.values import hash_of
 
 
 def check_network(coupling: Coupling) -> None:
@@ -24,7 +22,7 @@ def check_network(coupling: Coupling) -> None:
     if sharing.size() == 1:
         return
     facts = {"the hash of the coupling": coupling.fingerprint}
-    facts |= {f"the hash of {name!r}": _hash(tensor) for name, tensor, _ in coupling.traced.state}
+    facts |= {f"the hash of {name!r}": hash_of(tensor) for name, tensor, _ in coupling.traced.state}
     sharing.same(
         "the network",
         facts,
@@ -63,8 +61,3 @@ def check_plan(plan: Plan) -> Plan:
 
 def _settings(task: Task) -> dict[str, object]:
     return {f.name: getattr(task, f.name) for f in fields(task) if f.name != "loss"}
-
-
-def _hash(tensor: torch.Tensor) -> str:
-    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:12]

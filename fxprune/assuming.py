@@ -8,7 +8,7 @@ from torch import nn
 
 from fxprune.calibrating import OUTPUTS, Calibration, Moments
 from fxprune.coupling import Coupling
-from fxprune.layers import channels_of, layers_of
+from fxprune.layers import channels_of, fingerprint_of, layers_of
 from fxprune.sums import Layer
 
 
@@ -30,7 +30,7 @@ def assume(coupling: Coupling) -> Calibration:
     for layer in layers_of(coupling):
         if layer.name in coupling.tensors:
             moments[layer.name] = _moments(coupling, layer, state[layer.name], mean, square)
-    return Calibration(moments, {}, {OUTPUTS: 1.0}, 0, coupling.fingerprint)
+    return Calibration(moments, {}, {OUTPUTS: 1.0}, 0, fingerprint_of(coupling))
 
 
 def _channel_moments(coupling: Coupling) -> tuple[np.ndarray, np.ndarray]:

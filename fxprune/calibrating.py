@@ -24,13 +24,13 @@ from fxprune.cloning import names_of
 from fxprune.coupling import Coupling
 from fxprune.errors import ArtifactError, PlanError, check_kind
 from fxprune.gathering import Gatherer
-from fxprune.layers import layers_of
+from fxprune.layers import fingerprint_of, layers_of
 from fxprune.memberships import LabelReader
 from fxprune.shares import Share
 from fxprune.sums import Layer, Sums, renumber, spreads_of_all, sums_of_all
 from fxprune.tasks import Task, check_batches, evaluating, of_wanted_classes, run_batch
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the file of a calibration."""
 POSITIONS = 64
 """How many positions of each sample are read in a layer, at most."""
@@ -53,7 +53,8 @@ class Moments:
             gradient of the sample's loss at the layer's output.
         norm: running mean of the batch norm that the output goes straight into, if it does.
         between: (blocks, n, n) the part of `second` that the means of classes make: E over positions of m m^T, m the
-            mean of x in the class of the position; the mean over tasks. None where classes were not told apart.
+            mean of x in the class of the position, where all that is of no class is one more; the mean over tasks. None
+            where classes were not told apart.
         own_bias: no other layer adds the same bias.
     """
 
@@ -86,7 +87,7 @@ class Calibration:
         norms: running mean of a batch norm -> (2, channels) mean and variance of what it normalises, in float64.
         losses: task -> mean loss of the dense network.
         samples: how many samples were read, on all ranks.
-        fingerprint: of the coupling it was gathered for.
+        fingerprint: of the network it was gathered on: its weighted layers, and their weights.
         batches: the data of this rank, for what is measured later on; not saved.
         tasks: whose losses were differentiated; not saved.
         held_out: batches that were not read, for tolerances to be checked on; not saved.
@@ -106,7 +107,15 @@ class Calibration:
         coupling: Coupling, batches: Iterable[Any], tasks: Mapping[str, Task] | None, held_out: Sequence[Any] = ()
     ) -> Calibration:
         """Return batches and tasks to measure losses on; nothing is gathered."""
-        return Calibration({}, {}, {}, 0, coupling.fingerprint, batches, tasks, held_out)
+        return Calibration({}, {}, {}, 0, fingerprint_of(coupling), batches, tasks, held_out)
+
+    def check_network(self, coupling: Coupling) -> None:
+        """Raise PlanError where it is not of this network."""
+        if self.fingerprint != fingerprint_of(coupling):
+            raise PlanError(
+                "the calibration is of another network, or of other weights. Calibrate this one: "
+                "`fxprune.calibrate(coupling, batches, tasks)`."
+            )
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file."""
@@ -231,7 +240,7 @@ def calibrate(
         {name: torch.stack([s.mean, s.var]) for name, s in spreads_of_all(gatherer.spreads).items()},
         {name: total / samples for name, total in losses.items()},
         samples,
-        coupling.fingerprint,
+        fingerprint_of(coupling),
         batches,
         tasks,
     )
@@ -369,10 +378,11 @@ def _moments(sums: Sums, samples: int, tasks: list[str], *, own_bias: bool) -> M
             "in the data, and in the weights before it."
         )
     sensitivity = {task: seen.get(task, nothing) for task in tasks}
-    between = _between(sums)
+    between = _between(sums, mean)
     return Moments(layer, sums.shared_taps, second.cpu(), mean.cpu(), sensitivity, sums.norm, between, own_bias)
 
 
-def _between(sums: Sums) -> torch.Tensor | None:
-    parts = [totals.second().cpu() for totals in sums.classes.values()]
-    return torch.stack(parts).mean(0) / sums.inputs.rows if parts else None
+def _between(sums: Sums, mean: torch.Tensor) -> torch.Tensor | None:
+    rows = sums.inputs.rows
+    parts = [totals.whole(mean * rows, rows).second().cpu() for totals in sums.classes.values()]
+    return torch.stack(parts).mean(0) / rows if parts else None

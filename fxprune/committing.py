@@ -176,5 +176,7 @@ def _check(method: HBGS | HBGTS) -> None:
         raise PlanError(f'{name}(on={method.on!r}) makes no sense. Pass "filters" or "activations".')
     if method.decompose and not (method.compensate and method.tune is None):
         raise PlanError(f"{name}(decompose=True) needs `compensate=True`, and no `tune`.")
+    if method.tune is not None and not callable(method.tune):
+        raise PlanError(f"{name}(tune={method.tune!r}) cannot be called. Pass a function `(student, teacher) -> None`.")
     if method.tune is not None and method.checkpoint is not None:
         raise PlanError(f"{name} does not write down weights that were tuned. Pass `tune` or `checkpoint`, not both.")

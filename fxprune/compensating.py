@@ -54,10 +54,11 @@ def compensate(
         The weights that were corrected.
 
     Raises:
-        PlanError: `sequential`, and the calibration has no batches, or fewer than four samples.
+        PlanError: the calibration is of another network, or has no batches or fewer than four samples for `sequential`.
     """
     check_kind(coupling, Coupling)
     check_kind(plan, Plan)
+    calibration.check_network(coupling)
     if sequential:
         check_sequential(calibration)
     corrected = correct(coupling, plan, slim, calibration, damping=damping)

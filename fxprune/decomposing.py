@@ -29,6 +29,7 @@ from fxprune.constraining import Constraints, constrain
 from fxprune.costs import CostChange, Costs
 from fxprune.coupling import Coupling, close_record, couple
 from fxprune.errors import PlanError
+from fxprune.layers import fingerprint_of
 from fxprune.planning import counted, plan_of
 from fxprune.plans import Plan
 from fxprune.problems import agreed, gathered, needed
@@ -161,10 +162,8 @@ def decompose(traced: Traced, names: Iterable[str]) -> Traced:
 def _identity(conv: Any) -> Any:
     """Return a 1x1 convolution that returns what it is given, plus the bias of `conv`."""
     width = conv.out_channels
-    after: Any = type(conv)(
-        width, width, 1, bias=conv.bias is not None, device=conv.weight.device, dtype=conv.weight.dtype
-    )
-    weight = torch.eye(width).reshape(after.weight.shape).to(after.weight)
+    after: Any = type(conv)(width, width, 1, bias=conv.bias is not None, device="meta")  # nothing is drawn at random
+    weight = torch.eye(width).reshape(after.weight.shape).to(conv.weight)
     after.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
     if conv.bias is not None:
         after.bias = conv.bias
@@ -276,7 +275,7 @@ def plan_decomposed(
             "`decompose=False`, or bound something else."
         )
     if isinstance(calibration, Calibration):
-        calibration = agreed(calibration, tasks)
+        calibration = agreed(coupling, calibration, tasks)
         calibration, tasks = calibration.batches, calibration.tasks
     for name, task in (tasks or {}).items():
         if task.slice_outputs:
@@ -300,4 +299,4 @@ def plan_decomposed(
         stays[site.channels.ravel()[~keep[pair.channels]]] = False
     plan = plan_of(smaller, stays, method=repr(method), budget=budget.to_dict())
     plan = replace(plan, costs=CostChange(dense, costs_of(smaller, stays)))
-    return Decomposition(names, smaller, plan, known)
+    return Decomposition(names, smaller, plan, replace(known, fingerprint=fingerprint_of(smaller)))

@@ -99,14 +99,15 @@ class EndJudge:
         self._rerun = rerun
         self._tasks = tasks
         self._dense = [found[OUTPUT] for found in rerun.run({})]
-        self._losses = self._mean_losses(self._dense) if tasks else np.zeros(0)
+        self.losses = self._mean_losses(self._dense) if tasks else np.zeros(0)
+        """(tasks,) of the dense network; none without tasks."""
 
     def error(self, group: int, keep: np.ndarray, values: Values) -> float:
         """Return the error of the network; the arguments are those of `LayerJudge.error`."""
         outputs = [found[OUTPUT] for found in self._rerun.run(values, keep=keep)]
         if self._tasks:
             losses = self._mean_losses(outputs)
-            return float(np.mean((losses - self._losses) / np.maximum(np.abs(self._losses), 1e-12)))
+            return float(np.mean((losses - self.losses) / np.maximum(np.abs(self.losses), 1e-12)))
         return _relative_change(outputs, self._dense)
 
     def _mean_losses(self, outputs: Sequence[Any]) -> np.ndarray:

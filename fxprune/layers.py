@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -13,6 +14,7 @@ from fxprune.coupling import Coupling
 from fxprune.gathering import Lister
 from fxprune.sums import Layer
 from fxprune.tasks import evaluating
+from fxprune.values import hash_of
 
 _LISTED: WeakKeyDictionary[torch.nn.Module, Lister] = WeakKeyDictionary()
 """Of traced modules that were asked for theirs: to find them takes a run."""
@@ -26,6 +28,15 @@ def layers_of(coupling: Coupling) -> list[Layer]:
 def eps_of(coupling: Coupling) -> dict[str, float]:
     """Return running mean -> eps of the batch norms of a network, as seen in the same run."""
     return _listed(coupling).eps
+
+
+def fingerprint_of(coupling: Coupling) -> str:
+    """Return a hash of a network's weighted layers and batch norms, and of their weights; not of what is held in it."""
+    state = coupling.traced.by_name
+    layers, norms = layers_of(coupling), list(eps_of(coupling))
+    names = [name for layer in layers for name in (layer.name, layer.bias)] + norms
+    hashes = [hash_of(state[name]) for name in names if name in state]
+    return hashlib.sha256(repr((layers, norms, hashes)).encode()).hexdigest()
 
 
 def _listed(coupling: Coupling) -> Lister:

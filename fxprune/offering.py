@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from fxprune.offers import Branch, Found, Offer, written
 from fxprune.paths import paths_in_any_order
 from fxprune.problems import Problem
 from fxprune.rerunning import Rerun
-from fxprune.resuming import read_state, write_state
+from fxprune.resuming import read_state, sums_over, write_state
 from fxprune.shares import Share
 from fxprune.shrinking import Shrinker, Shrunk
 from fxprune.trimming import trim
@@ -71,7 +72,7 @@ class Offering:
         self._power = 2 if judge == "outputs" else 1
         self._beam = beam
         self._touched = [self.shrinker.touched(self._members(group)) for group in self.coupling.groups()]
-        share = Share.of(self.data.batches or ())
+        share = Share.of(() if self.data.batches is None else self.data.batches)
         device = next((t.device for _, t, _ in self.coupling.traced.state), torch.device("cpu"))
         batches = share.everywhere(share, device)  # with several ranks, each measures its part of the offers on all
         self.rerun = Rerun(self.coupling, batches, self._touched)
@@ -259,8 +260,18 @@ class Offering:
         mine = [names[name].detach().clone() for name in there]
         found = sharing.send("trained weights", 0, mine) if sharing.size() > 1 else mine
         trained = {name: value for name, value in zip(there, found, strict=True) if value is not None}
+        self._check_trained(trained)
         values = self.shrinker.take_over(self.shrinker.state | trained, now.keep)
         return Shrunk(now.keep, values, {})
+
+    def _check_trained(self, trained: Mapping[str, torch.Tensor]) -> None:
+        """Raise PlanError where training has made a tensor infinite or NaN that was not."""
+        for name, value in trained.items():
+            if not value.isfinite().all() and self.shrinker.state[name].isfinite().all():
+                raise PlanError(
+                    f"`tune` left {name!r} with values that are not finite. Lower its learning rate, or look at its "
+                    "loss."
+                )
 
     def _stuck(self, branch: Branch) -> str:
         costs = self.coupling.costs(branch.now.keep).to_dict()
@@ -280,8 +291,14 @@ class Offering:
             "beam": [written(b) for b in beam],
             "best": None if best is None else written(best),
             "spent": self._spent,
+            "data": self._of_data,
         }
         write_state(self.method.checkpoint, self.about, state)
+
+    @cached_property
+    def _of_data(self) -> list[float]:
+        """Return what tells the batches from others, whatever their order."""
+        return [*sums_over(self.rerun.batches), *(() if isinstance(self.judge, LayerJudge) else self.judge.losses)]
 
     def _resumed(self) -> tuple[list[Branch], Branch | None, int]:
         if self._passed is not None and self._goes_on(self._passed[0]):
@@ -297,6 +314,12 @@ class Offering:
             known = sharing.from_first("the checkpoint", lambda: read_state(path, self.about))
         if known is None:
             return [dense], None, 0
+        before, now = known.get("data", ()), self._of_data
+        if len(before) != len(now) or not np.allclose(before, now, rtol=1e-5, atol=0, equal_nan=True):
+            raise PlanError(
+                f"the checkpoint {path} is of other data: the calibration batches held other numbers. Delete it, or "
+                "pass another path."
+            )
         self._spent = known["spent"]
         best = None if known["best"] is None else self._read(known["best"])
         return [self._read(b) for b in known["beam"]], best, known["number"]

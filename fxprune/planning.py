@@ -86,7 +86,7 @@ def _plan(
 
     coupling = counted(coupling, budget)
     if isinstance(calibration, Calibration):
-        calibration = agreed(calibration, tasks)
+        calibration = agreed(coupling, calibration, tasks)
         tasks = calibration.tasks
     restriction = restrict(coupling, tasks)
     dense = coupling.costs.dense

@@ -55,7 +55,7 @@ def prepare(
         PlanError: the method lacks its data, or rows of classes cannot go.
     """
     if isinstance(data, Calibration):
-        data = agreed(data, tasks)
+        data = agreed(coupling, data, tasks)
         tasks = data.tasks
     restriction = restrict(coupling, tasks)
     if restriction is not None:

@@ -78,7 +78,7 @@ class Problem:
                 f"{name} measures on batches, and a calibration that was loaded has none. Pass "
                 "`calibration=[(inputs, targets), ...]`, or `dataclasses.replace(calibration, batches=batches)`."
             )
-        known = agreed(given, self.tasks)
+        known = agreed(self.coupling, given, self.tasks)
         if moments and losses and list(known.losses) != list(known.tasks or {}):
             raise PlanError(
                 f"{name} has tasks {list(known.tasks or {})}, and the calibration is of {list(known.losses)}. "
@@ -87,14 +87,15 @@ class Problem:
         return known
 
 
-def agreed(calibration: Calibration, tasks: Mapping[str, Task] | None) -> Calibration:
+def agreed(coupling: Coupling, calibration: Calibration, tasks: Mapping[str, Task] | None) -> Calibration:
     """Return a calibration with the tasks that count: those that are given, else its own.
 
     Losses and tolerances may be others than those it was gathered with; names and classes may not.
 
     Raises:
-        PlanError: they are.
+        PlanError: they are, or the calibration is of another network.
     """
+    calibration.check_network(coupling)
     known, given = calibration.tasks or {}, tasks or calibration.tasks
     names = list(calibration.losses or known)
     if not given:
@@ -102,8 +103,8 @@ def agreed(calibration: Calibration, tasks: Mapping[str, Task] | None) -> Calibr
     if names and set(given) != set(names):
         before = "without tasks" if names == [OUTPUTS] else f"with the tasks {names}"
         raise PlanError(
-            f"the calibration was gathered {before}, and the tasks are {list(given)}. Calibrate with the same tasks, or "
-            "pass batches."
+            f"the calibration was gathered {before}, and the tasks are {list(given)}. Calibrate with the same tasks, "
+            "or pass batches."
         )
     for name, task in known.items():
         if name in given and task.classes != given[name].classes:

@@ -18,7 +18,7 @@ from fxprune.calibrating import Calibration, Moments
 from fxprune.costs import CostChange
 from fxprune.coupling import Coupling, couple
 from fxprune.errors import PlanError
-from fxprune.layers import channels_of
+from fxprune.layers import channels_of, fingerprint_of
 from fxprune.opening import Classes, classes_of, opened, rows_that_stay
 from fxprune.planning import plan_of
 from fxprune.plans import Plan, frozen
@@ -80,7 +80,7 @@ class Restriction:
         keep = np.append(self.rows.keep, True)
         moments = {name: self._moments(m, keep) for name, m in data.moments.items()}
         norms = {name: torch.stack([self.rows.cut(name, v) for v in both]) for name, both in data.norms.items()}
-        return replace(data, moments=moments, norms=norms, fingerprint=self.part.fingerprint)
+        return replace(data, moments=moments, norms=norms, fingerprint=fingerprint_of(self.part))
 
     def _moments(self, m: Moments, keep: np.ndarray) -> Moments:
         layer = m.layer

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fxprune.errors import PlanError
+from fxprune.values import tensors_in
 
 SCHEMA = 1
 """Version of the file of a search."""
@@ -35,8 +39,11 @@ def read_state(path: str | Path, about: Mapping[str, Any]) -> dict[str, Any] | N
     """Return where a search was, or None where there is no file yet.
 
     Raises:
-        PlanError: the file is of another search, or damaged.
+        PlanError: the file is of another search, or damaged, or there is no folder to write it to.
     """
+    folder = Path(path).absolute().parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise PlanError(f"the checkpoint {path} cannot be written: {folder} is no folder to write to. Make it first.")
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -53,3 +60,17 @@ def read_state(path: str | Path, about: Mapping[str, Any]) -> dict[str, Any] | N
                 f"{wanted[key]!r}. Delete it, or pass another path."
             )
     return found["state"]
+
+
+def sums_over(batches: Iterable[Any]) -> list[float]:
+    """Return sums that tell batches from others, whatever their order: three for each tensor of a batch."""
+    found: list[float] = []
+    for batch in batches:
+        sums = [x for t in tensors_in(batch) for x in _sums(t.detach())]
+        found = [a + b for a, b in zip_longest(found, sums, fillvalue=0.0)]
+    return found
+
+
+def _sums(t: torch.Tensor) -> tuple[float, float, float]:
+    values = t.abs().double() if t.is_complex() else t.double()
+    return float(t.numel()), float(values.clamp_min(0).sum()), float(values.square().sum())

@@ -66,9 +66,19 @@ def are_numbers(labels: torch.Tensor) -> bool:
 
 
 def renumbered(labels: torch.Tensor, classes: Sequence[int]) -> torch.Tensor:
-    """Return labels for some classes alone: numbers counted from 0 in their order, `IGNORED` for others."""
+    """Return labels for some classes alone: numbers counted from 0 in their order, as int64, `IGNORED` for others.
+
+    Raises:
+        PlanError: memberships without these classes, such as class numbers as floats.
+    """
     if not are_numbers(labels):
+        if labels.ndim < 2 or labels.shape[1] <= max(classes):
+            raise PlanError(
+                f"Task(classes={list(classes)}): the labels are {labels.dtype} of shape {tuple(labels.shape)}. Pass "
+                "class numbers (b, ..) as integers, or memberships (b, classes, ..) as floats, of all classes."
+            )
         return labels.index_select(1, torch.tensor(classes, device=labels.device))
+    labels = labels.long()  # unsigned ones have no negative numbers
     new = torch.full_like(labels, IGNORED)
     for i, number in enumerate(classes):
         new[labels == number] = i

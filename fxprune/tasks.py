@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils import _pytree as pytree
 
 from fxprune import sharing
 from fxprune.cloning import named_state
@@ -131,9 +132,9 @@ def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the positional and keyword inputs of a batch.
 
     A batch is the inputs, or a pair `(inputs, targets)`; inputs are a tensor, a tuple of positional inputs or a dict of
-    keyword inputs.
+    keyword inputs. Tensors in them ask for no gradient: they are data.
     """
-    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+    inputs = pytree.tree_map(_data, batch[0] if isinstance(batch, (tuple, list)) else batch)
     if isinstance(inputs, dict):
         return (), inputs
     return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
@@ -157,6 +158,10 @@ def running_on(batch: Any) -> Iterator[None]:
             "A batch is the inputs, or a pair `(inputs, targets)`; inputs are like the example inputs: a tensor, a "
             "tuple, or a dict of what forward takes by name and nothing else."
         ) from error
+
+
+def _data(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) and value.requires_grad else value
 
 
 def run_batch(module: torch.nn.Module, batch: Any, tasks: Mapping[str, Task]) -> dict[str, torch.Tensor]:

@@ -1,7 +1,8 @@
-"""Values that go in and out of graphs: containers of tensors, in an order."""
+"""Values that go in and out of graphs: containers of tensors, in an order; and hashes of tensors."""
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
@@ -72,3 +73,9 @@ class Bound(fx.Interpreter):
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Return the next input."""
         return next(self.args_iter)
+
+
+def hash_of(tensor: torch.Tensor) -> str:
+    """Return a hash of a tensor's values, bit by bit."""
+    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:12]

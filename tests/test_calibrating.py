@@ -143,6 +143,29 @@ def test_the_network_is_as_it_was_and_modes_do_not_matter() -> None:
     assert found.losses["classes"] == pytest.approx(float(torch.stack(losses).mean()))
 
 
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 6), nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.head((self.first(x) + self.second(y)).relu())
+
+
+def test_inputs_that_ask_for_a_gradient_are_data_like_others() -> None:
+    torch.manual_seed(0)
+    x, y, labels = torch.randn(8, 4), torch.randn(8, 3), torch.arange(8) % 2
+    coupling = fxprune.couple(fxprune.trace(TwoInputs().eval(), (x, y)))
+    tasks = {"label": Task(lambda outputs, batch: F.cross_entropy(outputs, batch[1]))}
+    plain = calibrate(coupling, [((x, y), labels)], tasks)
+    asking = x.clone().requires_grad_()
+    found = calibrate(coupling, [((asking, y), labels)], tasks)
+    for name, m in plain.moments.items():
+        assert m.sensitivity["label"].diagonal(dim1=1, dim2=2).sum() > 0
+        assert torch.equal(m.sensitivity["label"], found.moments[name].sensitivity["label"])
+    assert asking.grad is None
+
+
 def test_without_tasks_the_outputs_are_what_counts() -> None:
     _, coupling, data = settings()
     found = calibrate(coupling, [x for x, _ in data])
@@ -228,7 +251,7 @@ def test_the_layer_that_infinite_numbers_reach_is_named() -> None:
 
 def test_methods_that_do_not_calibrate_name_the_batch_too() -> None:
     batches = [(torch.randn(4, 5, 8, 8), torch.zeros(4).long())] * 2
-    model, tasks = settled(Chain()), {"t": Task(lambda outputs, batch: outputs.sum())}
+    tasks = {"t": Task(lambda outputs, batch: outputs.sum())}
     for method in (methods.Taylor(), methods.CATRO(), methods.PAGCP(), methods.HBGTS()):
         with pytest.raises(PlanError, match=r"does not run on a calibration batch with inputs \(4, 5, 8, 8\)"):
             fxprune.compile(

@@ -8,14 +8,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from rows import rows_of
 from small import Chain, Multitask, settled
 from torch import Tensor, nn
 
 import fxprune
 from fxprune import Budget, Calibration, PlanError, Task, methods
-from fxprune.calibrating import calibrate
+from fxprune.accumulating import ClassTotals
+from fxprune.calibrating import _moments, calibrate
 from fxprune.criteria.class_aware import weigh_classes
+from fxprune.sums import Layer, Sums
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(24, 3, 8, 8, generator=GENERATOR)
@@ -26,9 +30,10 @@ TASKS = {"label": Task(lambda outputs, batch: F.cross_entropy(outputs, batch[1])
 
 
 def between(rows: Tensor, labels: Tensor) -> Tensor:
-    """E[m m^T] over rows (rows, n) by its definition."""
+    """E[m m^T] over rows (rows, n) by its definition; all without a class are one."""
     total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
-    for c in labels[labels >= 0].unique():
+    labels = labels.clamp_min(-1)
+    for c in labels.unique():
         mean = rows[labels == c].double().mean(0)
         total += (labels == c).sum() * torch.outer(mean, mean)
     return total / len(rows)
@@ -65,6 +70,42 @@ def test_positions_have_classes_of_their_own_and_tasks_are_averaged() -> None:
     rows = rows_of(model, "seg.0", [X])[0].flatten(1)
     wanted = (between(rows, MAPS.flatten()) + between(rows, LABELS.repeat_interleave(64))) / 2
     assert torch.allclose(found.moments["seg.0.weight"].between[0], wanted, rtol=1e-3, atol=1e-6)
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.integers(1, 6))
+def test_what_classes_make_is_a_part_of_the_moment_whoever_is_of_which(seed: int, density: float, classes: int) -> None:
+    """Memberships at random: rows of no class, of several, in shares; and rows of which nothing is known."""
+    generator = torch.Generator().manual_seed(seed)
+    sums = Sums(Layer("some", 2, 4, 3, 1, None), shared_taps=False)
+    for batch in range(3):
+        rows = 1 + torch.randn(2, 15, 4, dtype=torch.float64, generator=generator)
+        sums.inputs.add(rows)
+        for task in ("first", "second")[: batch + 1]:
+            members = (torch.rand(15, classes, generator=generator) < density).double()
+            shares = members * torch.rand(15, 1, generator=generator).round(decimals=1)
+            sums.classes.setdefault(task, ClassTotals()).add(rows, (members, shares)[task == "second"])
+    m = _moments(sums, 45, [], own_bias=True)
+    assert m.between is not None
+    for part in (m.between - m.mean[:, :, None] * m.mean[:, None], m.second - m.between):
+        assert torch.linalg.eigvalsh(part).min() >= -1e-9
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9, 1.0])
+def test_positions_and_samples_of_no_class_are_planned_with(share: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    maps = MAPS.clamp_min(0).masked_fill(torch.rand(MAPS.shape, generator=generator) < share, -100)
+    present = (torch.rand(24, 6, generator=generator) < 0.3).float()
+    tasks = {
+        "seg": Task(lambda o, b: F.cross_entropy(o["seg"], b[1]["seg"].clamp_min(0)), target="seg"),
+        "present": Task(
+            lambda o, b: F.binary_cross_entropy_with_logits(o["present"], b[1]["present"]),
+            classes=[0, 2, 5], output="present", target="present",
+        ),
+    }  # fmt: skip
+    request: dict[str, Any] = {"method": methods.Joint(within=0, samples=4), "progress": False, "tasks": tasks}
+    batches = [(X, {"seg": maps, "present": present})]
+    slim = fxprune.compile(settled(Multitask()), X[:1], Budget(macs=0.5), calibration=batches, **request)
+    assert fxprune.report(slim).costs.share("macs") <= 0.5
 
 
 def test_weights_of_what_varies_within_classes() -> None:

@@ -49,7 +49,9 @@ def test_pairs_compute_what_the_network_computes() -> None:
     model, data = network()
     traced = fxprune.trace(model, data[0])
     assert candidates(traced) == ("a", "b", "c")
+    drawn = torch.get_rng_state()
     paired = decompose(traced, candidates(traced)).module
+    assert torch.equal(torch.get_rng_state(), drawn)
     with torch.no_grad():
         assert torch.allclose(paired.eval()(data[0]), model(data[0]), rtol=1e-5, atol=1e-6)
     assert [n for n, _ in model.named_modules() if "decomposed" in n] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,10 +14,11 @@ import torch
 from test_pagcp import Mixed, slim_losses
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
 from two_tasks import TASKS, asked, batches, trained
 
 import fxprune
-from fxprune import Budget, Constraints, PlanError, Task, rerunning
+from fxprune import Budget, Constraints, PlanError, Task, methods, rerunning
 from fxprune.calibrating import Calibration, calibrate
 from fxprune.methods import HBGS, HBGTS, FilterBackward, FilterOMP, PathMethod, Problem
 from fxprune.offering import Offering
@@ -341,6 +343,68 @@ def test_a_killed_search_goes_on_and_ends_with_the_same_plan(beam: int, tmp_path
     assert [group for group, *_ in found.commits] == [group for group, *_ in wanted.commits]
     with pytest.raises(PlanError, match=r'its method is "HBGTS\(filters_per_round=4.*Delete it'):
         replace(written, filters_per_round=3).search(asked(0.5, calibration=calibration))
+
+
+@pytest.mark.parametrize("judge", ["layers", "outputs", "loss"])
+def test_a_checkpoint_is_of_its_data_in_any_order(judge: str, tmp_path: Path) -> None:
+    model, data, _ = trained()
+    path = str(tmp_path / "search.json")
+    method: Any = HBGS(20, checkpoint=path) if judge == "layers" else HBGTS(20, judge=judge, checkpoint=path)
+    request: dict[str, Any] = {"method": method, "progress": False, "tasks": TASKS, "verify": False}
+
+    def run(batches: list[Any]) -> str:
+        slim = fxprune.compile(model, data[0][0], Budget(macs=0.6), calibration=batches, **request)
+        return fxprune.report(slim).plan.digest
+
+    digest = run(data)
+    assert run(data[::-1]) == digest
+    others = [[(-x, y) for x, y in data], data[1:], [(x, (a, b + 1)) for x, (a, b) in data]]
+    if judge == "loss":  # the same inputs and targets, but not of each other
+        others.append([(x, other) for (x, _), (_, other) in zip(data, data[1:] + data[:1], strict=True)])
+    for other in others:
+        with pytest.raises(PlanError, match=r"search\.json is of other data: .* Delete it, or pass another path"):
+            run(other)
+
+
+def test_a_checkpoint_without_a_folder_is_refused_before_the_first_round(tmp_path: Path) -> None:
+    path = str(tmp_path / "missing" / "search.json")
+    rounds: list[int] = []
+    tasks = {"signs": Task(lambda outputs, batch: rounds.append(0) or TASKS["signs"].loss(outputs, batch))}
+    dense = 2 * len(trained()[1])  # once for what it starts from, and once to calibrate
+    for method in (HBGS(checkpoint=path), HBGTS(judge="loss", checkpoint=path), methods.PAGCP(checkpoint=path)):
+        rounds.clear()
+        with pytest.raises(PlanError, match=r"search\.json cannot be written: .*missing is no folder"):
+            method.choose(asked(0.5, tasks=tasks, calibration=trained()[1]))
+        assert len(rounds) <= dense
+
+
+def test_what_cannot_tune_or_tunes_to_nan_is_refused() -> None:
+    model, data, _ = trained()
+
+    def diverge(student: nn.Module, teacher: nn.Module) -> None:
+        with torch.no_grad():
+            student.wide.weight[0] *= torch.nan
+
+    with pytest.raises(PlanError, match=r"HBGTS\(tune=3\) cannot be called"):
+        HBGTS(tune=3)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(PlanError, match=r"`tune` left 'wide\.weight' with values that are not finite"):
+        fxprune.compile(model, data[0][0], Budget(macs=0.5), method=HBGS(tune=diverge), calibration=data)
+
+
+def test_batches_may_have_no_length() -> None:
+    class Stream(IterableDataset[Tensor]):
+        def __iter__(self) -> Iterator[Tensor]:
+            return iter(torch.cat([x for x, _ in trained()[1]]))
+
+    model, data, _ = trained()
+    loader = DataLoader(Stream(), len(data[0][0]))
+    for method in (HBGS(20), HBGTS(20)):
+        request: dict[str, Any] = {"method": method, "progress": False, "verify": False}
+        plans = [
+            fxprune.report(fxprune.compile(model, data[0][0], Budget(macs=0.7), calibration=some, **request)).plan
+            for some in ([x for x, _ in data], loader)
+        ]
+        assert plans[0].digest == plans[1].digest
 
 
 def test_without_data_or_with_nothing_to_give_it_is_refused() -> None:

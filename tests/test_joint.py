@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -213,7 +214,39 @@ def test_joint_reads_saved_calibrations_and_says_what_is_missing(tmp_path: Any) 
         fxprune.plan(coupling, Budget(macs=0.5), method=methods.Taylor(), calibration=read, tasks=TASKS)
     other = fxprune.couple(fxprune.trace(Twins(), torch.randn(1, 3, 9, 9)))
     with pytest.raises(PlanError, match=r"holds 'stem\.weight', which this network does not have"):
-        fxprune.plan(other, Budget(macs=0.5), method=methods.Joint(), calibration=found)
+        methods.Joint().paths(other, found)
+
+
+def test_a_calibration_is_of_one_network_and_its_weights(tmp_path: Any) -> None:
+    model, _, data, found = setting()
+    found.save(tmp_path / "c.safetensors")
+    wider = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).double().eval()
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        changed.side.weight += 1e-6
+    for network in (wider, changed):
+        other = fxprune.couple(fxprune.trace(network, data[0][0]))
+        for cal in (found, replace(Calibration.load(tmp_path / "c.safetensors"), batches=data)):
+            for method in (methods.Joint(), methods.HBGS(), methods.HBGS(decompose=True), methods.Taylor()):
+                with pytest.raises(PlanError, match="the calibration is of another network, or of other weights"):
+                    fxprune.compile(network, data[0][0], Budget(macs=0.5), method=method, calibration=cal)
+            with pytest.raises(PlanError, match="the calibration is of another network"):
+                fxprune.sensitivity(other, calibration=cal)
+            plan = fxprune.plan(other, Budget(macs=0.5))
+            with pytest.raises(PlanError, match="the calibration is of another network"):
+                fxprune.compensate(other, plan, fxprune.rewrite(other, plan), cal)
+
+
+def test_what_is_held_or_cut_in_a_network_leaves_its_calibration_valid() -> None:
+    model, coupling, data, found = setting()
+    held = fxprune.couple(fxprune.trace(copy.deepcopy(model), data[1][0]), freeze={"inner": "held"})
+    limits = fxprune.Constraints(keep_outputs=["side"])
+    assert fxprune.plan(held, Budget(macs=0.98), calibration=found, constraints=limits).costs.share("macs") <= 0.98
+    some = replace(TASKS["classes"], classes=[0, 2], slice_outputs=True, output=0, target=0)
+    cut = calibrate(held, data, TASKS | {"classes": some})
+    plan = fxprune.plan(coupling, Budget(macs=0.6), calibration=cut)
+    assert list(plan.classes.values()) == [(0, 2)]
+    fxprune.compensate(coupling, plan, fxprune.rewrite(coupling, plan), cut)
 
 
 def test_methods_that_score_take_the_batches_and_the_tasks_of_a_calibration() -> None:

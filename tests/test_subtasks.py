@@ -64,6 +64,25 @@ def test_the_loss_is_that_of_the_samples_and_rows_of_the_classes() -> None:
     assert none.requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
+def test_class_numbers_of_any_integer_type_are_the_same(dtype: torch.dtype) -> None:
+    logits = torch.randn(24, 10, generator=GENERATOR)
+    batches = [(x, labels.to(dtype)) for x, labels in BATCHES]
+    assert torch.equal(TASKS["digit"](logits, (X, LABELS.to(dtype))), TASKS["digit"](logits, (X, LABELS)))
+    left = [[len(x) for x, _ in of_wanted_classes(some, TASKS)] for some in (BATCHES, batches)]
+    assert left[0] == left[1]
+    assert sum(left[0]) < 24
+
+
+@pytest.mark.parametrize("labels", [LABELS.float(), F.one_hot(LABELS, 10)[:, :6].float()])
+def test_class_numbers_as_floats_and_memberships_of_too_few_classes_are_refused(labels: Tensor) -> None:
+    with pytest.raises(PlanError, match=r"classes=\[2, 5, 7\]\): the labels are torch.float32 of shape"):
+        compiled(settled(Chain()), 0.5, calibration=[(X, labels)])
+    for method in (methods.CATRO(), methods.Taylor()):
+        with pytest.raises(PlanError, match=r"class numbers \(b, \.\.\) as integers|integer class numbers"):
+            compiled(settled(Chain()), 0.5, calibration=[(X, labels)], method=method)
+
+
 def test_positions_of_other_classes_are_ignored_and_memberships_are_cut() -> None:
     torch.manual_seed(1)
     outputs = {"seg": torch.randn(24, 4, 8, 8), "depth": torch.randn(24, 1, 8, 8), "present": torch.randn(24, 6)}
