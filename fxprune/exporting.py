@@ -45,6 +45,7 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             holder, _, key = name.rpartition(".")
             setattr(graph_module.get_submodule(holder), key, own[name])
     graph_module.train(model.training)
+    notes += [] if model.training else _on_batch_norms(model)
     sources = {n.name: line for n in graph.nodes if (line := _line_of(n.stack_trace))}
     state, _ = taking_part(graph_module, graph_module.graph)
     used = {id(t) for _, t, _ in state}
@@ -99,6 +100,15 @@ def _ask_for_mode(graph: fx.Graph) -> None:
             if argument.name in ("train", "training") and i < len(node.args) and isinstance(node.args[i], bool):
                 with graph.inserting_before(node):
                     node.update_arg(i, graph.call_module(TRAINING))
+
+
+def _on_batch_norms(model: nn.Module) -> list[str]:
+    """Return notes on batch norms: the op that is exported of one in eval mode does not count batches."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    notes = ["batch norms do not count batches in num_batches_tracked"] if norms else []
+    if any(m.momentum is None for m in norms):
+        notes.append("batch norms with momentum=None keep their running statistics in train()")
+    return notes
 
 
 def _line_of(stack_trace: str | None) -> str:

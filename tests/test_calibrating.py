@@ -255,11 +255,5 @@ def test_methods_that_do_not_calibrate_name_the_batch_too() -> None:
     for method in (methods.Taylor(), methods.CATRO(), methods.PAGCP(), methods.HBGTS()):
         with pytest.raises(PlanError, match=r"does not run on a calibration batch with inputs \(4, 5, 8, 8\)"):
             fxprune.compile(
-                settled(Chain()),
-                IMAGES,
-                Budget(macs=0.5),
-                method=method,
-                calibration=batches,
-                tasks=tasks,
-                progress=False,
+                model, IMAGES, Budget(macs=0.5), method=method, calibration=batches, tasks=tasks, progress=False
             )

@@ -339,6 +339,21 @@ def test_what_symbolic_trace_cannot_do_is_exported() -> None:
     assert any("torch.export" in note for note in fxprune.report(slim).notes)
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_what_exported_batch_norms_do_not_do_is_noted(momentum: float | None) -> None:
+    model = DataDependent()
+    model.bn.momentum = momentum
+    slim = slimmed(settled(model))
+    before = slim.bn.running_mean.clone()
+    slim.train()(X)
+    notes = fxprune.report(slim).notes
+    assert slim.bn.num_batches_tracked == 0
+    assert "batch norms do not count batches in num_batches_tracked" in notes
+    kept = torch.equal(slim.bn.running_mean, before)
+    assert kept == ("batch norms with momentum=None keep their running statistics in train()" in notes)
+    assert kept == (momentum is None)
+
+
 class Dividing(nn.Module):
     """Divides by the number of its calls, a buffer that it writes to."""
 
