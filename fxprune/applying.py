@@ -28,6 +28,7 @@ def applied(kind: type[Function]) -> Callable[..., Any]:
         return kind.apply(*args)
 
     apply.__name__, apply.__qualname__, apply.__module__ = kind.__name__, kind.__qualname__, kind.__module__
+    vars(apply)["applies"] = kind
     return apply
 
 

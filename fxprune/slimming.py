@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.cloning import Cloner, submodule
+from fxprune.packing import Packed, pack, unpack
 
 RECORD = "fxprune"
 """Key of the compilation's record in `slim.meta`."""
@@ -55,7 +56,11 @@ class SlimModule(fx.GraphModule):
         return _with_record(twin, self.meta.get(RECORD), _plain_tensors(self))
 
     def __reduce__(self) -> Any:
-        return _restore, (super().__reduce__(), self.meta.get(RECORD), _plain_tensors(self))
+        root = _container(self)
+        for table in (*_HOOKS, *_TABLES, "_non_persistent_buffers_set"):
+            getattr(root, table).update(getattr(self, table))
+        vars(root).update({name: vars(self)[name] for path, name in _plain_tensors(self) if not path})
+        return _restore, (root, pack(self.graph), type(self).__name__, dict(self.meta))
 
 
 def only_used(root: nn.Module, graph: fx.Graph, copy: Cloner) -> nn.Module:
@@ -132,5 +137,7 @@ def _with_record(module: fx.GraphModule, record: Any, plain: Iterable[tuple[str,
     return slim
 
 
-def _restore(reduced: Any, record: Any, plain: Iterable[tuple[str, str]] = ()) -> SlimModule:
-    return _with_record(reduced[0](*reduced[1]), record, plain)
+def _restore(root: nn.Module, packed: Packed, class_name: str, meta: dict[str, Any]) -> SlimModule:
+    slim = SlimModule(root, unpack(packed), class_name)
+    slim.meta.update(meta)
+    return slim
