@@ -28,7 +28,7 @@ from fxprune.layers import layers_of
 from fxprune.memberships import LabelReader
 from fxprune.shares import Share
 from fxprune.sums import Layer, Sums, renumber, spreads_of_all, sums_of_all
-from fxprune.tasks import Task, check_batches, evaluating, of_wanted_classes, run_batch
+from fxprune.tasks import NO_BATCHES, Task, check_batches, evaluating, of_wanted_classes, run_batch
 
 SCHEMA = 1
 """Version of the file of a calibration."""
@@ -190,7 +190,8 @@ def calibrate(
         progress: show a progress bar.
 
     Raises:
-        PlanError: no batches, a loss that does not depend on the network, moments that do not fit, or ranks differ.
+        PlanError: no batches, an empty one, values that are not finite, a loss that does not depend on the network,
+            moments that do not fit, or ranks differ.
     """
     check_kind(coupling, Coupling)
     check_batches(batches)
@@ -207,7 +208,7 @@ def calibrate(
     first = list(islice(rest, 1))
     sizes = share.in_order("the first batches", map(samples_in, first))
     if not sizes:
-        raise PlanError("the calibration data has no batches. Pass a list or a DataLoader, not an exhausted iterator.")
+        raise PlanError(NO_BATCHES)
     gatherer = Gatherer(names, _positions(layers, positions, sizes[0] * (share.total or 0)), thinned)
     labels = LabelReader(tasks) if by_class else None
     found: list[tuple[int, dict[str, float]]] = []
@@ -274,10 +275,18 @@ def split(batches: Iterable[Any]) -> tuple[Share, Share]:
 
 
 def samples_in(batch: Any) -> int:
-    """Return how many samples a batch has: the length of its first tensor."""
+    """Return how many samples a batch has: the length of its first tensor.
+
+    Raises:
+        PlanError: it has no tensor, or no sample.
+    """
     first = next((t for t in pytree.tree_leaves(batch) if isinstance(t, torch.Tensor) and t.ndim), None)
     if first is None:
         raise PlanError(f"a calibration batch is a {type(batch).__name__} without a tensor. Pass inputs, or a pair.")
+    if not len(first):
+        raise PlanError(
+            f"a calibration batch has no samples: its first tensor is of shape {tuple(first.shape)}. Leave it out."
+        )
     return len(first)
 
 
@@ -339,7 +348,23 @@ def _thinned(layers: list[Layer], max_bytes: int, tasks: int) -> set[str]:
 def _all_moments(mine: dict[str, Sums], samples: int, tasks: list[str]) -> dict[str, Moments]:
     every = sums_of_all(mine)
     biases = Counter(sums.layer.bias for sums in every.values())
-    return {name: _moments(sums, samples, tasks, own_bias=biases[sums.layer.bias] == 1) for name, sums in every.items()}
+    found = {
+        name: _moments(sums, samples, tasks, own_bias=biases[sums.layer.bias] == 1) for name, sums in every.items()
+    }
+    for name, m in found.items():
+        _check_finite(m.second, f"what layer {name!r} reads")
+    for name, m in found.items():
+        for task, gram in m.sensitivity.items():
+            _check_finite(gram, f"the gradient of the loss of task {task!r} at layer {name!r}")
+    return found
+
+
+def _check_finite(moment: torch.Tensor, what: str) -> None:
+    if not math.isfinite(float(moment.sum())):
+        raise PlanError(
+            f"{what} is NaN or infinite on the calibration data. Leave out the samples that make it so, or look for "
+            "the op that overflows."
+        )
 
 
 def _moments(sums: Sums, samples: int, tasks: list[str], *, own_bias: bool) -> Moments:

@@ -15,6 +15,9 @@ from fxprune import sharing
 from fxprune.errors import PlanError
 from fxprune.subtasks import has_some, loss_on, part_of, renumbered, samples_where, targets_of
 
+NO_BATCHES = "the calibration data has no batches. Pass a list or a DataLoader, not an exhausted iterator."
+"""What is said where there is nothing to read."""
+
 
 @dataclass(frozen=True, slots=True)
 class Task:

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from small import Chain, settled
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxprune
-from fxprune import PlanError, Task
+from fxprune import Budget, PlanError, Task, methods
 from fxprune.calibrating import Calibration, calibrate
 from fxprune.errors import ArtifactError
 
@@ -172,6 +173,25 @@ def test_bad_calibration_data_have_their_errors() -> None:
         calibrate(coupling, ["x"], TASKS)
     with pytest.raises(PlanError, match="'still' does not depend on the network"):
         calibrate(coupling, data, {"still": Task(lambda outputs, batch: batch[0].sum())})
+    with pytest.raises(PlanError, match=r"what layer '.*' reads is NaN or infinite"):
+        calibrate(coupling, [*data, (data[0][0] * torch.inf, data[0][1])], TASKS)
+    with pytest.raises(PlanError, match=r"the gradient of the loss of task 'nan' at layer '.*' is NaN or infinite"):
+        calibrate(coupling, data, {"nan": Task(lambda outputs, batch: dense(outputs, batch) * torch.nan)})
+
+
+@pytest.mark.parametrize("method", [None, methods.HBGTS(), methods.PAGCP(), methods.CATRO()], ids=repr)
+def test_batches_without_samples_and_no_batches_at_all_are_told(method: Any) -> None:
+    model, data = settled(Chain()), torch.randn(8, 3, 8, 8)
+    labels = torch.arange(8)
+    task = Task(lambda outputs, batch: F.cross_entropy(outputs, batch[1]))
+    for batches, words in (
+        ([(data, labels), (data[:0], labels[:0])], r"has no samples: its first tensor is of shape \(0, 3, 8, 8\)"),
+        ([], "has no batches"),
+    ):
+        with pytest.raises(PlanError, match=words):
+            fxprune.compile(
+                model, data[:1], Budget(macs=0.5), method=method, calibration=batches, tasks={"a": task}, progress=False
+            )
 
 
 class OneImage(nn.Module):
