@@ -127,13 +127,17 @@ class Calibration:
         """Read what `save` has written.
 
         Raises:
-            ArtifactError: not such a file, or one of another version.
+            ArtifactError: no file, not such a file, or one of another version.
         """
         try:
             tensors = load_file(path)
             with open(path, "rb") as file:
                 size = int.from_bytes(file.read(8), "little")
                 data = json.loads(json.loads(file.read(size))["__metadata__"]["fxprune"])
+        except OSError as error:
+            raise ArtifactError(
+                f"{path} cannot be read ({error}). Pass the file that `calibration.save` wrote."
+            ) from error
         except (SafetensorError, KeyError, ValueError) as error:
             raise ArtifactError(
                 f"{path} is no calibration ({error}). Write it again with `calibration.save`."

@@ -163,6 +163,9 @@ def test_a_calibration_is_saved_and_read(tmp_path: Path) -> None:
     (tmp_path / "cut").write_bytes((tmp_path / "calibration.safetensors").read_bytes()[:500])
     with pytest.raises(ArtifactError, match="is no calibration"):
         Calibration.load(tmp_path / "cut")
+    for path in (tmp_path / "missing", tmp_path):
+        with pytest.raises(ArtifactError, match=r"cannot be read \(.*\). Pass the file"):
+            Calibration.load(path)
 
 
 def test_bad_calibration_data_have_their_errors() -> None:
