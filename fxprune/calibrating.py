@@ -356,15 +356,24 @@ def _all_moments(mine: dict[str, Sums], samples: int, tasks: list[str]) -> dict[
         name: _moments(sums, samples, tasks, own_bias=biases[sums.layer.bias] == 1) for name, sums in every.items()
     }
     for name, m in found.items():
-        _check_finite(m.second, f"what layer {name!r} reads")
+        check_finite(m.second, f"what layer {name!r} reads")
     for name, m in found.items():
         for task, gram in m.sensitivity.items():
-            _check_finite(gram, f"the gradient of the loss of task {task!r} at layer {name!r}")
+            check_finite(gram, f"the gradient of the loss of task {task!r} at layer {name!r}")
     return found
 
 
-def _check_finite(moment: torch.Tensor, what: str) -> None:
-    if not math.isfinite(float(moment.sum())):
+def check_finite(values: torch.Tensor, what: str) -> None:
+    """Check that what was computed of calibration data is finite.
+
+    Args:
+        values: float64.
+        what: they are, for the message.
+
+    Raises:
+        PlanError: it is not.
+    """
+    if not math.isfinite(float(values.sum())):
         raise PlanError(
             f"{what} is NaN or infinite on the calibration data. Leave out the samples that make it so, or look for "
             "the op that overflows."
