@@ -28,7 +28,7 @@ from fxprune.layers import fingerprint_of, layers_of
 from fxprune.memberships import LabelReader
 from fxprune.shares import Share
 from fxprune.sums import Layer, Sums, renumber, spreads_of_all, sums_of_all
-from fxprune.tasks import Task, check_batches, evaluating, of_wanted_classes, run_batch
+from fxprune.tasks import NO_BATCHES, Task, check_batches, evaluating, of_wanted_classes, run_batch
 
 SCHEMA = 2
 """Version of the file of a calibration."""
@@ -136,13 +136,17 @@ class Calibration:
         """Read what `save` has written.
 
         Raises:
-            ArtifactError: not such a file, or one of another version.
+            ArtifactError: no file, not such a file, or one of another version.
         """
         try:
             tensors = load_file(path)
             with open(path, "rb") as file:
                 size = int.from_bytes(file.read(8), "little")
                 data = json.loads(json.loads(file.read(size))["__metadata__"]["fxprune"])
+        except OSError as error:
+            raise ArtifactError(
+                f"{path} cannot be read ({error}). Pass the file that `calibration.save` wrote."
+            ) from error
         except (SafetensorError, KeyError, ValueError) as error:
             raise ArtifactError(
                 f"{path} is no calibration ({error}). Write it again with `calibration.save`."
@@ -199,7 +203,8 @@ def calibrate(
         progress: show a progress bar.
 
     Raises:
-        PlanError: no batches, a loss that does not depend on the network, moments that do not fit, or ranks differ.
+        PlanError: no batches, an empty one, values that are not finite, a loss that does not depend on the network,
+            moments that do not fit, or ranks differ.
     """
     check_kind(coupling, Coupling)
     check_batches(batches)
@@ -216,7 +221,7 @@ def calibrate(
     first = list(islice(rest, 1))
     sizes = share.in_order("the first batches", map(samples_in, first))
     if not sizes:
-        raise PlanError("the calibration data has no batches. Pass a list or a DataLoader, not an exhausted iterator.")
+        raise PlanError(NO_BATCHES)
     gatherer = Gatherer(names, _positions(layers, positions, sizes[0] * (share.total or 0)), thinned)
     labels = LabelReader(tasks) if by_class else None
     found: list[tuple[int, dict[str, float]]] = []
@@ -284,10 +289,18 @@ def split(batches: Iterable[Any]) -> tuple[Share, Share]:
 
 
 def samples_in(batch: Any) -> int:
-    """Return how many samples a batch has: the length of its first tensor."""
+    """Return how many samples a batch has: the length of its first tensor.
+
+    Raises:
+        PlanError: it has no tensor, or no sample.
+    """
     first = next((t for t in pytree.tree_leaves(batch) if isinstance(t, torch.Tensor) and t.ndim), None)
     if first is None:
         raise PlanError(f"a calibration batch is a {type(batch).__name__} without a tensor. Pass inputs, or a pair.")
+    if not len(first):
+        raise PlanError(
+            f"a calibration batch has no samples: its first tensor is of shape {tuple(first.shape)}. Leave it out."
+        )
     return len(first)
 
 
@@ -364,7 +377,32 @@ def _thinned(layers: list[Layer], max_bytes: int, tasks: int) -> set[str]:
 def _all_moments(mine: dict[str, Sums], samples: int, tasks: list[str]) -> dict[str, Moments]:
     every = sums_of_all(mine)
     biases = Counter(sums.layer.bias for sums in every.values())
-    return {name: _moments(sums, samples, tasks, own_bias=biases[sums.layer.bias] == 1) for name, sums in every.items()}
+    found = {
+        name: _moments(sums, samples, tasks, own_bias=biases[sums.layer.bias] == 1) for name, sums in every.items()
+    }
+    for name, m in found.items():
+        check_finite(m.second, f"what layer {name!r} reads")
+    for name, m in found.items():
+        for task, gram in m.sensitivity.items():
+            check_finite(gram, f"the gradient of the loss of task {task!r} at layer {name!r}")
+    return found
+
+
+def check_finite(values: torch.Tensor, what: str) -> None:
+    """Check that what was computed of calibration data is finite.
+
+    Args:
+        values: float64.
+        what: they are, for the message.
+
+    Raises:
+        PlanError: it is not.
+    """
+    if not math.isfinite(float(values.sum())):
+        raise PlanError(
+            f"{what} is NaN or infinite on the calibration data. Leave out the samples that make it so, or look for "
+            "the op that overflows."
+        )
 
 
 def _moments(sums: Sums, samples: int, tasks: list[str], *, own_bias: bool) -> Moments:

@@ -17,7 +17,7 @@ from fxprune.coupling import couple
 from fxprune.errors import PlanError
 from fxprune.slimming import SlimModule
 from fxprune.splitting import COMMON, MAP, Splits, find_splits
-from fxprune.tasks import Task
+from fxprune.tasks import Task, check_batches
 from fxprune.tracing import trace
 from fxprune.wiring import Wired, Wiring
 
@@ -94,7 +94,7 @@ def merge(
         A network that returns a dict, task -> what its network returns. Modules are called `shared.conv1`, `seg.conv1`.
 
     Raises:
-        PlanError: the networks differ (the message says at which node), or the method lacks its data.
+        PlanError: the networks differ (the message says at which node), or the method lacks its data, or cannot use it.
         TraceError: a network cannot be traced.
 
     Source: He et al., Pruning-Aware Merging for Efficient Multitask Inference (KDD 2021).
@@ -102,6 +102,8 @@ def merge(
     _check_names(networks, tasks)
     if isinstance(method, type) or not callable(getattr(method, "share_out", None)):
         raise PlanError(f"the method is {method!r}, which does not merge. Pass `methods.Separate()`.")
+    if calibration is not None:
+        check_batches(calibration)
     traced = {task: trace(network, example_inputs) for task, network in networks.items()}
     check_alike(traced)
     splits = find_splits(list(traced.values()), couple(next(iter(traced.values()))))

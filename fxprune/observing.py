@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fxprune.calibrating import check_finite, samples_in
 from fxprune.errors import PlanError
 from fxprune.merging import Merger
 from fxprune.running import Runner
@@ -22,6 +23,9 @@ def features_of(merger: Merger, samples: int) -> dict[int, torch.Tensor]:
     """Return group -> (samples, networks, choices): the maximum over positions where a layer first reads a channel.
 
     Groups that no layer reads along a dim behind the first, of samples, are left out.
+
+    Raises:
+        PlanError: there are no batches, or a feature is not finite.
     """
     splits = merger.splits
     sources = [n.all_input_nodes[0].name for n in splits.networks[0].graph.nodes if splits.kinds.get(n.name) == MAP]
@@ -50,8 +54,7 @@ def batches_of(merger: Merger, samples: int | None = None) -> Iterator[Any]:
     count = 0
     for batch in merger.batches:
         yield batch
-        args, kwargs = inputs_of(batch)
-        count += len(next(t for t in [*args, *kwargs.values()] if isinstance(t, torch.Tensor)))
+        count += samples_in(batch)
         if samples is not None and count >= samples:
             return
 
@@ -69,6 +72,7 @@ def _pooled(traced: Traced, batch: Any, read: dict[str, tuple[int, np.ndarray]])
             if n.name in read:
                 others = [d for d in range(1, value.ndim) if d != read[n.name][0]]
                 found[n.name] = (value.amax(others) if others else value).double().cpu()
+                check_finite(found[n.name], f"what node {n.name!r}{traced.where(n.name)} returns")
     return found
 
 
@@ -93,12 +97,19 @@ def labels_of(merger: Merger, task: str, samples: int) -> torch.Tensor:
     """Return (samples, labels) of +1 and -1 for a task; see `methods.PAM`.
 
     Raises:
-        PlanError: the batches have no targets, or it is not known which are the task's.
+        PlanError: the batches have no targets, it is not known which are the task's, or they tell nothing.
     """
     found = [_target(merger, task, batch) for batch in batches_of(merger, samples)]
     values = torch.cat([t.detach().cpu() for t in found])[:samples]
+    if not bool(values.isfinite().all()):
+        raise PlanError(f"targets of task {task!r} are NaN or infinite. Leave out the samples that have such targets.")
     labels = binary(values)
     varies = (labels > 0).any(0) & (labels < 0).any(0)
+    if not bool(varies.any()):
+        raise PlanError(
+            f"the targets of task {task!r} are alike in all of the {len(values)} samples that are read, so no channel "
+            "tells of them. Shuffle the batches, or pass more of them, and raise `samples` of the method."
+        )
     return labels[:, varies]
 
 

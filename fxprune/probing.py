@@ -24,7 +24,7 @@ from fxprune.errors import PlanError, RewriteError
 from fxprune.paths import RemovalPath
 from fxprune.replaying import Replay, Replayer
 from fxprune.shares import Share
-from fxprune.tasks import evaluating, inputs_of, running_on
+from fxprune.tasks import NO_BATCHES, evaluating, inputs_of, running_on
 from fxprune.zeroing import zeros, zeros_suffice
 
 SHARES = (0.25, 0.5, 0.75, 0.9)
@@ -55,6 +55,9 @@ class Probe:
             damping: as for `compensate`.
             compensate: correct the weights that stay.
             batches: of this rank, to measure on, instead of the calibration's own.
+
+        Raises:
+            PlanError: no rank has a batch, or one is empty.
         """
         self.coupling = coupling
         self._calibration = calibration
@@ -131,11 +134,13 @@ class Probe:
             each.append((np.array(measure(i, outputs)), samples_in(batch)))
         if self._share is not None:
             each = self._share.in_order("losses", each)
+        if not each:
+            raise PlanError(NO_BATCHES)
         total, count = np.zeros(len(self._tasks or [None])), 0
         for found, samples in each:
             total += found * samples
             count += samples
-        return total / max(count, 1)
+        return total / count
 
     def _of_batch(self, i: int, outputs: Any) -> list[float]:
         if not self._tasks:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal
 
 import numpy as np
@@ -58,8 +61,17 @@ class PAM:
     def __post_init__(self) -> None:
         if (self.alpha is None) == (self.share is None):
             raise PlanError("PAM asks for one of `alpha` and `share`. Pass `PAM(alpha=0.1)` or `PAM(share=0.5)`.")
-        if self.share is not None and not 0 <= self.share <= 1:
+        if self.share is not None and not _is_within(self.share, 0, 1):
             raise PlanError(f"PAM(share={self.share!r}) is no share. Pass a number from 0 to 1.")
+        bounds = self.alpha.values() if isinstance(self.alpha, Mapping) else [0 if self.alpha is None else self.alpha]
+        if not all(_is_within(bound, 0, math.inf) for bound in bounds):
+            raise PlanError(
+                f"PAM(alpha={self.alpha!r}) is no bound. Pass a number that is not negative, or group name -> number."
+            )
+        if not _is_within(self.noise, sys.float_info.min, sys.float_info.max):
+            raise PlanError(f"PAM(noise={self.noise!r}) is no variance. Pass a number above 0.")
+        if not isinstance(self.samples, Integral) or self.samples < 2:
+            raise PlanError(f"PAM(samples={self.samples!r}) is no number of samples. Pass 2 or more.")
         if self.estimator not in ("entropy", "fisher"):
             raise PlanError(f"PAM(estimator={self.estimator!r}) is not known. Pass 'entropy' or 'fisher'.")
         if self.estimator == "fisher" and self.alpha is None:
@@ -86,6 +98,10 @@ class PAM:
         if self.alpha is None:
             return found.order[: int((self.share or 0) * len(found.order))]
         return found.below(self.alpha[group] if isinstance(self.alpha, Mapping) else self.alpha)
+
+
+def _is_within(value: object, least: float, most: float) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and least <= float(value) <= most
 
 
 def _check_groups(alpha: object, known: list[str]) -> None:

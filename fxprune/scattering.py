@@ -28,7 +28,7 @@ from fxprune.layers import channels_of, layers_of
 from fxprune.memberships import LabelReader, Memberships
 from fxprune.shares import Share
 from fxprune.subtasks import are_numbers
-from fxprune.tasks import Task, evaluating, run_batch
+from fxprune.tasks import NO_BATCHES, Task, evaluating, run_batch
 
 CELLS = 2
 """Into how many cells a map is averaged along each of its dims."""
@@ -124,7 +124,7 @@ def scatter(coupling: Coupling, batches: Iterable[Any], tasks: Mapping[str, Task
         with torch.no_grad(), evaluating(module), reader:
             run_batch(module, batch, {})
     if not reader.started:
-        raise PlanError("the calibration data has no batches. Pass a list or a DataLoader, not an exhausted iterator.")
+        raise PlanError(NO_BATCHES)
     return reader.result()
 
 

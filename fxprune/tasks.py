@@ -20,6 +20,9 @@ from fxprune.subtasks import has_some, loss_on, part_of, renumbered, samples_whe
 from fxprune.switching import Flowing
 from fxprune.values import tensors_in
 
+NO_BATCHES = "the calibration data has no batches. Pass a list or a DataLoader, not an exhausted iterator."
+"""What is said where there is nothing to read."""
+
 
 @dataclass(frozen=True, slots=True)
 class Task:

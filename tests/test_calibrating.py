@@ -187,6 +187,9 @@ def test_a_calibration_is_saved_and_read(tmp_path: Path) -> None:
     (tmp_path / "cut").write_bytes((tmp_path / "calibration.safetensors").read_bytes()[:500])
     with pytest.raises(ArtifactError, match="is no calibration"):
         Calibration.load(tmp_path / "cut")
+    for path in (tmp_path / "missing", tmp_path):
+        with pytest.raises(ArtifactError, match=r"cannot be read \(.*\). Pass the file"):
+            Calibration.load(path)
 
 
 def test_bad_calibration_data_have_their_errors() -> None:
@@ -197,6 +200,25 @@ def test_bad_calibration_data_have_their_errors() -> None:
         calibrate(coupling, ["x"], TASKS)
     with pytest.raises(PlanError, match="'still' does not depend on the network"):
         calibrate(coupling, data, {"still": Task(lambda outputs, batch: batch[0].sum())})
+    with pytest.raises(PlanError, match=r"what layer '.*' reads is NaN or infinite"):
+        calibrate(coupling, [*data, (data[0][0] * torch.inf, data[0][1])], TASKS)
+    with pytest.raises(PlanError, match=r"the gradient of the loss of task 'nan' at layer '.*' is NaN or infinite"):
+        calibrate(coupling, data, {"nan": Task(lambda outputs, batch: dense(outputs, batch) * torch.nan)})
+
+
+@pytest.mark.parametrize("method", [None, methods.HBGTS(), methods.PAGCP(), methods.CATRO()], ids=repr)
+def test_batches_without_samples_and_no_batches_at_all_are_told(method: Any) -> None:
+    model, data = settled(Chain()), torch.randn(8, 3, 8, 8)
+    labels = torch.arange(8)
+    task = Task(lambda outputs, batch: F.cross_entropy(outputs, batch[1]))
+    for batches, words in (
+        ([(data, labels), (data[:0], labels[:0])], r"has no samples: its first tensor is of shape \(0, 3, 8, 8\)"),
+        ([], "has no batches"),
+    ):
+        with pytest.raises(PlanError, match=words):
+            fxprune.compile(
+                model, data[:1], Budget(macs=0.5), method=method, calibration=batches, tasks={"a": task}, progress=False
+            )
 
 
 class OneImage(nn.Module):

@@ -199,6 +199,48 @@ def test_groups_that_alpha_does_not_name_are_shared() -> None:
         fxprune.merge(nets, data, method=methods.PAM(alpha={"frist": 1.0}), example_inputs=data[0][0][:2])
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"alpha": math.nan}, r"PAM\(alpha=nan\) is no bound"),
+        ({"alpha": -1.0}, r"PAM\(alpha=-1.0\) is no bound"),
+        ({"alpha": "x"}, r"PAM\(alpha='x'\) is no bound"),
+        ({"alpha": {"first.weight": math.nan}}, "nan}.* is no bound"),
+        ({"share": "x"}, r"PAM\(share='x'\) is no share"),
+        ({"share": 0.5, "noise": 0}, r"PAM\(noise=0\) is no variance"),
+        ({"share": 0.5, "noise": math.inf}, r"PAM\(noise=inf\) is no variance"),
+        ({"share": 0.5, "samples": 0}, r"PAM\(samples=0\) is no number of samples. Pass 2 or more"),
+        ({"share": 0.5, "samples": 2.5}, r"PAM\(samples=2.5\) is no number of samples"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        methods.PAM(**settings)
+
+
+def test_data_that_tell_nothing_are_refused() -> None:
+    nets, [(x, targets)], tasks = planted()
+
+    def merged(calibration: Any, method: Any = methods.PAM(share=0.5)) -> None:  # noqa: B008 (frozen)
+        fxprune.merge(nets, calibration, method=method, example_inputs=x[:2], tasks=tasks)
+
+    with pytest.raises(PlanError, match="the calibration is a single batch"):
+        merged(x)
+    with pytest.raises(PlanError, match="cannot be iterated"):
+        merged(3)
+    with pytest.raises(PlanError, match="has no samples"):
+        merged([(x[:0], {name: t[:0] for name, t in targets.items()})])
+    with pytest.raises(PlanError, match="the targets of task 'b' are alike in all of the 128 samples"):
+        merged([(x, targets | {"b": torch.ones(512)})])
+    with pytest.raises(PlanError, match="targets of task 'b' are NaN or infinite"):
+        merged([(x, targets | {"b": torch.full((512,), torch.nan)})])
+    with pytest.raises(PlanError, match=r"what node 'relu' \(.*\) returns is NaN or infinite"):
+        merged([(x * torch.nan, targets)])
+    for method in (methods.MTZ(share=0.5), methods.PAM(alpha=0.1, estimator="fisher")):
+        with pytest.raises(PlanError, match=r"what layer '.*first.weight' reads is NaN or infinite"):
+            merged([(x * torch.nan, targets)], method)
+
+
 def test_bad_requests_are_told_what_to_do() -> None:
     nets, data, tasks = planted()
     x = data[0][0][:2]

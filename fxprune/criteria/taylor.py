@@ -12,7 +12,7 @@ from fxprune.coupling import Coupling
 from fxprune.criteria import add_up, summed, weight_sites
 from fxprune.errors import PlanError
 from fxprune.shares import Share
-from fxprune.tasks import Task, evaluating, run_batch
+from fxprune.tasks import NO_BATCHES, Task, evaluating, run_batch
 
 
 def taylor(coupling: Coupling, calibration: Iterable[Any] | None, tasks: Mapping[str, Task] | None) -> np.ndarray:
@@ -69,7 +69,7 @@ def _gradients(coupling: Coupling, calibration: Iterable[Any], tasks: Mapping[st
         for name, p in names.items():
             p.requires_grad_(asked[name])
     if not batches:
-        raise PlanError("the calibration data has no batches. Pass a list or a DataLoader, not an exhausted iterator.")
+        raise PlanError(NO_BATCHES)
     return {name: gradient / batches for name, gradient in total.items()}
 
 
