@@ -12,8 +12,8 @@ import torch
 from fxprune.coupling import Coupling, close_record
 from fxprune.errors import ArtifactError, PlanError
 from fxprune.labels import fix
-from fxprune.subtasks import part_of
-from fxprune.tasks import Task, evaluating
+from fxprune.subtasks import exchanged, part_of
+from fxprune.tasks import Task, evaluating, inputs_of
 from fxprune.verifying import named_outputs
 
 Classes = Mapping[str, tuple[int, ...]]
@@ -44,7 +44,43 @@ def classes_of(coupling: Coupling, tasks: Mapping[str, Task] | None) -> Classes:
             raise PlanError(
                 f"two tasks cut output {names[id(logits)]!r} down to different classes. Pass the same ones."
             )
+    for name, task in (tasks or {}).items():
+        output = None if task.classes is None else names.get(id(part_of(outputs, task.output, "output")))
+        if output in found and task.classes != found[output]:
+            raise PlanError(_read_by(name, output))
     return found
+
+
+def check_losses(coupling: Coupling, classes: Classes, tasks: Mapping[str, Task], batch: Any) -> None:
+    """Check that tasks for all classes do not read rows that go: on one batch, their losses have no slope in these.
+
+    Raises:
+        PlanError: one does.
+    """
+    module, (args, kwargs) = coupling.traced.module, inputs_of(batch)
+    with torch.no_grad(), evaluating(module):
+        outputs = module(*args, **kwargs)
+    cut = {name: t for name, t in named_outputs(outputs).items() if name in classes}
+    for name, task in tasks.items():
+        if task.classes is not None:
+            continue
+        with torch.inference_mode(False), torch.enable_grad():
+            leaves = {id(t): t.clone().requires_grad_() for t in cut.values()}
+            loss = task(exchanged(outputs, lambda t, leaves=leaves: leaves.get(id(t), t)), batch)
+            if not loss.requires_grad:
+                continue
+            slopes = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
+        for output, slope in zip(cut, slopes, strict=True):
+            gone = [c for c in range(cut[output].shape[1]) if c not in classes[output]]
+            if slope is not None and slope[:, gone].any():
+                raise PlanError(_read_by(name, output))
+
+
+def _read_by(task: str, output: str) -> str:
+    return (
+        f"task {task!r} reads rows of output {output!r} that another cuts off. Pass the same `classes=` to both, or "
+        "`slice_outputs=False`."
+    )
 
 
 def opened(coupling: Coupling, classes: Classes) -> Coupling:

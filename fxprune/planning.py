@@ -88,7 +88,7 @@ def _plan(
     if isinstance(calibration, Calibration):
         calibration = agreed(coupling, calibration, tasks)
         tasks = calibration.tasks
-    restriction = restrict(coupling, tasks)
+    restriction = restrict(coupling, tasks, calibration)
     dense = coupling.costs.dense
     if restriction is not None:
         coupling, calibration = restriction.part, restriction.cut(calibration)

@@ -57,7 +57,7 @@ def prepare(
     if isinstance(data, Calibration):
         data = agreed(coupling, data, tasks)
         tasks = data.tasks
-    restriction = restrict(coupling, tasks)
+    restriction = restrict(coupling, tasks, data)
     if restriction is not None:
         coupling, data = restriction.part, restriction.cut(data)
     bound = constrain(coupling, constraints)

@@ -6,8 +6,9 @@ the plan is then written down for the whole network.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from fxprune.costs import CostChange
 from fxprune.coupling import Coupling, couple
 from fxprune.errors import PlanError
 from fxprune.layers import channels_of, fingerprint_of
-from fxprune.opening import Classes, classes_of, opened, rows_that_stay
+from fxprune.opening import Classes, check_losses, classes_of, opened, rows_that_stay
 from fxprune.planning import plan_of
 from fxprune.plans import Plan, frozen
 from fxprune.tasks import Task
@@ -108,15 +109,23 @@ class Restriction:
         )
 
 
-def restrict(coupling: Coupling, tasks: Mapping[str, Task] | None) -> Restriction | None:
+def restrict(coupling: Coupling, tasks: Mapping[str, Task] | None, data: Any = None) -> Restriction | None:
     """Remove the rows of outputs for classes that no task wants, where tasks say so; None where none does.
 
+    Args:
+        coupling: the whole network.
+        tasks: name -> Task.
+        data: batches, or a calibration that may have some, to see whether another task reads these rows.
+
     Raises:
-        PlanError: rows cannot go, or an output does not have the classes.
+        PlanError: rows cannot go, an output does not have the classes, or another task wants them.
     """
     classes = classes_of(coupling, tasks)
     if not classes:
         return None
+    batches = data.batches if isinstance(data, Calibration) else data
+    for batch in () if batches is None or isinstance(batches, Iterator) else islice(batches, 1):
+        check_losses(coupling, classes, tasks or {}, batch)
     whole = opened(coupling, classes)
     keep = rows_that_stay(whole, classes)
     rows = plan_of(whole, keep)

@@ -294,3 +294,22 @@ def test_what_cannot_be_done_is_said() -> None:
         fxprune.plan(coupling, Budget(macs=0.5), tasks={"a": replace(task, classes=[12])})
     with pytest.raises(PlanError, match=r"labels have shape \(24, 8, 8\) and the outputs \(24, 10\)"):
         Task(entropy, classes=[1])(torch.zeros(24, 10), (X, MAPS))
+
+
+@pytest.mark.parametrize("other", [None, [0, 2]])
+@pytest.mark.parametrize("gathered", [False, True])
+def test_rows_that_another_task_reads_are_not_cut(other: list[int] | None, gathered: bool) -> None:
+    model = settled(Multitask())
+    whole = Task(
+        lambda o, b: F.cross_entropy(o["seg"], b[1]["seg"]), None, other, False, other and "seg", other and "seg"
+    )
+    tasks, data = HEADS | {"all": whole}, HEAD_BATCHES
+    calibration = calibrate(fxprune.couple(fxprune.trace(model, X[:2])), data, tasks) if gathered else data
+    for call in (
+        compiled,
+        lambda m, macs, **r: fxprune.sweep(fxprune.couple(fxprune.trace(m, X[:2])), [Budget(macs)], **r),
+    ):
+        with pytest.raises(PlanError, match="task 'all' reads rows of output 'seg' that another cuts off"):
+            call(model, 0.6, calibration=calibration, tasks=tasks)
+    same = HEADS | {"all": replace(whole, classes=[1, 3], output="seg", target="seg")}
+    assert fxprune.report(compiled(model, 0.6, calibration=data, tasks=same)).classes
