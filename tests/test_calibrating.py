@@ -273,7 +273,7 @@ def test_the_layer_that_infinite_numbers_reach_is_named() -> None:
 
 def test_methods_that_do_not_calibrate_name_the_batch_too() -> None:
     batches = [(torch.randn(4, 5, 8, 8), torch.zeros(4).long())] * 2
-    tasks = {"t": Task(lambda outputs, batch: outputs.sum())}
+    model, tasks = settled(Chain()), {"t": Task(lambda outputs, batch: outputs.sum())}
     for method in (methods.Taylor(), methods.CATRO(), methods.PAGCP(), methods.HBGTS()):
         with pytest.raises(PlanError, match=r"does not run on a calibration batch with inputs \(4, 5, 8, 8\)"):
             fxprune.compile(
