@@ -139,7 +139,7 @@ def test_without_matplotlib_the_error_says_what_to_install(coupling, monkeypatch
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(FxPruneError, match=r'pip install "fxprune\[examples\]"'):
+    with pytest.raises(FxPruneError, match=r'pip install -e "\.\[examples\]"'):
         draw_groups(coupling)
 
 

@@ -30,8 +30,7 @@ def report(
         args: of the command.
     """
     work = f"{args.jobs} at work, one thread each"
-    made = f"{commands_of(rows)}; `--methods ...` stands for the methods of the tables"
-    parts = [header("Quality", PACKAGES, work, command=made), HOW]
+    parts = [header("Quality", PACKAGES, work, command=commands_of(rows)), HOW]
     parts += ["## Joint against the best of Torch-Pruning", *duels(rows, list(known))]
     several = [name for name, problem in known.items() if len(problem.metrics) > 1]
     if several:
