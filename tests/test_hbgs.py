@@ -210,7 +210,7 @@ def test_a_sweep_searches_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_wider_beam_ends_with_no_larger_error() -> None:
     narrow, wide = (HBGTS(filters_per_round=4, backward=True, beam=beam).search(asked(0.5)) for beam in (1, 3))
-    assert wide.error <= narrow.error
+    assert wide.error <= narrow.error * (1 + 1e-6)  # ways to the same channels differ by rounding
     assert wide.evaluations > narrow.evaluations
 
 

@@ -108,7 +108,7 @@ def test_calibration_leaves_out_what_no_task_wants() -> None:
     together = calibrate(coupling, BATCHES, TASKS, positions=64)
     assert together.samples == mine.sum()
     for name, m in alone.moments.items():
-        assert torch.allclose(together.moments[name].second, m.second)
+        assert torch.allclose(together.moments[name].second, m.second, atol=1e-6)
         assert torch.allclose(together.moments[name].sensitivity["digit"], m.sensitivity["digit"], rtol=1e-4)
     others = {**TASKS, "all": Task(entropy)}
     assert of_wanted_classes(BATCHES, others) is BATCHES
