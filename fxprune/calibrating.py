@@ -377,32 +377,7 @@ def _thinned(layers: list[Layer], max_bytes: int, tasks: int) -> set[str]:
 def _all_moments(mine: dict[str, Sums], samples: int, tasks: list[str]) -> dict[str, Moments]:
     every = sums_of_all(mine)
     biases = Counter(sums.layer.bias for sums in every.values())
-    found = {
-        name: _moments(sums, samples, tasks, own_bias=biases[sums.layer.bias] == 1) for name, sums in every.items()
-    }
-    for name, m in found.items():
-        check_finite(m.second, f"what layer {name!r} reads")
-    for name, m in found.items():
-        for task, gram in m.sensitivity.items():
-            check_finite(gram, f"the gradient of the loss of task {task!r} at layer {name!r}")
-    return found
-
-
-def check_finite(values: torch.Tensor, what: str) -> None:
-    """Check that what was computed of calibration data is finite.
-
-    Args:
-        values: float64.
-        what: they are, for the message.
-
-    Raises:
-        PlanError: it is not.
-    """
-    if not math.isfinite(float(values.sum())):
-        raise PlanError(
-            f"{what} is NaN or infinite on the calibration data. Leave out the samples that make it so, or look for "
-            "the op that overflows."
-        )
+    return {name: _moments(sums, samples, tasks, own_bias=biases[sums.layer.bias] == 1) for name, sums in every.items()}
 
 
 def _moments(sums: Sums, samples: int, tasks: list[str], *, own_bias: bool) -> Moments:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
-from fxprune.calibrating import check_finite, samples_in
+from fxprune.calibrating import samples_in
 from fxprune.errors import PlanError
 from fxprune.merging import Merger
 from fxprune.running import Runner
@@ -72,7 +73,7 @@ def _pooled(traced: Traced, batch: Any, read: dict[str, tuple[int, np.ndarray]])
             if n.name in read:
                 others = [d for d in range(1, value.ndim) if d != read[n.name][0]]
                 found[n.name] = (value.amax(others) if others else value).double().cpu()
-                check_finite(found[n.name], f"what node {n.name!r}{traced.where(n.name)} returns")
+                _check_finite(found[n.name], f"what node {n.name!r}{traced.where(n.name)} returns")
     return found
 
 
@@ -137,3 +138,20 @@ def binary(target: torch.Tensor) -> torch.Tensor:
             return values[:, :, 0]
         values = values.mean(2)
     return torch.where(values > values.median(0).values, 1.0, -1.0).double()
+
+
+def _check_finite(values: torch.Tensor, what: str) -> None:
+    """Check that what was computed of calibration data is finite.
+
+    Args:
+        values: float64.
+        what: they are, for the message.
+
+    Raises:
+        PlanError: it is not.
+    """
+    if not math.isfinite(float(values.sum())):
+        raise PlanError(
+            f"{what} is NaN or infinite on the calibration data. Leave out the samples that make it so, or look for "
+            "the op that overflows."
+        )

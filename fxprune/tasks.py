@@ -13,7 +13,6 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fxprune import sharing
-from fxprune.cloning import named_state
 from fxprune.errors import FxPruneError, PlanError
 from fxprune.restoring import restored
 from fxprune.subtasks import has_some, loss_on, part_of, renumbered, samples_where, targets_of
@@ -171,14 +170,11 @@ def run_batch(module: torch.nn.Module, batch: Any, tasks: Mapping[str, Task]) ->
     """Run a batch and return each task's `loss(outputs, batch)`, the batch as it came.
 
     Gradients flow through all of the module, also through what it runs without: that a layer does not train says
-    nothing of what its channels are worth. What it writes to buffers hands none on to the next batch.
+    nothing of what its channels are worth.
     """
     args, kwargs = inputs_of(batch)
     with running_on(batch), Flowing():
         outputs = module(*args, **kwargs)
-    for _, t, _ in named_state(module):
-        if not t.is_leaf:
-            t.detach_()
     losses = {}
     for name, task in tasks.items():
         loss = task(outputs, batch)

@@ -200,9 +200,9 @@ def test_bad_calibration_data_have_their_errors() -> None:
         calibrate(coupling, ["x"], TASKS)
     with pytest.raises(PlanError, match="'still' does not depend on the network"):
         calibrate(coupling, data, {"still": Task(lambda outputs, batch: batch[0].sum())})
-    with pytest.raises(PlanError, match=r"what layer '.*' reads is NaN or infinite"):
+    with pytest.raises(PlanError, match="the loss of task 'dense' is nan on calibration batch 3"):
         calibrate(coupling, [*data, (data[0][0] * torch.inf, data[0][1])], TASKS)
-    with pytest.raises(PlanError, match=r"the gradient of the loss of task 'nan' at layer '.*' is NaN or infinite"):
+    with pytest.raises(PlanError, match="the loss of task 'nan' is nan on calibration batch 0"):
         calibrate(coupling, data, {"nan": Task(lambda outputs, batch: dense(outputs, batch) * torch.nan)})
 
 
