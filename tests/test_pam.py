@@ -237,7 +237,7 @@ def test_data_that_tell_nothing_are_refused() -> None:
     with pytest.raises(PlanError, match=r"what node 'relu' \(.*\) returns is NaN or infinite"):
         merged([(x * torch.nan, targets)])
     for method in (methods.MTZ(share=0.5), methods.PAM(alpha=0.1, estimator="fisher")):
-        with pytest.raises(PlanError, match="the loss of task '(a|outputs)' is nan on calibration batch 0"):
+        with pytest.raises(PlanError, match=r"the loss of task '(a|outputs)' is nan on calibration batch 0"):
             merged([(x * torch.nan, targets)], method)
 
 
