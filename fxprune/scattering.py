@@ -26,6 +26,7 @@ from fxprune.functions import as_function
 from fxprune.gathering import CONVOLUTIONS
 from fxprune.layers import channels_of, layers_of
 from fxprune.memberships import LabelReader, Memberships
+from fxprune.restoring import restored
 from fxprune.shares import Share
 from fxprune.subtasks import are_numbers
 from fxprune.tasks import NO_BATCHES, Task, evaluating, run_batch
@@ -119,10 +120,11 @@ def scatter(coupling: Coupling, batches: Iterable[Any], tasks: Mapping[str, Task
         share = Share.of(batches)
         batches = share.everywhere(share, next(t.device for _, t, _ in coupling.traced.state))
     reader = _Reader(coupling)
-    for batch in batches:
-        reader.start(labels.read(batch), samples_in(batch))
-        with torch.no_grad(), evaluating(module), reader:
-            run_batch(module, batch, {})
+    with torch.no_grad(), evaluating(module):
+        for batch in batches:
+            reader.start(labels.read(batch), samples_in(batch))
+            with restored(module), reader:
+                run_batch(module, batch, {})
     if not reader.started:
         raise PlanError(NO_BATCHES)
     return reader.result()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -173,7 +173,7 @@ def run_batch(module: torch.nn.Module, batch: Any, tasks: Mapping[str, Task]) ->
     nothing of what its channels are worth.
     """
     args, kwargs = inputs_of(batch)
-    with running_on(batch), Flowing():
+    with running_on(batch), Flowing() if torch.is_grad_enabled() else nullcontext():
         outputs = module(*args, **kwargs)
     losses = {}
     for name, task in tasks.items():
