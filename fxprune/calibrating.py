@@ -26,6 +26,7 @@ from fxprune.errors import ArtifactError, PlanError, check_kind
 from fxprune.gathering import Gatherer
 from fxprune.layers import fingerprint_of, layers_of
 from fxprune.memberships import LabelReader
+from fxprune.restoring import restored
 from fxprune.shares import Share
 from fxprune.sums import Layer, Sums, renumber, spreads_of_all, sums_of_all
 from fxprune.tasks import NO_BATCHES, Task, check_batches, evaluating, of_wanted_classes, run_batch
@@ -227,11 +228,11 @@ def calibrate(
     found: list[tuple[int, dict[str, float]]] = []
     count = None if share.total is None else len(share.places)
     bar = tqdm(chain(first, rest), "calibrate", count, disable=not progress or sharing.rank() > 0)
-    with _without_gradients(module):
+    with evaluating(module), _without_gradients(module):
         for batch, place in zip(bar, share.places, strict=False):
             gatherer.start_batch(samples_in(batch), place + 1)
             gatherer.classes = {} if labels is None else labels.read(batch)
-            with evaluating(module):
+            with restored(module):
                 found.append((gatherer.samples, _finite(_run(module, batch, chosen, gatherer), place)))
     losses = dict.fromkeys(chosen, 0.0)
     samples = 0

@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 
 from fxprune.literals import argument, plain_name
 from fxprune.records import Follows, Labelled
+from fxprune.registering import registering
 
 Known = Mapping[str, Follows]
 """Node -> whether what it returned follows the input."""
@@ -98,42 +99,44 @@ def indexed(index: Any, ndim: int) -> Iterator[tuple[int | None, Any]]:
             dim += 1
 
 
-def _enters(table: dict[str, Dims], *names: str) -> Callable[[Dims], Dims]:
-    def register(function: Dims) -> Dims:
-        table.update(dict.fromkeys(names, function))
-        return function
-
-    return register
+def _cuts(*names: str) -> Callable[[Dims], Dims]:
+    """Give targets the dims that they cut."""
+    return registering(CUTS, names, "lists of dims to cut")
 
 
-@_enters(CUTS, "getitem", "setitem")
+def _makes(*names: str) -> Callable[[Dims], Dims]:
+    """Give targets the dims that they make."""
+    return registering(MAKES, names, "lists of dims to make")
+
+
+@_cuts("getitem", "setitem")
 def _index(n: fx.Node, ndim: int, known: Known) -> Iterator[int]:
     """`x[..]`."""
     return (dim for dim, item in indexed(n.args[1], ndim) if dim is not None and given_by(item, known))
 
 
-@_enters(CUTS, "index")
+@_cuts("index")
 def _indices(n: fx.Node, ndim: int, known: Known) -> Iterator[int]:
     """`aten.index(x, [None, positions])`."""
     items = argument(n, 1, "indices")
     return (dim for dim, item in enumerate(items if isinstance(items, (tuple, list)) else ()) if given_by(item, known))
 
 
-@_enters(CUTS, "narrow", "slice", "select", "index_select")
+@_cuts("narrow", "slice", "select", "index_select")
 def _after_dim(n: fx.Node, ndim: int, known: Known) -> Iterator[int]:
     """`x.narrow(dim, start, length)`."""
     if given_by((n.args[2:], n.kwargs), known):
         yield argument(n, 1, "dim", default=0)
 
 
-@_enters(CUTS, "split", "chunk", "split_with_sizes", "unsafe_split", "unsafe_chunk", "tensor_split")
+@_cuts("split", "chunk", "split_with_sizes", "unsafe_split", "unsafe_chunk", "tensor_split")
 def _before_dim(n: fx.Node, ndim: int, known: Known) -> Iterator[int]:
     """`x.split(sizes, dim)`."""
     if given_by((n.args[1:2], n.kwargs), known):
         yield argument(n, 2, "dim", default=0)
 
 
-@_enters(CUTS, "roll")
+@_cuts("roll")
 def _shifts(n: fx.Node, ndim: int, known: Known) -> Iterator[int]:
     """`x.roll(shifts, dims)`."""
     dims = argument(n, 2, "dims", "dim", default=())
@@ -141,8 +144,8 @@ def _shifts(n: fx.Node, ndim: int, known: Known) -> Iterator[int]:
         yield from [dims] if isinstance(dims, int) else dims
 
 
-@_enters(CUTS, "pad", "constant_pad_nd")
-@_enters(MAKES, "pad", "constant_pad_nd")
+@_cuts("pad", "constant_pad_nd")
+@_makes("pad", "constant_pad_nd")
 def _padded(n: fx.Node, ndim: int, known: Known) -> Iterator[int]:
     """`F.pad(x, pad)`: two numbers for each dim, from the last one on."""
     pad: Any = argument(n, 1, "pad")
@@ -151,13 +154,13 @@ def _padded(n: fx.Node, ndim: int, known: Known) -> Iterator[int]:
     return (ndim - 1 - i // 2 for i, amount in enumerate(pad) if given_by(amount, known))
 
 
-@_enters(MAKES, "zeros", "ones", "empty", "rand", "randn", "full")
+@_makes("zeros", "ones", "empty", "rand", "randn", "full")
 def _sizes(n: fx.Node, ndim: int, known: Known) -> Iterator[int]:
     """`torch.zeros(*sizes)`."""
     return _made(n.args or (n.kwargs.get("size"),), ndim, known)
 
 
-@_enters(MAKES, "expand", "repeat", "tile", "broadcast_to", "new_zeros", "new_ones", "new_empty", "new_full")
+@_makes("expand", "repeat", "tile", "broadcast_to", "new_zeros", "new_ones", "new_empty", "new_full")
 def _sizes_after_tensor(n: fx.Node, ndim: int, known: Known) -> Iterator[int]:
     """`x.expand(*sizes)`."""
     return _made(n.args[1:] or (n.kwargs.get("size"),), ndim, known)

@@ -64,7 +64,7 @@ def check_losses(coupling: Coupling, classes: Classes, tasks: Mapping[str, Task]
     for name, task in tasks.items():
         if task.classes is not None:
             continue
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.enable_grad():
             leaves = {id(t): t.clone().requires_grad_() for t in cut.values()}
             loss = task(exchanged(outputs, lambda t, leaves=leaves: leaves.get(id(t), t)), batch)
             if not loss.requires_grad:

@@ -177,6 +177,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return error / (scale or 1.0) if math.isfinite(error) else float("inf")
 
 
+@torch.inference_mode(False)
 def verify(coupling: Coupling, plan: Plan, slim: fx.GraphModule) -> Verification:
     """Compare the slim network with the masked original on the example inputs, in float64 and eval mode.
 
@@ -191,11 +192,6 @@ def verify(coupling: Coupling, plan: Plan, slim: fx.GraphModule) -> Verification
     """
     check_kind(coupling, Coupling)
     check_kind(plan, Plan)
-    with torch.inference_mode(False):
-        return _verify(coupling, plan, slim)
-
-
-def _verify(coupling: Coupling, plan: Plan, slim: fx.GraphModule) -> Verification:
     traced = coupling.traced
     original = traced.module if traced.one_path and traced.model.training else traced.model
     reference, plain = AbsentIsNaN(), InFloat64()
