@@ -341,6 +341,7 @@ def close_record(traced: Traced, record: Interpretation) -> Coupling:
 
 def _freeze_nodes(record: Interpretation, traced: Traced, freeze: dict[str, str]) -> None:
     nodes = {n.name: n for n in traced.graph.nodes}
+    record.freeze.update(freeze)
     for name, reason in freeze.items():
         if name not in nodes:
             raise CouplingError(

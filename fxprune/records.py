@@ -88,4 +88,6 @@ class Interpretation:
     whole: set[str] = field(default_factory=set)
     """Nodes that call a function of the user's which only runs on values."""
     unknown: list[tuple[str, str]] = field(default_factory=list)
+    freeze: dict[str, str] = field(default_factory=dict)
+    """Node -> reason, of those that the caller froze."""
     steps: int = 0

@@ -131,4 +131,6 @@ def restrict(coupling: Coupling, tasks: Mapping[str, Task] | None, data: Any = N
     rows = plan_of(whole, keep)
     slim = build(whole, keep)
     traced = replace(whole.traced, model=slim, root=slim, graph=slim.graph, state=taking_part(slim, slim.graph)[0])
-    return Restriction(classes, whole, rows, couple(traced))
+    left = {n.name for n in slim.graph.nodes}
+    freeze = {name: reason for name, reason in coupling.record.freeze.items() if name in left}
+    return Restriction(classes, whole, rows, couple(traced, freeze=freeze))

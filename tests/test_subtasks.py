@@ -274,6 +274,17 @@ class Both(nn.Module):
         return {"logits": x, "probabilities": x.softmax(1)}
 
 
+def test_what_was_frozen_stays_where_rows_are_cut() -> None:
+    traced = fxprune.trace(settled(Chain()), X[:2])
+    name = next(n.name for n in traced.graph.nodes if n.op == "call_module")
+    coupling = fxprune.couple(traced, freeze={name: "is read by others"})
+    plan = fxprune.plan(coupling, Budget(macs=0.5), method=methods.Joint(samples=4), calibration=BATCHES, tasks=TASKS)
+    slim = fxprune.rewrite(coupling, plan)
+    assert slim.get_submodule(name).weight.shape == traced.root.get_submodule(name).weight.shape
+    assert plan.costs.share("macs") <= 0.5
+    fxprune.verify(coupling, plan, slim)
+
+
 def test_what_cannot_be_done_is_said() -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"classes": [5, 2]}, r"Task\(classes=\[5, 2\]\) is not ascending.* Pass `classes=\[2, 5\]`"),
