@@ -119,7 +119,8 @@ class Calibration:
             )
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file."""
+        """Write a safetensors file; the folder is made if need be."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, torch.Tensor] = {}
         about: dict[str, Any] = {}
         for name, m in self.moments.items():

@@ -123,7 +123,8 @@ class LatencyModel:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Save as JSON."""
+        """Save as JSON; the folder is made if need be."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps({"schema": SCHEMA, **asdict(self)}), encoding="utf-8")
 
     @staticmethod

@@ -133,6 +133,8 @@ class Plan:
         Raises:
             ArtifactError: not the JSON of a plan, or of another schema version, or an entry of the wrong type.
         """
+        if not isinstance(text, (str, bytes)):
+            raise ArtifactError(f"a plan is read from JSON, and this is a {type(text).__name__}. Pass the text of it.")
         try:
             data = json.loads(text)
         except ValueError as error:

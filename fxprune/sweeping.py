@@ -108,9 +108,10 @@ def sweep(
         PlanError: no budget, or one that cannot be met; see `plan`.
     """
     check_kind(coupling, Coupling)
-    asked = list(budgets)
+    asked = [] if isinstance(budgets, Budget) else list(budgets)
     if not asked:
-        raise PlanError("sweep() was given no budgets. Pass some, such as `[fxprune.Budget(macs=0.5)]`.")
+        found = "one budget, not several" if isinstance(budgets, Budget) else "no budgets"
+        raise PlanError(f"sweep() was given {found}. Pass a list, such as `[fxprune.Budget(macs=0.5)]`.")
     for budget in asked:
         check_request(budget, method, calibration, tasks, constraints)
     method, constraints = method or default_method(calibration), constraints or Constraints()

@@ -176,15 +176,15 @@ def test_without_tasks_the_outputs_are_what_counts() -> None:
 def test_a_calibration_is_saved_and_read(tmp_path: Path) -> None:
     _, coupling, data = settings()
     found = calibrate(coupling, data, TASKS)
-    found.save(tmp_path / "calibration.safetensors")
-    read = Calibration.load(tmp_path / "calibration.safetensors")
+    found.save(tmp_path / "made" / "calibration.safetensors")
+    read = Calibration.load(tmp_path / "made" / "calibration.safetensors")
     assert (read.losses, read.samples, read.fingerprint) == (found.losses, found.samples, found.fingerprint)
     for name, m in found.moments.items():
         other = read.moments[name]
         assert (m.layer, m.norm, m.shared_taps) == (other.layer, other.norm, other.shared_taps)
         assert torch.equal(m.second, read.moments[name].second)
         assert all(torch.equal(g, read.moments[name].sensitivity[task]) for task, g in m.sensitivity.items())
-    (tmp_path / "cut").write_bytes((tmp_path / "calibration.safetensors").read_bytes()[:500])
+    (tmp_path / "cut").write_bytes((tmp_path / "made" / "calibration.safetensors").read_bytes()[:500])
     with pytest.raises(ArtifactError, match="is no calibration"):
         Calibration.load(tmp_path / "cut")
     for path in (tmp_path / "missing", tmp_path):

@@ -240,8 +240,8 @@ def test_what_cannot_be_measured_is_refused() -> None:
 
 def test_a_model_is_the_same_after_json(tmp_path: Path) -> None:
     model = synthetic(coupled(Chain()))
-    model.save(tmp_path / "model.json")
-    assert LatencyModel.load(tmp_path / "model.json") == model
+    model.save(tmp_path / "made" / "model.json")
+    assert LatencyModel.load(tmp_path / "made" / "model.json") == model
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_a_model_is_the_same_after_json(tmp_path: Path) -> None:
     ],
 )
 def test_damaged_files_are_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
-    path = tmp_path / "model.json"
+    path = tmp_path / "made" / "model.json"
     synthetic(coupled(Chain())).save(path)
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(fxprune.ArtifactError, match=words):

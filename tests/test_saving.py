@@ -192,6 +192,11 @@ def test_text_that_is_no_plan_is_refused(text: str) -> None:
         Plan.from_json(text)
 
 
+def test_what_is_no_text_is_refused() -> None:
+    with pytest.raises(ArtifactError, match="this is a dict"):
+        Plan.from_json({})  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize(
     ("kept", "words"),
     [

@@ -57,5 +57,7 @@ def test_sweeps_need_no_data_and_say_what_is_wrong() -> None:
     assert found[1].plan.costs.share("macs") <= 0.5
     with pytest.raises(PlanError, match="was given no budgets"):
         fxprune.sweep(coupling, [])
+    with pytest.raises(PlanError, match="was given one budget, not several"):
+        fxprune.sweep(coupling, Budget(macs=0.5))  # pyright: ignore[reportArgumentType]
     with pytest.raises(PlanError, match=r"the budget is 0\.5"):
         fxprune.sweep(coupling, [0.5])  # pyright: ignore[reportArgumentType]
