@@ -6,7 +6,8 @@ and heads, chooses what stays, and emits a slimmer `GraphModule` that is proved 
 
 from fxprune import methods
 from fxprune.budgets import Budget
-from fxprune.calibrating import Calibration, calibrate
+from fxprune.calibrating import calibrate
+from fxprune.calibrations import Calibration
 from fxprune.charts import draw_sensitivity, draw_sweep
 from fxprune.closeups import draw_group
 from fxprune.combining import CombinationCosts, combination_costs

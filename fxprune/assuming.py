@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fxprune.calibrating import OUTPUTS, Calibration, Moments
+from fxprune.calibrating import OUTPUTS
+from fxprune.calibrations import Calibration, Moments
 from fxprune.coupling import Coupling
 from fxprune.layers import channels_of, fingerprint_of, layers_of
 from fxprune.sums import Layer

@@ -10,7 +10,8 @@ import torch
 
 from fxprune.allocating import allocate
 from fxprune.branches import costs_of
-from fxprune.calibrating import Calibration, split
+from fxprune.calibrating import split
+from fxprune.calibrations import Calibration
 from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling
 from fxprune.errors import PlanError

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from fxprune import sharing
-from fxprune.calibrating import Calibration
+from fxprune.calibrations import Calibration
 from fxprune.correcting import corrections
 from fxprune.coupling import Coupling
 from fxprune.eliminating import DAMPING

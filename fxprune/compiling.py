@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from fxprune import sharing
 from fxprune.budgets import Budget
-from fxprune.calibrating import Calibration
+from fxprune.calibrations import Calibration
 from fxprune.compensating import check_sequential, compensate, take_over
 from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling, couple

@@ -22,7 +22,7 @@ from torch import fx, nn
 
 from fxprune.branches import costs_of
 from fxprune.budgets import Budget
-from fxprune.calibrating import Calibration
+from fxprune.calibrations import Calibration
 from fxprune.choosing import Chooser
 from fxprune.cloning import clone, submodule, unused_name
 from fxprune.constraining import Constraints, constrain

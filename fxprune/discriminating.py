@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fxprune.allocating import Allocation, allocate, steps_of_all
-from fxprune.calibrating import Calibration
+from fxprune.calibrations import Calibration
 from fxprune.criteria.trace_ratio import TraceRatio, trace_ratio_of
 from fxprune.eliminating import DAMPING
 from fxprune.errors import PlanError

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from fxprune.assigning import SHARED, Sharing, regrouped
-from fxprune.calibrating import Calibration, calibrate
+from fxprune.calibrating import calibrate
+from fxprune.calibrations import Calibration
 from fxprune.cloning import named_part
 from fxprune.correcting import corrections
 from fxprune.coupling import Coupling, couple

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from fxprune.calibrating import Calibration
+from fxprune.calibrations import Calibration
 from fxprune.committing import HBGS, HBGTS
 from fxprune.coupling import Coupling
 from fxprune.criteria.approximation import Approximator, Source

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxprune import sharing
 from fxprune.accumulating import Spread
-from fxprune.calibrating import Calibration
+from fxprune.calibrations import Calibration
 from fxprune.coupling import Coupling
 from fxprune.functions import as_function
 from fxprune.layers import eps_of

@@ -16,7 +16,7 @@ import torch
 from fxprune import sharing
 from fxprune.allocating import allocate
 from fxprune.atoms import FIXED
-from fxprune.calibrating import Calibration
+from fxprune.calibrations import Calibration
 from fxprune.criteria.approximation import Approximator
 from fxprune.errors import PlanError
 from fxprune.grouping import Group

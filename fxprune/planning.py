@@ -13,7 +13,7 @@ from fxprune import agreeing, sharing
 from fxprune.atoms import FIXED
 from fxprune.branches import costs_of
 from fxprune.budgets import Budget
-from fxprune.calibrating import Calibration
+from fxprune.calibrations import Calibration
 from fxprune.choosing import Chooser
 from fxprune.closing import owner
 from fxprune.constraining import Constraints, constrain

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fxprune.calibrating import Calibration
+from fxprune.calibrations import Calibration
 from fxprune.coupling import Coupling
 from fxprune.criteria.joint import joint_paths
 from fxprune.paths import RemovalPath

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fxprune.calibrating import Calibration
+from fxprune.calibrations import Calibration
 from fxprune.choosing import Chooser
 from fxprune.constraining import Constraints, constrain
 from fxprune.coupling import Coupling

@@ -17,7 +17,8 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from fxprune import sharing
-from fxprune.calibrating import Calibration, samples_in
+from fxprune.calibrating import samples_in
+from fxprune.calibrations import Calibration
 from fxprune.correcting import Inverses, corrections
 from fxprune.coupling import Coupling
 from fxprune.errors import PlanError, RewriteError

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from fxprune.assuming import assume
-from fxprune.calibrating import OUTPUTS, Calibration, calibrate, split
+from fxprune.calibrating import OUTPUTS, calibrate, split
+from fxprune.calibrations import Calibration
 from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling
 from fxprune.errors import PlanError

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fxprune.calibrating import Moments, calibrate
+from fxprune.calibrating import calibrate
+from fxprune.calibrations import Moments
 from fxprune.cloning import named_part
 from fxprune.correcting import corrected_weight
 from fxprune.coupling import couple

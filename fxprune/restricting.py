@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fxprune.building import build
-from fxprune.calibrating import Calibration, Moments
+from fxprune.calibrations import Calibration, Moments
 from fxprune.costs import CostChange
 from fxprune.coupling import Coupling, couple
 from fxprune.errors import PlanError

@@ -11,7 +11,7 @@ import torch
 from tabulate import tabulate
 
 from fxprune import agreeing, notebooks, sharing
-from fxprune.calibrating import Calibration
+from fxprune.calibrations import Calibration
 from fxprune.choosing import probe_of
 from fxprune.constraining import Constraints
 from fxprune.coupling import Coupling

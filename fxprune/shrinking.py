@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from fxprune.calibrating import Moments
+from fxprune.calibrations import Moments
 from fxprune.coupling import Coupling
 from fxprune.eliminating import damped_inverse
 from fxprune.layers import channels_of

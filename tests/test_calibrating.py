@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 import fxprune
 from fxprune import Budget, PlanError, Task, methods
-from fxprune.calibrating import Calibration, calibrate
+from fxprune.calibrating import calibrate
+from fxprune.calibrations import Calibration
 from fxprune.errors import ArtifactError
 
 

@@ -19,7 +19,8 @@ from two_tasks import TASKS, asked, batches, trained
 
 import fxprune
 from fxprune import Budget, Constraints, PlanError, Task, methods, rerunning
-from fxprune.calibrating import Calibration, calibrate
+from fxprune.calibrating import calibrate
+from fxprune.calibrations import Calibration
 from fxprune.methods import HBGS, HBGTS, FilterBackward, FilterOMP, PathMethod, Problem
 from fxprune.offering import Offering
 from fxprune.planning import plan_of

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 import fxprune
 from fxprune import Budget, PlanError, Task, methods
 from fxprune.assuming import assume
-from fxprune.calibrating import Calibration, calibrate
+from fxprune.calibrating import calibrate
+from fxprune.calibrations import Calibration
 from fxprune.compensating import compensate
 from fxprune.correcting import corrections
 from fxprune.criteria.joint import joint_paths

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fxprune.approximating import Dictionary, backward, errors_along, forward
-from fxprune.calibrating import Calibration
+from fxprune.calibrations import Calibration
 from fxprune.coupling import Coupling, Site
 from fxprune.errors import PlanError
 from fxprune.grouping import Group

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fxprune.calibrating import Calibration
+from fxprune.calibrations import Calibration
 from fxprune.errors import PlanError
 
 

@@ -10,7 +10,7 @@ import torch
 
 from fxprune import sharing
 from fxprune.atoms import FIXED
-from fxprune.calibrating import Calibration, Moments
+from fxprune.calibrations import Calibration, Moments
 from fxprune.coupling import Coupling
 from fxprune.criteria.magnitude import magnitude
 from fxprune.eliminating import CHUNK, DAMPING, Elimination, Unit, damped_inverse, eliminate
