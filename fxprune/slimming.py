@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import fx, nn
 
 from fxprune.cloning import Cloner, submodule
 from fxprune.packing import Packed, pack, unpack
+from fxprune.switching import safe_code
 
 RECORD = "fxprune"
 """Key of the compilation's record in `slim.meta`."""
@@ -47,7 +49,10 @@ class SlimModule(fx.GraphModule):
 
     def recompile(self) -> Any:
         """Write the code of forward, as soon as there is a graph."""
-        return super().recompile() if len(self._graph.nodes) else None
+        if not len(self._graph.nodes):
+            return None
+        with self._graph.on_generate_code(partial(safe_code, self._graph)):
+            return super().recompile()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SlimModule:
         twin = super().__deepcopy__(memo)

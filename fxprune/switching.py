@@ -1,11 +1,13 @@
 """Where a network switches gradients on and off: kept in its graph, and passed over where sensitivities are measured.
 
 `torch.no_grad` and the like ask for the mode that they find, and set it again in the end. Both are nodes, so that the
-graph leaves the mode as it was, whichever that is: `torch.inference_mode` is kept as what it does to gradients.
+graph leaves the mode as it was, whichever that is: `torch.inference_mode` is kept as what it does to gradients. Where a
+slim network raises in between, its code puts the mode back, as `with` would have.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +27,23 @@ SWITCHES = frozenset({_SET, _ASK})
 
 WITHOUT_INFERENCE: Patch = (torch._C, "_InferenceMode", lambda mode: torch.set_grad_enabled(not mode))
 """Lets `torch.inference_mode` do what it does to gradients, and nothing else."""
+
+
+Code = Callable[[list[str]], list[str]]
+"""Rewrites the lines of forward."""
+
+
+def safe_code(graph: fx.Graph, rewrite: Code | None) -> Code:
+    """Return what rewrites the lines of a graph's code after `rewrite`: the mode is put back where they raise."""
+    before: Code = rewrite or list
+    switches = any(n.target is _SET for n in graph.nodes)
+    return (lambda lines: _safe(before(lines))) if switches else before
+
+
+def _safe(lines: list[str]) -> list[str]:
+    inside = [f"    {line}\n" for line in "".join(lines).splitlines()]
+    restore = ["except BaseException:\n", "    torch._C._set_grad_enabled(_mode)\n", "    raise\n"]
+    return ["_mode = torch._C.is_grad_enabled()\n", "try:\n", *inside, *restore]
 
 
 class GradMode(int):

@@ -124,6 +124,17 @@ def test_the_mode_is_left_as_it_was(kind: type[Net]) -> None:
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_the_mode_is_put_back_where_the_network_raises(wanted: bool) -> None:
+    _, slim, x = compiled(Net)
+    again = fxprune.compile(slim, x, Budget(macs=0.5), progress=False)
+    for network in (slim, copy.deepcopy(slim), pickle.loads(pickle.dumps(slim)), again):
+        with torch.set_grad_enabled(wanted):
+            with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+                network(torch.zeros(4, 7))
+            assert torch.is_grad_enabled() == wanted
+
+
 @pytest.mark.parametrize("method", [methods.Joint(), methods.Joint(sequential=True), methods.Taylor()])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not Leaving])
 def test_what_does_not_train_is_worth_what_it_does(kind: type[Net], method: Any) -> None:
