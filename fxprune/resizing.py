@@ -176,7 +176,7 @@ def channel_shuffle(module: Any, call: Call) -> None:
     module.groups = call.rows(1, module.groups)
 
 
-@resizes(nn.Embedding)
+@resizes(nn.Embedding, nn.EmbeddingBag)
 def embedding(module: Any, call: Call) -> None:
     """weight: (entries, d)."""
     module.num_embeddings, module.embedding_dim = module.weight.shape

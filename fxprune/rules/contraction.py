@@ -121,6 +121,12 @@ def embedding(op: Op, weight: torch.Tensor, indices: torch.Tensor, *args: object
     return row
 
 
+@rule(aten._embedding_bag, aten._embedding_bag_forward_only)
+def embedding_bag(op: Op, weight: torch.Tensor, indices: torch.Tensor, *args: object) -> list[Labels]:
+    """weight: (entries, d), indices: (n,) -> (bags, d), and numbers about the bags. Entries stay, as of `embedding`."""
+    return [embedding(op, weight, indices), *[algebra.blank(extra.ndim) for extra in op.out[1:]]]
+
+
 @rule(aten.convolution, aten._convolution, aten.cudnn_convolution)
 def convolution(
     op: Op,

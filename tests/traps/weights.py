@@ -38,6 +38,19 @@ class TiedFunctional(nn.Module):
         return F.linear(y + self.down(F.gelu(self.up(y))), self.embed.weight)
 
 
+@trap("bag of embeddings", (2, 6), "bag.weight 1, most.weight 1, up.weight 0", entries=40)
+class Bag(nn.Module):
+    """Rows of a table are summed, or their maximum is taken, as in networks that recommend."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.most = nn.EmbeddingBag(40, 16, mode="sum"), nn.EmbeddingBag(40, 8, mode="max")
+        self.up, self.down = nn.Linear(24, 32), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(torch.cat([self.bag(x), self.most(x)], 1))))
+
+
 @trap("bilinear layer", (4, 5), "left.weight 0, right.weight 0, meet.weight 0, meet.weight 1, meet.weight 2")
 class BilinearLayer(nn.Module):
     def __init__(self) -> None:
