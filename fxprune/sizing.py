@@ -293,7 +293,7 @@ class SizedTracer(fx.Tracer):
         return graph
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        """Return what calls forward as the examples do, and no more arguments; symbols are in the order of its signature.
+        """Return what calls forward as the examples do; no more arguments. Symbols are in the order of its signature.
 
         The module is the one that is traced, in place of an empty one that torch has made.
         """
