@@ -64,13 +64,14 @@ def index_put(
     used: list[int] = []
     d = rank = 0
     for index in indices:
-        mask = index is not None and index.dtype in (torch.bool, torch.uint8)
-        covered = range(d, d + (index.ndim if mask else 1))
-        d = covered.stop
-        if index is not None:
-            op.fix(op.labels(index), range(index.ndim), "is an index")
-            used += covered
-            rank = max(rank, 1 if mask else index.ndim)
+        if index is None:
+            d += 1
+            continue
+        is_mask = index.dtype in (torch.bool, torch.uint8)
+        op.fix(op.labels(index), range(index.ndim), "is an index")
+        used += range(d, d + (index.ndim if is_mask else 1))
+        d = used[-1] + 1
+        rank = max(rank, 1 if is_mask else index.ndim)
     labels = op.mix(op.fix(op.labels(x), used, "is written to at positions that depend on data"), used)
     if used != list(range(used[0], used[-1] + 1)):
         op.freeze(x, values)
