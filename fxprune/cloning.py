@@ -78,6 +78,14 @@ def plain_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 def named_state(module: nn.Module) -> Iterator[State]:
     """Yield (name, tensor, is a parameter) of every parameter, buffer and plain tensor attribute, shared ones once."""
     seen: set[int] = set()
+    for name, t, is_parameter in aliased_state(module):
+        if id(t) not in seen:
+            seen.add(id(t))
+            yield name, t, is_parameter
+
+
+def aliased_state(module: nn.Module) -> Iterator[State]:
+    """Yield what `named_state` does, but shared tensors by all names that modules have for them."""
     for prefix, child in modules_in(module):
         attributes = vars(child)
         parameters, buffers = attributes["_parameters"], attributes["_buffers"]
@@ -86,8 +94,7 @@ def named_state(module: nn.Module) -> Iterator[State]:
         own = [(k, v, True) for k, v in parameters.items()]
         own += [(k, v, False) for k, v in (*buffers.items(), *plain_tensors(child).items())]
         for key, value, is_parameter in own:
-            if value is not None and id(value) not in seen:
-                seen.add(id(value))
+            if value is not None:
                 yield f"{prefix}.{key}" if prefix else key, value, is_parameter
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from fxprune.cloning import clone, named_state
+from fxprune.cloning import aliased_state, clone, named_state
 from fxprune.errors import TraceError
 from fxprune.sources import short_line
 from fxprune.traced import TRAINING, Traced, TrainingFlag, left_out, taking_part
@@ -38,7 +38,7 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     _erase_copies_onto_themselves(graph)
     module.add_module(TRAINING, TrainingFlag())
     _ask_for_mode(graph)
-    own = {name: t for name, t, _ in named_state(model)}
+    own = {name: t for name, t, _ in aliased_state(model)}
     graph_module = fx.GraphModule(module, graph, type(model).__name__)
     for name, _, _ in list(named_state(graph_module)):
         if name in own:

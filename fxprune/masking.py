@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fxprune.meta import UNDEFINED
 from fxprune.registering import registering
 from fxprune.widening import InFloat64
 
@@ -182,6 +183,12 @@ def _where(func: Any, condition: torch.Tensor, a: torch.Tensor, b: torch.Tensor)
     return _mark(func(condition, a, b), a.isnan() | b.isnan())
 
 
+@_absent_aware(aten.masked_fill, aten.index_fill, aten.index_put, aten.scatter, aten.fill)
+def _overwritten(func: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """What is absent stays so where a value is written over it."""
+    return _mark(func(x, *args, **kwargs), x.isnan())
+
+
 @_absent_aware(aten._prelu_kernel)
 def _prelu(func: Any, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """Where the slope is absent, the channel is, though what is positive does not meet it."""
@@ -258,15 +265,25 @@ def _softmax(func: Any, x: torch.Tensor, dim: int, *args: Any) -> torch.Tensor:
     return _mark(func(_present(x, -torch.inf), dim, *args), x.isnan())
 
 
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
+
 class AbsentIsNaN(InFloat64):
     """Run a module whose parameters hold NaN at removed positions, as if those positions were not there."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an op; memory that nothing was written to is not absent, whatever it holds."""
+        found = super().__torch_dispatch__(func, types, args, kwargs)
+        return found.nan_to_num_() if func.overloadpacket in UNDEFINED else found
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Use the absent-aware form of an op where it has one and NaN is about."""
         reference = _REFERENCE.get(func.overloadpacket)
-        if reference is not None and any(
-            isinstance(a, torch.Tensor) and (a.is_floating_point() or a.is_complex()) and bool(a.isnan().any())
-            for a in args
-        ):
+        if reference is not None and any(_is_floating(a) and bool(a.isnan().any()) for a in args):
             return reference(func, *args, **kwargs)
-        return func(*args, **kwargs)
+        absent = args[0].isnan() if func._schema.is_mutable and _is_floating(args[0]) else None
+        found = func(*args, **kwargs)
+        if absent is not None:
+            args[0].masked_fill_(absent, torch.nan)  # nor does it come back where it is written to
+        return found

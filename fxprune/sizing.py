@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dis
 import functools
+import inspect
 import math
 import operator
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -32,8 +33,10 @@ from fxprune.running import MetaRunner
 from fxprune.sources import user_line
 
 _FACTORIES = ("tensor", "arange", "linspace", "eye", "zeros", "ones", "full", "empty", "rand", "randn")
+_LIMITS = ("finfo", "iinfo")
 
 
+_STARS = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 _CONSTANTS = (torch.Tensor, torch.ScriptObject, pytree.TreeSpec)
 _UNPACK = dis.opmap["UNPACK_SEQUENCE"]
 
@@ -137,6 +140,8 @@ class SizedTracer(fx.Tracer):
     Attributes:
         inputs: the arguments of forward by name, on the meta device.
         device: where they really are.
+        positional: how many of them the examples give by position.
+        named: those that the examples give by name.
         recording: modules that are called are recorded; not so while sizes are looked up.
         spare: nodes that are left out again if nothing reads them.
         latest: the check that the last answer has added, if any.
@@ -147,10 +152,14 @@ class SizedTracer(fx.Tracer):
     proxy_buffer_attributes = True
     _module: nn.Module
 
-    def __init__(self, inputs: Mapping[str, Any], device: torch.device) -> None:
+    def __init__(
+        self, inputs: Mapping[str, Any], device: torch.device, positional: int, named: Collection[str]
+    ) -> None:
         super().__init__()
         self.inputs = inputs
         self.device = device
+        self.positional = positional
+        self.named = named
         self.recording = True
         self.autocasts: list[str] = []
         self.walked: list[str] = []
@@ -261,10 +270,10 @@ class SizedTracer(fx.Tracer):
         return value
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """Trace a module; what makes tensors out of sizes is recorded too."""
+        """Trace a module; what makes tensors out of sizes is recorded too, and what tells the limits of a dtype."""
         _LazyGraphModule.force_recompile(root)
         self._module = root
-        makers = [(torch, name, _recorded(getattr(torch, name))) for name in _FACTORIES]
+        makers = [(torch, name, _recorded(getattr(torch, name))) for name in (*_FACTORIES, *_LIMITS)]
         with (
             torch.set_grad_enabled(torch.is_grad_enabled()),  # which forward may leave switched
             patched(
@@ -284,9 +293,31 @@ class SizedTracer(fx.Tracer):
         return graph
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        """Return the function to call and its arguments: the module, for which torch made an empty one, and symbols."""
+        """Return what calls forward as the examples do; no more arguments. Symbols are in the order of its signature.
+
+        The module is the one that is traced, in place of an empty one that torch has made.
+        """
         self.root = self._module
-        return super().create_args_for_root(root_fn, True, concrete_args)
+        plain = inspect.unwrap(root_fn)  # a decorator hides the names
+        signature = inspect.signature(plain)
+        given: list[Any] = [self.root]
+        named: dict[str, Any] = {}
+        for i, p in enumerate([*signature.parameters.values()][1:]):
+            value = self._proxy_placeholder(_STARS.get(p.kind, "") + p.name, concrete_args, signature, plain)
+            if p.kind is p.VAR_POSITIONAL:
+                given += value
+            elif p.kind is p.VAR_KEYWORD:
+                named |= value
+            elif i < self.positional and p.kind is not p.KEYWORD_ONLY:
+                given.append(value)
+            elif p.name in self.named:
+                named[p.name] = value
+
+        @functools.wraps(plain)
+        def call() -> Any:
+            return root_fn(*given, **named)
+
+        return call, []
 
     def create_arg(self, a: Any) -> Any:
         """Know by its name a tensor that is a plain attribute of a module; these are looked up where one is met."""

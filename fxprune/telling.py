@@ -48,7 +48,7 @@ def _formula(func: Any) -> Formula | None:
 
 
 def _alike(args: Any) -> bool:
-    """Say whether all tensors among arguments are floating and of one dtype, and some are on the meta device."""
+    """Say whether all tensors are floating and of one dtype, and some on the meta device, and no number is complex."""
     dtype, some_meta = None, False
     for a in args[0] if type(args[0]) is list else args:  # a loop: this is asked for every call
         if isinstance(a, torch.Tensor):
@@ -59,6 +59,8 @@ def _alike(args: Any) -> bool:
             elif a.dtype is not dtype:
                 return False
             some_meta = some_meta or a.is_meta
+        elif type(a) is complex:
+            return False
     return some_meta
 
 

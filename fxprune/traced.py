@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import linecache
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.graph_module import _copy_attr
 from torch.fx.node import map_arg
 
-from fxprune.cloning import State, named_part, named_state
+from fxprune.cloning import State, aliased_state, named_part, named_state
 from fxprune.latencies import LatencyModel
 from fxprune.sources import short_line
 
@@ -88,10 +89,12 @@ class Traced:
 
 
 def taking_part(root: nn.Module, graph: fx.Graph) -> tuple[tuple[State, ...], list[str]]:
-    """Return everything that a graph uses of a module, and the names of parameters that it does not use."""
-    targets = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
-    used: list[State] = []
-    unused: list[str] = []
+    """Return everything that a graph uses of a module, and the names of parameters that it does not use.
+
+    A shared tensor has that of its names by which a `GraphModule` lists it: the first in the order of the graph.
+    """
+    targets = dict.fromkeys(str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr"))
+    used: dict[int, list[State]] = {}
     called = {"": False}
 
     def is_called(name: str) -> bool:
@@ -99,12 +102,20 @@ def taking_part(root: nn.Module, graph: fx.Graph) -> tuple[tuple[State, ...], li
             called[name] = name in targets or is_called(name.rpartition(".")[0])
         return called[name]
 
-    for item in named_state(root):
+    for item in aliased_state(root):
         if is_called(item[0].rpartition(".")[0]) or item[0] in targets:
-            used.append(item)
-        elif item[2]:
-            unused.append(item[0])
-    return tuple(used), unused
+            used.setdefault(id(item[1]), []).append(item)
+    unused = [name for name, t, is_parameter in named_state(root) if is_parameter and id(t) not in used]
+    order = _listed(root, targets) if any(len(items) > 1 for items in used.values()) else {}
+    return tuple(min(items, key=lambda item: order.get(item[0], 0)) for items in used.values()), unused
+
+
+def _listed(root: nn.Module, targets: Iterable[str]) -> dict[str, int]:
+    """Return the names of parameters and buffers -> their places in a `GraphModule` with these targets."""
+    like = nn.Module()
+    for target in targets:
+        _copy_attr(root, like, target)
+    return {name: i for i, (name, _, _) in enumerate(aliased_state(like))}
 
 
 def used_state(root: nn.Module, graph: fx.Graph) -> tuple[State, ...]:

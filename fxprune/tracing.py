@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from types import FunctionType
 from typing import Any
 
@@ -47,9 +47,15 @@ class Tracer(SizedTracer):
     """Symbolic tracer that keeps default arguments, source lines, and what depends on training mode."""
 
     def __init__(
-        self, fixed: Mapping[str, Any], inputs: Mapping[str, Any], device: torch.device, training: bool
+        self,
+        fixed: Mapping[str, Any],
+        inputs: Mapping[str, Any],
+        device: torch.device,
+        positional: int,
+        named: Collection[str],
+        training: bool,
     ) -> None:
-        super().__init__(inputs, device)
+        super().__init__(inputs, device, positional, named)
         self.fixed = fixed
         self.flag = _Flag(training)
         self.flag.asked = []
@@ -72,7 +78,8 @@ class Tracer(SizedTracer):
     ) -> Any:
         """Record a leaf, walk through the others; the stack of modules that torch notes at every node is not needed."""
         known = isinstance(m, Expect) and not isinstance(args[0], fx.Proxy)  # an argument that is fixed again
-        if known or not self.recording:
+        made = m not in (self.submodule_paths or ())  # by forward: `nn.ReLU()(x)`
+        if known or made or not self.recording:
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if not self.is_leaf_module(m, path):
@@ -113,6 +120,9 @@ class Tracer(SizedTracer):
             if TRAINING not in self.root._modules:
                 self.root.add_module(TRAINING, TrainingFlag())
             return self.create_node("call_module", TRAINING, (), {})
+        if isinstance(a, dict) and is_dataclass(a):
+            values = {field.name: self.create_arg(getattr(a, field.name)) for field in fields(a)}
+            return self.create_node("call_function", kind, (), values)
         return super().create_arg(a)
 
     def _proxy_placeholder(self, name: str, concrete_args: Any, sig: Any, fn_for_analysis: Any) -> Any:
@@ -254,7 +264,7 @@ def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], t
     fixed = _fixed(signature, given.arguments)
     given.apply_defaults()
     device = next(t.device for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
-    make = functools.partial(Tracer, fixed, to_meta(given.arguments), device)
+    make = functools.partial(Tracer, fixed, to_meta(given.arguments), device, len(args), kwargs)
     root, graph, tracer = _trace_once(model, make, model.training, through)
     notes = []
     asked = list(dict.fromkeys(tracer.flag.asked))

@@ -39,7 +39,7 @@ def transfer(
         groups.append({**{k: v for k, v in group.items() if k != "params"}, "params": params})
     accepted = inspect.signature(type(optimizer)).parameters
     if model is not None and groups:
-        known = {name for name, _ in model.named_parameters()}
+        known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         groups[0]["params"] += [p for name, p in slim.named_parameters() if name not in known]
     settings = {k: v for k, v in optimizer.defaults.items() if k in accepted}
     states = {}
@@ -73,7 +73,11 @@ def _check(optimizer: torch.optim.Optimizer, name: str, p: torch.Tensor, state: 
 def _names(optimizer: torch.optim.Optimizer, slim: nn.Module, model: nn.Module | None) -> dict[int, str]:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if model is not None:
-        names = {id(p): name for name, p in model.named_parameters()}
+        theirs = dict(slim.named_parameters())
+        names: dict[int, str] = {}
+        for name, p in model.named_parameters(remove_duplicate=False):
+            if id(p) not in names or name in theirs:
+                names[id(p)] = name  # of shared ones, the name that the slim network has
         unknown = [p for p in params if id(p) not in names]
         if unknown:
             raise ArtifactError(

@@ -51,12 +51,14 @@ def bind(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list
     values: list[Any] = []
     nodes = [n for n in graph.nodes if n.op == "placeholder"]
     names = {n.target for n in nodes}
+    positional = len(args)
     for i, node in enumerate(nodes):
         if str(node.target).startswith("**"):
             values.append({key: value for key, value in kwargs.items() if key not in names})
         elif str(node.target).startswith("*"):
             values.append(args[i:])
-        elif i < len(args):
+            positional = i  # what follows is given by name
+        elif i < positional:
             values.append(args[i])
         elif node.target in kwargs:
             values.append(kwargs[node.target])

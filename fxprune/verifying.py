@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from fxprune.cloning import clone, named_state
+from fxprune.cloning import aliased_state, clone, named_state
 from fxprune.coupling import Coupling
 from fxprune.errors import VerificationError, check_kind
 from fxprune.masking import NO_INPUT, AbsentIsNaN, InFloat64
@@ -97,7 +97,7 @@ def double_copy(module: nn.Module, exact: Mapping[str, torch.Tensor] | None = No
 def masked_copy(module: nn.Module, plan: Plan) -> nn.Module:
     """Return a float64 copy of a module, in eval mode, with NaN at every position the plan removes."""
     masked = double_copy(module)
-    state = {name: t for name, t, _ in named_state(masked)}
+    state = {name: t for name, t, _ in aliased_state(masked)}
     with torch.no_grad():
         for (name, dim), positions in plan.kept.items():
             if name.startswith(MADE_BY_TRACING) and name not in state:

@@ -189,6 +189,61 @@ def test_tied_weights_have_one_set_of_sites() -> None:
     assert not coupling.is_frozen[channels_of(coupling, "embed.weight", 1)].any()
 
 
+class Elsewhere(nn.Module):
+    """The bias of a layer has another name too, which comes first and is not the one that forward goes by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(12))
+        self.a, self.b, self.c = nn.Linear(4, 16), nn.Linear(16, 12), nn.Linear(12, 3)
+        self.b.bias = self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x).relu()).relu())
+
+
+class Backwards(nn.Module):
+    """The projection onto the output is declared before the table that it shares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(16, 4, bias=False)
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.shared = nn.Embedding(4, 16)
+        self.out.weight = self.shared.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.shared(x)
+        return self.out(y + self.down(self.up(y).relu()))
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "name", "keep"),
+    [
+        (Elsewhere(), torch.randn(8, 4), "b.bias", []),
+        (Backwards(), torch.randint(4, (8, 2)), "shared.weight", ["up"]),
+    ],
+)
+def test_shared_tensors_have_the_name_of_the_graph(
+    model: nn.Module, inputs: Tensor, name: str, keep: list[str]
+) -> None:
+    traced = fxprune.trace(model, inputs)
+    assert name in {site.name for site in fxprune.couple(traced).sites}
+    assert not traced.notes
+    slim = fxprune.compile(
+        model,
+        inputs,
+        fxprune.Budget(macs=0.5),
+        calibration=[(inputs, torch.zeros(1))] * 2,
+        tasks={"task": fxprune.Task(lambda y, b: y.square().mean())},
+        constraints=fxprune.Constraints(keep_outputs=keep),
+        progress=False,
+    )
+    assert slim.get_parameter(name).numel() < model.get_parameter(name).numel()
+    moved = fxprune.transfer(torch.optim.Adam(model.parameters()), slim, model=model).param_groups[0]["params"]
+    assert {id(p) for p in moved} == {id(p) for p in slim.parameters()}
+
+
 class Repeated(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -184,6 +185,99 @@ def test_a_slim_network_is_traced_as_any_other() -> None:
             again(X, torch.ones(4, 1, 8, 8))
 
 
+class Containers(nn.Module):
+    """Arguments whose defaults are containers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor, size: list[int] = [4, 4], more: dict[str, float] = {"scale": 2.0}) -> Tensor:  # noqa: B006
+        return F.interpolate(self.b(F.relu(self.a(x))), size) * more["scale"]
+
+
+def test_defaults_may_be_containers() -> None:
+    model = Containers()
+    assert slimmed(model)(X).shape == (4, 2, 4, 4)
+    slim = slimmed(model, {"x": X, "size": [2, 2]})
+    assert slim(x=X, size=[2, 2]).shape == (4, 2, 2, 2)
+    with pytest.raises(ValueError, match=r"'size' was fixed to \[2, 2\]"):
+        slim(X)
+
+
+def reading(forward: Any) -> Any:
+    """Decorate a forward: an option is taken out, and an input is looked up by its name."""
+
+    @functools.wraps(forward)
+    def decorated(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        double = kwargs.pop("double", False)
+        if "mask" in kwargs:
+            kwargs["mask"] = kwargs["mask"] * 0.5
+        y = forward(self, *args, **kwargs)
+        return y + y if double else y
+
+    return decorated
+
+
+class Decorated(Signature):
+    @reading
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, *, scale: float = 2.0, extra: Tensor | None = None, **named: Any
+    ) -> Tensor:
+        assert not named
+        return super().forward(x, mask, scale=scale, extra=extra)
+
+
+@pytest.mark.parametrize(
+    "inputs", [X, {"x": X, "extra": X[:, :2]}, (X, X[:, :1]), {"x": X, "mask": X[:, :1]}, {"x": X, "double": True}]
+)
+def test_a_decorated_forward_is_called_as_the_examples_are(inputs: Any) -> None:
+    model = Decorated()
+    args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
+    kwargs = inputs if isinstance(inputs, dict) else {}
+    assert fxprune.trace(model, inputs).frontend == "symbolic_trace"
+    torch.testing.assert_close(slimmed(model, inputs, 1.0)(*args, **kwargs), model(*args, **kwargs))
+    slimmed(model, inputs)
+
+
+class Between(nn.Module):
+    """An argument that is given by name alone, behind any number of others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 3, 1)
+
+    def forward(self, x: Tensor, *more: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = self.b(F.relu(self.a(x + more[0] if more else x)))
+        return y if mask is None else y * mask
+
+
+def test_arguments_by_name_come_behind_those_of_open_number() -> None:
+    model = Between()
+    slim = slimmed(model, (X, X), 1.0)
+    torch.testing.assert_close(slim(X, 2 * X), model(X, 2 * X))
+    with pytest.raises(ValueError, match=r"'mask' was fixed to None"):
+        slim(X, X, mask=X)
+    torch.testing.assert_close(slimmed(model, {"x": X, "mask": X}, 1.0)(X, mask=2 * X), model(X, mask=2 * X))
+
+
+class Inside(nn.Module):
+    """A layer that forward makes, and a number that the dtype tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(nn.ReLU()(self.a(x)))
+        return y.masked_fill(x > 0, torch.finfo(y.dtype).min).softmax(1)
+
+
+def test_layers_made_by_forward_and_limits_of_dtypes() -> None:
+    assert fxprune.trace(Inside(), X).frontend == "symbolic_trace"
+    assert slimmed(Inside()).double()(X.double()).dtype == torch.float64
+
+
 class Various(nn.Module):
     """Arguments whose number and names are open."""
 
@@ -232,6 +326,18 @@ class Record:
     high: Tensor
 
 
+@dataclass
+class Entries(dict[str, Tensor]):
+    """A dataclass whose fields are entries of a dict too."""
+
+    low: Tensor
+    high: Tensor
+    other: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.update(low=self.low, high=self.high)
+
+
 FORMS: dict[str, Any] = {
     "tuple": lambda a, b: (a, b),
     "list": lambda a, b: [a, b],
@@ -240,6 +346,7 @@ FORMS: dict[str, Any] = {
     "named": lambda a, b: Pair(a, b),
     "loose": lambda a, b: Loose(low=a, high=b),
     "dataclass": lambda a, b: Record(low=a, high=b),
+    "entries": lambda a, b: Entries(low=a, high=b),
 }
 
 
@@ -262,7 +369,7 @@ def test_outputs_keep_their_form(form: str) -> None:
     report = fxprune.report(slim)
     assert report.verification is not None
     assert len(report.verification.errors) == (4 if form == "nested" else 2)
-    if form in ("dict", "named", "loose", "dataclass"):
+    if form in ("dict", "named", "loose", "dataclass", "entries"):
         assert set(report.verification.errors) >= {"low", "high"} or form in ("named", "loose")
         high = found["high"] if form == "dict" else found.high
         assert high.shape == (4, 3, 8, 8)

@@ -229,6 +229,37 @@ OPS: dict[str, Any] = {
 }
 
 
+WRITES: dict[str, Any] = {
+    "fill": lambda x, mask, i: x.fill_(2.0),
+    "slice": lambda x, mask, i: x[1].zero_(),
+    "masked_fill": lambda x, mask, i: x.masked_fill(mask, 2.0),
+    "masked_fill_": lambda x, mask, i: x.masked_fill_(mask, -torch.inf),
+    "index_fill": lambda x, mask, i: x.index_fill(0, i, 2.0),
+    "index_fill_": lambda x, mask, i: x.index_fill_(0, i, 2.0),
+    "positions": lambda x, mask, i: x.index_put((i,), torch.tensor(2.0, dtype=x.dtype)),
+    "mask": lambda x, mask, i: x.index_put_((mask[:, 0],), torch.tensor(2.0, dtype=x.dtype)),
+    "scatter": lambda x, mask, i: x.scatter(0, torch.zeros(1, x.shape[1], dtype=torch.long), 2.0),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_what_is_absent_stays_so_where_it_is_written_over(name: str) -> None:
+    x, mask, i = torch.randn(3, 6, dtype=torch.float64), torch.tensor([[True], [False], [True]]), torch.tensor([1])
+    absent = x.clone()
+    absent[:, 4:] = torch.nan
+    with AbsentIsNaN():
+        found = WRITES[name](absent, mask, i)
+    expected = WRITES[name](x, mask, i)
+    assert found[..., 4:].isnan().all()
+    assert torch.equal(found[..., :4], expected[..., :4])
+
+
+def test_memory_that_nothing_was_written_to_is_not_absent() -> None:
+    with AbsentIsNaN():
+        fresh = [torch.empty(1000).fill_(1.0), torch.empty_like(torch.full((9,), torch.nan))]
+    assert not any(t.isnan().any() for t in fresh)
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_ops_of_the_reference_act_on_what_is_present(name: str) -> None:
     x, w, here = torch.randn(3, 6, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64), [0, 2, 3]

@@ -204,11 +204,13 @@ def rule(*packets: Any) -> Callable[[Rule], Rule]:
 
 def lookup(func: Any) -> Rule | None:
     """Return the rule of an overload, or None."""
-    packet = func.overloadpacket
+    packet, tags = func.overloadpacket, func.tags
     found = RULES.get(packet)
     if found is None and packet.__name__.endswith("_"):
-        found = RULES.get(getattr(torch.ops.aten, packet.__name__.rstrip("_"), None))
-    if found is None and torch.Tag.pointwise in func.tags:
+        plain = getattr(torch.ops.aten, packet.__name__.rstrip("_"), None)
+        found = RULES.get(plain)
+        tags = tags + getattr(getattr(plain, func._overloadname, None), "tags", [])  # some in-place forms lack the tag
+    if found is None and torch.Tag.pointwise in tags:
         found = RULES[torch.ops.aten.add]
     return found
 

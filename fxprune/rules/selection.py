@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,46 @@ def scatter(op: Op, x: torch.Tensor, dim: int, index: torch.Tensor, source: Any,
 def index_add(op: Op, x: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor, **kwargs: Any) -> Labels:
     """x: (.., n, ..), index: (k,), source: (.., k, ..), added to x (or written over it) at the positions in index."""
     _side_by_side(op, [x, source], dim % x.ndim, "is written to at positions that depend on data")
+    return op.labels(x)
+
+
+@rule(aten.index_fill)
+def index_fill(op: Op, x: torch.Tensor, dim: int, index: torch.Tensor, value: Any) -> Labels:
+    """x: (.., n, ..), index: (k,), a value written to x at the positions in index."""
+    _side_by_side(op, [x], dim % x.ndim, "is written to at positions that depend on data")
+    return op.labels(x)
+
+
+@rule(aten.index_put)
+def index_put(
+    op: Op, x: torch.Tensor, indices: Sequence[torch.Tensor | None], values: torch.Tensor, *args: Any
+) -> Labels:
+    """x: any shape, values written to it at positions, or where masks say so; its other dims are tied to values."""
+    used: list[int] = []
+    d = rank = 0
+    for index in indices:
+        if index is None:
+            d += 1
+            continue
+        is_mask = index.dtype in (torch.bool, torch.uint8)
+        op.fix(op.labels(index), range(index.ndim), "is an index")
+        used += range(d, d + (index.ndim if is_mask else 1))
+        d = used[-1] + 1
+        rank = max(rank, 1 if is_mask else index.ndim)
+    labels = op.mix(op.fix(op.labels(x), used, "is written to at positions that depend on data"), used)
+    if used != list(range(used[0], used[-1] + 1)):
+        op.freeze(x, values)
+        return op.labels(x)
+    first, last = used[0], used[-1]
+    rest = algebra.drop(tuple(None if d in used else ids for d, ids in enumerate(labels)), used)
+    for _ in range(rank):
+        rest = algebra.insert(rest, first)
+    shape = (*x.shape[:first], *[1] * rank, *x.shape[last + 1 :])
+    behind = len(shape) - values.ndim
+    written = op.fix(
+        op.labels(values), range(max(first - behind, 0), max(first + rank - behind, 0)), "is written by data"
+    )
+    algebra.broadcast(op.ledger, rest, shape, written, tuple(values.shape))
     return op.labels(x)
 
 

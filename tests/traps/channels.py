@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,13 @@ from torch import Tensor, nn
 from traps.spec import IMAGE, TOKENS, Between, trap
 
 THROUGH = "first.weight 0, first.bias 0, last.weight 1"
+
+
+def written(x: Tensor, where: tuple[Any, ...], value: Tensor | float) -> Tensor:
+    """Return a copy in which a value is written somewhere."""
+    y = x.clone()
+    y[where] = value
+    return y
 
 
 ON_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -64,6 +72,10 @@ ON_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "unfold of patches": lambda x: F.unfold(x, 2, stride=2).transpose(1, 2),
     "fold of patches": lambda x: F.fold(F.unfold(x, 3, padding=1), (8, 8), 3, padding=1),
     "Tensor.unfold of windows": lambda x: x.unfold(2, 2, 2).unfold(3, 2, 2).amax((-2, -1)),
+    "masked in place": lambda x: x.clone().masked_fill_(torch.arange(8) > 5, -torch.inf).amax(3, keepdim=True) + x,
+    "lines filled": lambda x: x.index_fill(2, torch.tensor([1, 4]), 2.0).mean(3, keepdim=True).softmax(1) + x,
+    "written through a mask": lambda x: written(x, (slice(None), slice(None), torch.arange(8) > 5), 2.0),
+    "written at positions": lambda x: written(x, (slice(None), slice(None), torch.tensor([1, 4])), x[:, :, :2] * 2),
     "Gram matrix of positions": lambda x: (lambda y: y.transpose(1, 2) @ y)(x.flatten(2)),
 }  # fmt: skip
 

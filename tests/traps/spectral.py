@@ -41,6 +41,18 @@ class GlobalFilterTokens(nn.Module):
         return self.last(torch.relu(y.reshape(b, n, 24)))
 
 
+@trap("phases written with a complex number", IMAGE, "first.weight 0, phases 0, phases 1, last.weight 1")
+class Phases(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(12, 5, 1)
+        self.phases = nn.Parameter(torch.randn(16, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.einsum("bchw,cd->bdhw", torch.fft.rfft2(self.first(x)), torch.exp(1j * self.phases))
+        return self.last(torch.relu(torch.fft.irfft2(y, s=(8, 8))))
+
+
 @trap("a complex parameter", IMAGE, "first.weight 0, filter 0, last.weight 1")
 class ComplexParameter(nn.Module):
     def __init__(self) -> None:
