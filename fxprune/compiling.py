@@ -112,7 +112,9 @@ def compile(
     notes += () if budget.latency_model is None else budget.latency_model.warnings()
     notes += () if budget.combinations is None else (described(traced, budget.combinations),)
     report = make_report(coupling, chosen, verification, notes)
-    slim.meta[RECORD] = Compiled(report, describe_inputs(traced.args, traced.kwargs), freeze, names)
+    slim.meta[RECORD] = Compiled(
+        report, describe_inputs(traced.args, traced.kwargs), freeze, names, training=traced.model.training
+    )
     return slim
 
 

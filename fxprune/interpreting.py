@@ -19,7 +19,7 @@ from fxprune.calling import call_of, call_of_torch_function, is_identity, plain_
 from fxprune.cloning import State, submodule
 from fxprune.following import follow
 from fxprune.labelling import NO_BUFFER, Labelling
-from fxprune.lengths import CUTS, MAKES, dims_by_length, follows
+from fxprune.lengths import CUTS, MAKES, dims_by_length, dims_viewed_apart, follows
 from fxprune.records import Interpretation, Labelled
 from fxprune.running import VALUES, MetaRunner
 from fxprune.telling import POINTWISE
@@ -192,6 +192,9 @@ class GraphRunner(MetaRunner):
             return
         x = self.env[n.args[0]] if n.args and isinstance(n.args[0], fx.Node) else None
         cut = dims_by_length(CUTS, n, x.ndim, known) if isinstance(x, torch.Tensor) else []
+        if isinstance(x, torch.Tensor) and len(results) == 1:
+            before, after = (Labelled(tuple(t.shape), mode.labels(t), t.dtype) for t in (x, results[0]))
+            cut += dims_viewed_apart(n, before, after, known)
         made = [(t, dim) for t in results for dim in dims_by_length(MAKES, n, t.ndim, known)]
         if cut or made:
             self._hold_cut(x, cut, results)

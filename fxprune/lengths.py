@@ -8,8 +8,10 @@ from these are found again in `positions`.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import accumulate
 from typing import Any
 
 from torch import fx
@@ -83,6 +85,33 @@ def dims_by_length(table: Mapping[str, Dims], n: fx.Node, ndim: int, known: Know
     """Return those of `ndim` dims that a node cuts (`CUTS`) or makes (`MAKES`) by what follows the input."""
     found = table.get(plain_name(n))
     return [] if found is None else [dim % ndim for dim in found(n, ndim, known) if isinstance(dim, int)]
+
+
+VIEWS = ("view", "reshape", "_unsafe_view")
+"""Plain names of targets that are told all sizes of a result, and give it the elements of their first argument."""
+
+
+def dims_viewed_apart(n: fx.Node, x: Labelled, out: Labelled, known: Known) -> list[int]:
+    """Return the dims of `x` whose channels a view deals out in runs as long as the size of the input says.
+
+    Such a run ends inside the dim, and is a dim of the result that has channels.
+    """
+    if plain_name(n) not in VIEWS or 0 in x.shape:
+        return []
+    given = n.args[1:] or (n.kwargs.get("shape"),)
+    made = set(_made(given, len(out.shape), known))
+    free, left = (math.prod(size for size, ids in zip(t.shape, t.labels, strict=True) if ids is None) for t in (x, out))
+    if free > left:  # of what has no channels, some is now among them
+        sizes = given[0] if isinstance(given[0], (tuple, list)) else given
+        made |= {d for d, size in enumerate(sizes) if isinstance(size, int) and size == -1}
+    ends = [*accumulate(reversed(out.shape), operator.mul)][::-1]
+    runs = [ends[d] for d in made if out.labels[d] is not None]
+    inner = [math.prod(x.shape[d + 1 :]) for d in range(len(x.shape))]
+    return [
+        d
+        for d, ids in enumerate(x.labels)
+        if ids is not None and any(inner[d] < run < inner[d] * x.shape[d] for run in runs)
+    ]
 
 
 def indexed(index: Any, ndim: int) -> Iterator[tuple[int | None, Any]]:

@@ -149,6 +149,7 @@ class Compiled:
         freeze: node -> reason; nodes whose sizes could not be rewritten.
         decomposed: names of the convolutions that became pairs, where the method decomposes.
         tasks: names of the tasks that were selected; None for all of them.
+        training: whether the model was in train mode when it was traced, which may decide what path forward takes.
     """
 
     report: Report
@@ -156,6 +157,7 @@ class Compiled:
     freeze: Mapping[str, str] = field(default_factory=dict)
     decomposed: tuple[str, ...] = ()
     tasks: tuple[str, ...] | None = None
+    training: bool = False
 
 
 def make_report(

@@ -21,6 +21,10 @@ VALUES = ("placeholder", "get_attr", "output")
 """Nodes that hand on a value: no op runs there."""
 
 
+FILLED = {"full": 1, "full_like": 1, "new_full": 2}
+"""Plain name of a target that fills a tensor with one value -> which argument is the value."""
+
+
 class Runner(Bound):
     """Runs a graph node by node."""
 
@@ -136,6 +140,14 @@ class MetaRunner(Runner):
         out = None if call is None else told(*call, {})
         return out[0] if isinstance(out, tuple) else out
 
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Run a function."""
+        return super().call_function(target, *_with_a_number(getattr(target, "__name__", ""), args, kwargs))
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Run a method."""
+        return super().call_method(target, *_with_a_number(str(target), args, kwargs))
+
     def run_module(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Call a module, or what stands in for it where tensors have no data."""
         return run_module(module, args, kwargs)
@@ -156,3 +168,17 @@ class MetaRunner(Runner):
         if found is None:
             found = self._twins[id(value)] = meta_tensor(value)
         return found
+
+
+def _with_a_number(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call; what a tensor is filled with has no value on the meta device, and any will do.
+
+    Integers may be positions, which matter.
+    """
+    at = FILLED.get(name, len(args))
+    value = args[at] if at < len(args) else kwargs.get("fill_value")
+    if name not in FILLED or not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return args, kwargs
+    if at < len(args):
+        return (*args[:at], 0.0, *args[at + 1 :]), kwargs
+    return args, {**kwargs, "fill_value": 0.0}

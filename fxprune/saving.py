@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import fx, nn
 
+from fxprune.cloning import clone
 from fxprune.coupling import couple
 from fxprune.decomposing import candidates, decompose
 from fxprune.errors import ArtifactError, PlanError
@@ -107,7 +108,7 @@ def save(slim: nn.Module, path: str | os.PathLike[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     data = {
         "plan": json.loads(record.report.plan.to_json()), "inputs": record.inputs, "freeze": dict(record.freeze),
-        "tasks": record.tasks,
+        "tasks": record.tasks, "training": record.training,
     }  # fmt: skip
     data |= {"decomposed": list(record.decomposed)} if record.decomposed else {}
     last = _channels_last(slim)
@@ -120,7 +121,8 @@ def save(slim: nn.Module, path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str], model: nn.Module, *, example_inputs: Any = None) -> fx.GraphModule:
     """Load a slim network: cut a fresh model of the class the same way and fill it with the saved weights.
 
-    What was saved of some tasks (see `select_tasks`) is loaded as the network of these.
+    What was saved of some tasks (see `select_tasks`) is loaded as the network of these. Where forward takes another
+    path in train() than in eval(), it is the one that was compiled; the mode is that of `model`.
 
     Args:
         path: the folder that `save` wrote.
@@ -199,7 +201,12 @@ def _cut(
     plan = Plan.from_json(json.dumps(data["plan"]))
     if example_inputs is None:
         example_inputs = examples(data["inputs"], f"{path}: ")
-    traced = trace(model, example_inputs)
+    training = data.get("training", model.training)
+    if not isinstance(training, bool):
+        raise ArtifactError(
+            f"{path}: 'training': expected true or false, found {training!r:.60}. Save the network again."
+        )
+    traced = trace(model if model.training == training else clone(model).train(training), example_inputs)
     _check_nodes(traced, data["freeze"], path)
     names = tuple(data.get("decomposed", ()))
     if not set(names) <= set(candidates(traced)):
@@ -213,7 +220,9 @@ def _cut(
     slim = rewrite(coupling, plan)
     verification = verify_slim(coupling, plan, slim) if verify else None
     report = make_report(coupling, plan, verification, notes)
-    slim.meta[RECORD] = Compiled(report, inputs, data["freeze"], names)
+    slim.meta[RECORD] = Compiled(report, inputs, data["freeze"], names, training=training)
+    if model.training != training:
+        slim.train(model.training)
     return slim if data.get("tasks") is None else _of_tasks(slim, data["tasks"], path)
 
 

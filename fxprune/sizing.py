@@ -7,6 +7,7 @@ input could give another answer, the graph checks it when it runs. The values of
 
 from __future__ import annotations
 
+import builtins
 import dis
 import functools
 import inspect
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, ClassVar
 
 import torch
@@ -58,8 +60,9 @@ class Symbol(fx.Proxy):
             Symbol._glances.clear()
         return super().__torch_function__(orig_method, types, args, kwargs)
 
-    def __getattr__(self, k: str) -> Attribute:
-        return Attribute(self, k)
+    def __getattr__(self, k: str) -> Any:
+        found = Attribute(self, k)
+        return self.tracer.number(found) if k == "ndim" and _is_users(sys._getframe(1)) else found
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
@@ -118,19 +121,25 @@ class Stored(Symbol):
         return self.dtype.is_floating_point
 
 
+def _is_users(frame: FrameType) -> bool:
+    """Say whether a frame runs code that is no part of torch or fxprune, or `torch.jit.isinstance`, called by such."""
+    home = frame.f_globals.get("__name__", "")
+    return home == "torch._jit_internal" or not home.startswith(("torch.", "fxprune."))
+
+
 @dataclass(frozen=True, slots=True)
 class _Check:
     """A check in the graph that a size is what it was."""
 
     key: Any
     node: fx.Node
-    root: nn.Module
+    added: dict[str, nn.Module]
     asked: set[Any]
 
     def take_back(self) -> None:
         """Remove it."""
         self.node.graph.erase_node(self.node)
-        del self.root._modules[str(self.node.target)]
+        del self.added[str(self.node.target)]
         self.asked.discard(self.key)
 
 
@@ -143,6 +152,7 @@ class SizedTracer(fx.Tracer):
         positional: how many of them the examples give by position.
         named: those that the examples give by name.
         recording: modules that are called are recorded; not so while sizes are looked up.
+        added: modules of the tracer's own by name; they join the root afterwards, which forward may iterate over.
         spare: nodes that are left out again if nothing reads them.
         latest: the check that the last answer has added, if any.
         autocasts: lines of the user's code that set `torch.autocast`, which no graph holds.
@@ -161,6 +171,7 @@ class SizedTracer(fx.Tracer):
         self.positional = positional
         self.named = named
         self.recording = True
+        self.added: dict[str, nn.Module] = {}
         self.autocasts: list[str] = []
         self.walked: list[str] = []
         self.spare: list[fx.Node] = []
@@ -240,9 +251,25 @@ class SizedTracer(fx.Tracer):
         value = self._value(obj)
         return list(value) if isinstance(value, dict) else super().keys(obj)
 
+    def _is_instance(self) -> Patch:
+        """Return what tells code of the user's that a symbolic value is of the type that the example inputs give it."""
+        plain = builtins.isinstance
+
+        def isinstance(obj: Any, kind: Any) -> bool:
+            if plain(obj, kind) or not plain(obj, Symbol):
+                return plain(obj, kind)
+            if not self.recording or not _is_users(sys._getframe(1)):
+                return False
+            try:
+                return plain(self._value(obj), kind)
+            except Exception:  # its value depends on the data
+                return False
+
+        return builtins, "isinstance", isinstance
+
     def _value(self, obj: fx.Proxy) -> Any:
         if self._sizes is None:
-            self._sizes = _Sizes(self.root, self.graph, self.inputs, self.device)
+            self._sizes = _Sizes(self)
         with self._looking_up():
             return self._sizes.of(obj.node)
 
@@ -263,10 +290,10 @@ class SizedTracer(fx.Tracer):
             while f"fxprune_expected_{self._count}" in self.root._modules:  # of an earlier trace
                 self._count += 1
             target = f"fxprune_expected_{self._count}"
-            self.root.add_module(target, Expected(value, user_line()))
+            self.added[target] = Expected(value, user_line())
             node = self.create_node("call_module", target, (obj.node,), {})
             self._asked.add(key)
-            self.latest.append(_Check(key, node, self.root, self._asked))
+            self.latest.append(_Check(key, node, self.added, self._asked))
         return value
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
@@ -280,6 +307,7 @@ class SizedTracer(fx.Tracer):
                 [
                     *makers,
                     self._listed(),
+                    self._is_instance(),
                     *applying.recorded(self),
                     *switching.recorded(self),
                     *switching.left_out(self),
@@ -290,6 +318,8 @@ class SizedTracer(fx.Tracer):
         for node in reversed(self.spare):
             if not node.users:
                 graph.erase_node(node)
+        for name, module in self.added.items():
+            root.add_module(name, module)
         return graph
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
@@ -352,10 +382,9 @@ def _recorded(function: Any) -> Any:
 class _Sizes(MetaRunner):
     """Runs what a trace has recorded so far, as far as it is asked for."""
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, inputs: Mapping[str, Any], device: torch.device) -> None:
-        super().__init__(root, graph)
-        self._inputs = inputs
-        self._device = device
+    def __init__(self, tracer: SizedTracer) -> None:
+        super().__init__(tracer.root, tracer.graph)
+        self._added, self._inputs, self._device = tracer.added, tracer.inputs, tracer.device
 
     def of(self, node: fx.Node) -> Any:
         """Return the value of a node."""
@@ -372,6 +401,8 @@ class _Sizes(MetaRunner):
 
     def fetch_attr(self, target: str) -> Any:
         """Return what a node refers to on the meta device, in eval mode."""
+        if target in self._added:
+            return self._added[target]
         found = super().fetch_attr(target)
         return found.eval() if isinstance(found, nn.Module) else found
 

@@ -118,7 +118,7 @@ class Tracer(SizedTracer):
             return tuple([self.create_arg(v) for v in a])
         if kind is _Flag:
             if TRAINING not in self.root._modules:
-                self.root.add_module(TRAINING, TrainingFlag())
+                self.added[TRAINING] = TrainingFlag()
             return self.create_node("call_module", TRAINING, (), {})
         if isinstance(a, dict) and is_dataclass(a):
             values = {field.name: self.create_arg(getattr(a, field.name)) for field in fields(a)}
@@ -152,7 +152,9 @@ class Tracer(SizedTracer):
         """Return the value of an argument, and let the graph check that it is so."""
         plain = "".join(c if c.isalnum() else "_" for c in name)
         target = unused_name(self.root, f"fxprune_expect_{plain}")  # a slim network has that of another trace
-        self.root.add_module(target, Expect(name, value).train(bool(int(self.flag))))
+        while target in self.added:
+            target += "_"
+        self.added[target] = Expect(name, value).train(bool(int(self.flag)))
         self.create_node("call_module", target, (given.node,), {})
         return value
 

@@ -84,7 +84,10 @@ class InFloat64(TorchDispatchMode):
     def _run_constant(self, func: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor]) -> Any:
         """Run an op on constants in their own precision, unless it only looks at them in another way."""
         if returns_fresh(func) or not inputs:
-            out = func(*self._narrowed(args), **self._narrowed(kwargs))
+            narrow = self._narrowed((args, kwargs))
+            if len({t.dtype for t in tensors_in(narrow) if t.is_floating_point() and t.ndim}) > 1:
+                narrow = widened(narrow)  # one has the precision of the model, which is float64 here
+            out = func(*narrow[0], **narrow[1])
             found = widened(out)
             for before, t in zip(tensors_in(out), tensors_in(found), strict=True):
                 self._remember(t, before.dtype)

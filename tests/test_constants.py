@@ -68,3 +68,21 @@ def test_two_widths_of_one_module_are_refused_not_wrong() -> None:
     for seed in range(6):
         coupling, plan, slim = cut(Twice().double().eval(), inputs, seed)
         assert fxprune.verify(coupling, plan, slim).passed
+
+
+def test_what_is_filled_may_be_filled_with_an_entry_of_a_tensor() -> None:
+    class Filled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last, self.strides = nn.Linear(6, 8), nn.Linear(8, 3), torch.tensor([8.0, 16.0])
+            self.register_buffer("scale", torch.tensor(0.5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            y = y + torch.full_like(y, fill_value=self.scale)
+            return self.last(y) * torch.full((x.shape[0], 1), self.strides[0]) + x.new_full((3,), self.strides[1])
+
+    model, inputs = Filled().double().eval(), torch.randn(3, 6).double()
+    slim = fxprune.compile(model, inputs, fxprune.Budget(macs=0.5), progress=False)
+    assert slim.get_parameter("first.weight").shape[0] == 4
+    assert slim(inputs[:1]).shape == (1, 3)

@@ -146,6 +146,23 @@ class Both(nn.Module):
         return self.head(F.relu(self.hidden(e)))
 
 
+class Dealt(nn.Module):
+    """Attention over places, whose result is read as maps without a transposition: runs of channels become places."""
+
+    def __init__(self, open_size: bool = False) -> None:
+        super().__init__()
+        self.embed, self.hidden, self.head = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 24, 1), nn.Conv2d(24, 5, 1)
+        self.open_size = open_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        b, _, height, width = h.shape
+        places = h.flatten(2)
+        mixed = (places.transpose(1, 2) @ places).softmax(-1) @ places.transpose(1, 2)
+        dealt = mixed.reshape(b, 16, -1) if self.open_size else mixed.reshape(b, 16, height, width)
+        return self.head(F.relu(self.hidden(h + dealt.view_as(h))))
+
+
 OPS: dict[str, tuple[Callable[[Tensor, Any], Tensor], tuple[int, ...]]] = {
     "slice": (lambda h, t: h + t[:, : h.shape[1]], (1, 40, 24)),
     "slice_of_size": (lambda h, t: h + t[: h.size(1)], (40, 24)),
@@ -225,6 +242,14 @@ def test_groups_may_be_the_batch(model: Callable[[], nn.Module], macs: float) ->
     check(model(), inputs(2), [inputs(2), inputs(3), inputs(1)], macs)
 
 
+@pytest.mark.parametrize("open_size", [False, True])
+def test_channels_that_are_dealt_out_over_places_stay(open_size: bool) -> None:
+    slim = check(Dealt(open_size), images(2, 4), [images(2, 4), images(4, 4, 1), images(2, 2), images(3, 5)], 0.7)
+    assert slim.get_parameter("hidden.weight").shape[0] < 24
+    reason = {row.reason for row in fxprune.report(slim).frozen if row.node == "reshape"}
+    assert reason == {"is cut where the size of the input says"}
+
+
 def test_why_frozen_names_the_cut() -> None:
     coupling = fxprune.couple(fxprune.trace(Sequence(*_op("slice")), tokens(10).float()))
     said = coupling.why_frozen(("table", 1))
@@ -254,7 +279,7 @@ def test_bounds_from_channels_and_from_numbers_are_still_found_again() -> None:
 def test_lengths_are_followed_in_exported_graphs() -> None:
     class Asking(Sequence):
         def forward(self, x: Tensor) -> Tensor:
-            if not isinstance(x, Tensor):
+            if isinstance(x, torch.fx.Proxy):
                 raise ValueError("symbolic values are not taken")
             return super().forward(x)
 

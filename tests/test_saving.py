@@ -56,6 +56,33 @@ def test_trained_weights_are_what_is_saved(tmp_path: Path) -> None:
     assert torch.equal(fxprune.load(tmp_path / "slim", Residual().eval())(X), slim(X))
 
 
+class TwoPaths(nn.Module):
+    """Train mode has a head more, and takes no single image: its statistics are of one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.pooled = nn.Conv2d(3, 16, 1), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(16))
+        self.b, self.aux = nn.Conv2d(16, 2, 1), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.a(x)
+        x = x * self.pooled(x)
+        return (self.b(x), self.aux(x)) if self.training else self.b(x)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_model_in_the_other_mode_follows_the_path_that_was_saved(mode: bool, tmp_path: Path) -> None:
+    x = torch.randn(1 + mode, 3, 8, 8)
+    slim = fxprune.compile(settled(TwoPaths()).train(mode), x, Budget(macs=0.5), progress=False)
+    fxprune.save(slim, tmp_path)
+    loaded = fxprune.load(tmp_path, TwoPaths().train(not mode))
+    assert all(m.training is not mode for m in loaded.modules())
+    fxprune.save(loaded, tmp_path)
+    again = fxprune.load(tmp_path, TwoPaths().train(not mode))
+    for found, expected in zip(again.eval()(x), slim.eval()(x), strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_the_order_of_channels_in_memory_comes_back(tmp_path: Path) -> None:
     slim = slimmed(settled(Residual())).to(memory_format=torch.channels_last)
     fxprune.save(slim, tmp_path / "slim")

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small import Chain, settled
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fxprune
 from fxprune import Budget, TraceError
@@ -412,11 +412,58 @@ def test_tracing_shares_the_parameters_and_changes_nothing() -> None:
     assert all(m.training is True for m in model.modules())
 
 
+class Asking(nn.Module):
+    """Python that asks for the types of values, and uses a number of dims as a key."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(16, 4, 1)
+
+    def join(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        return torch.cat([x, skip], 1) if skip is not None and torch.jit.isinstance(skip, Tensor) else x
+
+    def forward(self, x: Any) -> Tensor:
+        (x,) = x if isinstance(x, (list, tuple)) else [x]
+        y = self.a(x)
+        height = y.shape[2]
+        side = (height, height) if isinstance(height, int) else height
+        return {4: self.b}[y.ndim](self.join(y, y.relu() if torch.is_tensor(y) else None)) + torch.ones(side)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_types_and_numbers_of_dims_are_those_of_the_example(listed: bool) -> None:
+    def inputs(batch: int, side: int) -> Any:
+        image = torch.randn(batch, 3, side, side)
+        return ([image],) if listed else (image,)
+
+    model = settled(Asking())
+    slim = slimmed(model, inputs(2, 8))
+    assert fxprune.report(slim).frontend == "symbolic_trace"
+    assert slim.get_parameter("b.weight").shape[1] < 16
+    assert slim(*inputs(1, 6)).shape == model(*inputs(1, 6)).shape
+
+
+class Checking(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.dropout(x, 0.5, training=self.training)
+        if y.shape[-1] != 8:
+            raise ValueError("maps of width 8 are needed")
+        return y
+
+
+def test_a_sequence_may_ask_for_sizes() -> None:
+    model = settled(nn.Sequential(nn.Conv2d(3, 8, 1), Checking(), nn.Conv2d(8, 4, 1)))
+    slim = slimmed(model)
+    assert fxprune.report(slim).frontend == "symbolic_trace"
+    assert varies(slim.train(), X)
+    assert not varies(slim.eval(), X)
+
+
 # torch.export
 
 
 class DataDependent(nn.Module):
-    """Python that symbolic tracing cannot follow: it asks whether its input is a tensor."""
+    """Python that symbolic tracing cannot follow: it takes no symbolic values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -426,7 +473,7 @@ class DataDependent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.drop(F.relu(self.bn(self.a(x))))
-        if not isinstance(x, Tensor) or x.shape[1] % 2:
+        if isinstance(x, fx.Proxy) or x.shape[1] % 2:
             raise ValueError("maps with an even number of channels are needed")
         for _ in range(int(x.shape[1] > 8)):
             x = torch.sigmoid(self.b(x))

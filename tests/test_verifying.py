@@ -283,6 +283,16 @@ class Casting(Body):
         return self.last(self.first(x).float().relu().to(torch.float32))
 
 
+class Mixing(Body):
+    """Multiplies constants of the precision of the input with others of float32."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        like = x.new_zeros(1, dtype=torch.float32)
+        places = torch.arange(6).type_as(like)
+        table = places[:, None].float() @ torch.arange(6).type_as(like)[None] / 36
+        return self.last(self.first(x) + table)
+
+
 class Elsewhere(Body):
     def forward(self, x: torch.Tensor, **extra: object) -> torch.Tensor:
         y = self.first(x.to(next(self.parameters()).device)).cpu()
@@ -322,7 +332,7 @@ class Averaging(Body):
 IMAGE = torch.randn(2, 3, 6, 6)
 
 
-@pytest.mark.parametrize("kind", [Casting, Elsewhere, Spectrum])
+@pytest.mark.parametrize("kind", [Casting, Mixing, Elsewhere, Spectrum])
 def test_precision_device_and_complex_outputs_are_no_obstacle(kind: type[Body]) -> None:
     slim = fxprune.compile(kind().eval(), IMAGE, fxprune.Budget(macs=0.6), progress=False)
     verification = fxprune.report(slim).verification
