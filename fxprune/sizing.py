@@ -256,8 +256,9 @@ class SizedTracer(fx.Tracer):
         plain = builtins.isinstance
 
         def isinstance(obj: Any, kind: Any) -> bool:
-            if plain(obj, kind) or not plain(obj, Symbol):
-                return plain(obj, kind)
+            found = plain(obj, kind)
+            if found or not plain(obj, Symbol):
+                return found
             if not self.recording or not _is_users(sys._getframe(1)):
                 return False
             try:
