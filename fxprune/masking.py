@@ -154,6 +154,13 @@ def _fft(func: Any, x: torch.Tensor, dims: Any, *args: Any) -> torch.Tensor:
     return _mark(func(_present(x), dims, *args), x.isnan().any(tuple(dims), keepdim=True))
 
 
+@_absent_aware(aten.grid_sampler_2d, aten.grid_sampler_3d)
+def _grid_sample(func: Any, x: torch.Tensor, grid: torch.Tensor, *args: Any) -> torch.Tensor:
+    """What is read of something absent is absent, and so is what is read at places that are."""
+    absent = x.isnan().flatten(2).all(2) | grid.isnan().flatten(1).all(1, keepdim=True)
+    return _mark(func(_present(x), _present(grid), *args), absent.reshape(*x.shape[:2], *[1] * (x.ndim - 2)))
+
+
 @_absent_aware(aten.view_as_real)
 def _view_as_real(func: Any, x: torch.Tensor) -> torch.Tensor:
     return _mark(func(x), x.isnan().unsqueeze(-1))

@@ -71,9 +71,13 @@ def col2im(op: Op, x: torch.Tensor, size: Sequence[int], kernel: Sequence[int], 
     return algebra.insert(algebra.insert(labels, 2), 2)
 
 
-@rule(aten.grid_sampler_2d)
-def grid_sampler_2d(op: Op, x: torch.Tensor, grid: torch.Tensor, *args: Any) -> Labels:
-    """x: (b, c, h, w), grid: (b, h', w', 2) -> (b, c, h', w'). Channels pass."""
-    op.freeze(grid)
-    labels = op.mix(op.fix(op.labels(x), [2, 3]), [2, 3])
-    return (*labels[:2], *algebra.blank(2))
+@rule(aten.grid_sampler_2d, aten.grid_sampler_3d)
+def grid_sampler(op: Op, x: torch.Tensor, grid: torch.Tensor, *args: Any) -> Labels:
+    """x: (b, c, *space), grid: (b, *places, rank) -> (b, c, *places). Channels pass; the first dims are tied."""
+    places, space = range(1, grid.ndim), range(2, x.ndim)
+    wide = op.reduce(op.fix(op.labels(grid), places), places)
+    for d in places:
+        wide = algebra.insert(wide, d)
+    labels = op.mix(op.fix(op.labels(x), space), space)
+    both, _ = algebra.broadcast(op.ledger, labels, tuple(x.shape), wide, (len(grid), *[1] * len(places)))
+    return (*both[:2], *algebra.blank(len(space)))

@@ -287,6 +287,25 @@ class Biased(Separate):
         return scores.softmax(-1) @ v
 
 
+@trap("deformable attention", TOKENS, "stem.weight 0, value.weight 0, places.weight 0, weight.weight 0, proj.weight 0")
+class Deformable(nn.Module):
+    """Every head reads the values at a few places of its own, heads being side by side in the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.value, self.places = nn.Linear(C, C), nn.Linear(C, HD), nn.Linear(C, H * 5 * 2)
+        self.weight, self.proj, self.out = nn.Linear(C, H * 5), nn.Linear(HD, C), nn.Linear(C, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        b, n, _ = x.shape
+        values = self.value(x).view(b, 2, 3, H, D).permute(0, 3, 4, 1, 2).flatten(0, 1)
+        places = self.places(x).tanh().view(b, n, H, 5, 2).transpose(1, 2).flatten(0, 1)
+        weights = self.weight(x).view(b, n, H, 5).softmax(-1).transpose(1, 2).reshape(b * H, 1, n, 5)
+        y = (F.grid_sample(values, places, align_corners=False) * weights).sum(-1)
+        return self.out(x + self.proj(y.view(b, H * D, n).transpose(1, 2)))
+
+
 @trap("talking heads", TOKENS, QKV + ", mix.weight 0")
 class Talking(Separate):
     """A linear map over the heads before the softmax and after."""

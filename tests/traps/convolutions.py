@@ -184,3 +184,18 @@ class SharedKernel(nn.Module):
         x = torch.relu(self.stem(x))
         y = F.conv2d(x, self.w, padding=1) + F.conv2d(x, self.w, padding=2, dilation=2)
         return self.head(torch.relu(y - F.conv2d(x, self.w.sum((2, 3), keepdim=True))))
+
+
+@trap("a volume read at places", (2, 3, 4, 4, 4), "stem.weight 0, inner.weight 0, head.weight 1")
+class Warped(nn.Module):
+    """The network says where a volume is read, and the volume is warped so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner = nn.Conv3d(3, 12, 3, padding=1), nn.Conv3d(12, 8, 3, padding=1)
+        self.places, self.head = nn.Conv3d(8, 3, 1), nn.Conv3d(12, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        places = torch.tanh(self.places(torch.relu(self.inner(x)))).permute(0, 2, 3, 4, 1)
+        return self.head(F.grid_sample(x, places, align_corners=False))
