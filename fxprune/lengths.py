@@ -94,18 +94,21 @@ VIEWS = ("view", "reshape", "_unsafe_view")
 def dims_viewed_apart(n: fx.Node, x: Labelled, out: Labelled, known: Known) -> list[int]:
     """Return the dims of `x` whose channels a view deals out in runs as long as the size of the input says.
 
-    Such a run ends inside the dim, and is a dim of the result that has channels.
+    Such a run ends inside the dim, and is a dim of the result that has channels. A single one, where nothing else comes
+    among the channels, is what the other sizes leave of them, and as long with every input.
     """
     if plain_name(n) not in VIEWS or 0 in x.shape:
         return []
     given = n.args[1:] or (n.kwargs.get("shape"),)
     made = set(_made(given, len(out.shape), known))
+    sizes = given[0] if isinstance(given[0], (tuple, list)) else given
+    made |= {d for d, size in enumerate(sizes) if isinstance(size, int) and size == -1}
+    apart = [d for d in made if out.labels[d] is not None]
     free, left = (math.prod(size for size, ids in zip(t.shape, t.labels, strict=True) if ids is None) for t in (x, out))
-    if free > left:  # of what has no channels, some is now among them
-        sizes = given[0] if isinstance(given[0], (tuple, list)) else given
-        made |= {d for d, size in enumerate(sizes) if isinstance(size, int) and size == -1}
+    if free <= left and len(apart) < 2:
+        return []
     ends = [*accumulate(reversed(out.shape), operator.mul)][::-1]
-    runs = [ends[d] for d in made if out.labels[d] is not None]
+    runs = [ends[d] for d in apart]
     inner = [math.prod(x.shape[d + 1 :]) for d in range(len(x.shape))]
     return [
         d

@@ -289,7 +289,8 @@ class AbsentIsNaN(InFloat64):
         reference = _REFERENCE.get(func.overloadpacket)
         if reference is not None and any(_is_floating(a) and bool(a.isnan().any()) for a in args):
             return reference(func, *args, **kwargs)
-        absent = args[0].isnan() if func._schema.is_mutable and _is_floating(args[0]) else None
+        writes = func._schema.is_mutable and torch.Tag.inplace_view not in func.tags
+        absent = args[0].isnan() if writes and _is_floating(args[0]) else None
         found = func(*args, **kwargs)
         if absent is not None:
             args[0].masked_fill_(absent, torch.nan)  # nor does it come back where it is written to

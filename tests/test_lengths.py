@@ -250,6 +250,21 @@ def test_channels_that_are_dealt_out_over_places_stay(open_size: bool) -> None:
     assert reason == {"is cut where the size of the input says"}
 
 
+def test_heads_as_wide_as_the_input_says_may_go() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Linear(6, 24), nn.Linear(24, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            b, n, c = x.shape
+            heads = self.embed(x).reshape(b, n, 4, c).transpose(1, 2).softmax(2)
+            return self.head(heads.transpose(1, 2).reshape(b, n, 4 * c))
+
+    slim = check(Heads(), tokens(10), [tokens(10), tokens(3)])
+    assert slim.get_parameter("embed.weight").shape[0] < 24
+
+
 def test_why_frozen_names_the_cut() -> None:
     coupling = fxprune.couple(fxprune.trace(Sequence(*_op("slice")), tokens(10).float()))
     said = coupling.why_frozen(("table", 1))
