@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -50,9 +50,9 @@ def submodule(module: nn.Module, name: str) -> nn.Module:
     return module
 
 
-def unused_name(module: nn.Module, name: str) -> str:
-    """Return a name that nothing in a module has: `name`, with underscores after it as far as need be."""
-    while hasattr(module, name):
+def unused_name(module: nn.Module, name: str, others: Container[str] = ()) -> str:
+    """Return a name that nothing in a module has, and no other: `name`, with underscores after it as far as need be."""
+    while hasattr(module, name) or name in others:
         name += "_"
     return name
 

@@ -19,8 +19,6 @@ from fxprune.values import Bound
 
 VALUES = ("placeholder", "get_attr", "output")
 """Nodes that hand on a value: no op runs there."""
-
-
 FILLED = {"full": 1, "full_like": 1, "new_full": 2}
 """Plain name of a target that fills a tensor with one value -> which argument is the value."""
 

@@ -36,8 +36,6 @@ from fxprune.sources import user_line
 
 _FACTORIES = ("tensor", "arange", "linspace", "eye", "zeros", "ones", "full", "empty", "rand", "randn")
 _LIMITS = ("finfo", "iinfo")
-
-
 _STARS = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 _CONSTANTS = (torch.Tensor, torch.ScriptObject, pytree.TreeSpec)
 _UNPACK = dis.opmap["UNPACK_SEQUENCE"]
