@@ -151,9 +151,8 @@ class Tracer(SizedTracer):
     def _fix(self, name: str, given: fx.Proxy, value: Any) -> Any:
         """Return the value of an argument, and let the graph check that it is so."""
         plain = "".join(c if c.isalnum() else "_" for c in name)
-        target = unused_name(
-            self.root, f"fxprune_expect_{plain}", self.added
-        )  # a slim network has that of another trace
+        # a slim network has that of another trace
+        target = unused_name(self.root, f"fxprune_expect_{plain}", self.added)
         self.added[target] = Expect(name, value).train(bool(int(self.flag)))
         self.create_node("call_module", target, (given.node,), {})
         return value
